@@ -1,0 +1,1 @@
+"""From a row in a file to padded tensors: formats, media, encoding, collation."""

@@ -1,0 +1,116 @@
+"""The records that everything passes: from a conversation in a file to a padded batch.
+
+Letters for shapes: B rows of a micro-batch, T tokens of a sample (or of the longest row),
+S supervised tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+Role = Literal["system", "user", "assistant"]
+
+IGNORED = -100
+"""Target at a position that is not supervised."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a conversation stands: `line` is 1-based; for a JSON array, the item's number."""
+
+    file: str
+    line: int
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture not yet opened: a path relative to `base_dir`, a `data:` URL or bare base64."""
+
+    ref: str
+    base_dir: Path
+
+
+Part = Text | Image
+
+
+@dataclass(frozen=True)
+class Turn:
+    role: Role
+    parts: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.parts if isinstance(part, Text))
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One sample as written by the user; no tensors.
+
+    `answers` are the reference answers of an evaluation sample (ten in VQAv2), `question_type`
+    the slice it counts in; both may be empty.
+    """
+
+    id: str
+    turns: tuple[Turn, ...]
+    source: Source
+    answers: tuple[str, ...] = ()
+    question_type: str | None = None
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        return tuple(p for turn in self.turns for p in turn.parts if isinstance(p, Image))
+
+
+@dataclass
+class Sample:
+    """A conversation as the model sees it.
+
+    `targets[t]` is the id that position t must predict (already shifted by one), or `IGNORED`.
+    `token_fields` are further integer tensors of shape (T,), one value a token
+    (`mm_token_type_ids`); `media` are tensors concatenated over samples along dimension 0
+    (`pixel_values`, `image_grid_thw`, …).
+    """
+
+    id: str
+    source: Source
+    input_ids: torch.Tensor  # (T,) int64
+    targets: torch.Tensor  # (T,) int64
+    token_fields: dict[str, torch.Tensor] = field(default_factory=dict)  # each (T,)
+    media: dict[str, torch.Tensor] = field(default_factory=dict)
+    num_images: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.input_ids.shape[0])
+
+    @property
+    def num_supervised(self) -> int:
+        return int((self.targets != IGNORED).sum())
+
+
+@dataclass
+class Batch:
+    """A micro-batch of padded rows.
+
+    `inputs` are the model's keyword arguments (`input_ids` (B, T), `attention_mask` (B, T),
+    media, …); `supervised` (B, T) marks the positions whose logits are computed; `targets` (S,)
+    are the ids to predict there, in row-major order of `supervised`.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    supervised: torch.Tensor  # (B, T) bool
+    targets: torch.Tensor  # (S,) int64
+    sample_ids: tuple[str, ...]
+    num_tokens: int
+    num_images: int

@@ -1,0 +1,82 @@
+"""Errors a user can act on: where, what is wrong, what was got, what was expected, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+
+class VlmtuneError(Exception):
+    """The user's input is wrong; the command line prints it without a traceback and exits 2.
+
+    Rendered as `FILE:LINE: message; got …; expected …; do …`, leaving out what is not given.
+    """
+
+    exit_code = 2
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: str | Path | None = None,
+        line: int | None = None,
+        got: object = None,
+        expected: object = None,
+        do: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.file = None if file is None else str(file)
+        self.line = line
+        self.got = got
+        self.expected = expected
+        self.do = do
+
+    def __str__(self) -> str:
+        place = "" if self.file is None else self.file
+        if self.file is not None and self.line is not None:
+            place = f"{self.file}:{self.line}"
+        text = f"{place}: {self.message}" if place else self.message
+        for label, value in (("got", self.got), ("expected", self.expected), ("do", self.do)):
+            if value is not None:
+                text += f"; {label}: {value}"
+        return text
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Crosses process borders (DataLoader workers): keyword arguments do not pickle by default.
+        return (_rebuild, (type(self), self.message, self.__dict__.copy()))
+
+
+def _rebuild(kind: type[VlmtuneError], message: str, state: dict[str, object]) -> VlmtuneError:
+    error = kind.__new__(kind)
+    Exception.__init__(error, message)
+    error.__dict__.update(state)
+    return error
+
+
+class ErrorGroup(VlmtuneError):
+    """Several user errors found at once, one line each."""
+
+    def __init__(self, errors: Sequence[VlmtuneError]) -> None:
+        super().__init__(f"{len(errors)} errors")
+        self.errors = list(errors)
+
+    def __str__(self) -> str:
+        return "\n".join(str(error) for error in self.errors)
+
+
+class SampleError(VlmtuneError):
+    """One sample cannot be used; with `data.on_bad_sample: skip` it is counted instead of raised."""
+
+
+class CheckFailed(VlmtuneError):
+    """The command ran and the answer is no (a merge did not verify); exits 1."""
+
+    exit_code = 1
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name closest to `name`, or None where nothing is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None

@@ -1,0 +1,1 @@
+"""Metrics; `METRICS` in `registry.py` lists them."""

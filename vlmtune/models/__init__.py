@@ -1,0 +1,1 @@
+"""The model: families, loading, quantisation, adapters, the forward pass, merging."""

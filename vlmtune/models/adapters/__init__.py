@@ -1,0 +1,1 @@
+"""Adapter methods; `ADAPTERS` in `registry.py` lists them."""

@@ -1,0 +1,1 @@
+"""Model families; `FAMILIES` in `registry.py` lists them."""

@@ -1,0 +1,1 @@
+"""The recipe: one YAML file, typed and strict. Imports no torch."""

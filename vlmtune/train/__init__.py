@@ -1,0 +1,1 @@
+"""Training: the explicit loop, its step, checkpoints and logs."""
