@@ -67,7 +67,7 @@ class ErrorGroup(VlmtuneError):
 
 
 class SampleError(VlmtuneError):
-    """One sample cannot be used; with `data.on_bad_sample: skip` it is counted instead of raised."""
+    """One sample cannot be used; counted instead of raised with `data.on_bad_sample: skip`."""
 
 
 class CheckFailed(VlmtuneError):

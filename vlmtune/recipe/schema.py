@@ -174,7 +174,9 @@ class TrainSection(Section):
         "GPU's is short (CUDA only; on a CPU the unpaged kind is used, with a notice).",
     )
     weight_decay: float = Field(
-        0.0, ge=0, description="Decoupled weight decay; never on biases, norms or AdaLoRA's tensors."
+        0.0,
+        ge=0,
+        description="Decoupled weight decay; never on biases, norms or AdaLoRA's tensors.",
     )
     max_grad_norm: float | None = Field(
         1.0, gt=0, description="Global gradient norm is clipped to this; null: never."
@@ -189,10 +191,12 @@ class TrainSection(Section):
     )
     log_every: int = Field(10, ge=1, description="Optimizer steps between two logged lines.")
     eval_every: float = Field(
-        0.25, gt=0, description="Evaluation: a fraction of training up to 1, optimizer steps above."
+        0.25, gt=0, description="Evaluation: a fraction of training up to 1, steps above."
     )
     save_every: float = Field(
-        0.25, gt=0, description="Checkpoints: a fraction of training up to 1, optimizer steps above."
+        0.25,
+        gt=0,
+        description="Checkpoints: a fraction of training up to 1, steps above.",
     )
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints kept.")
 
