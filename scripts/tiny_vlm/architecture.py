@@ -132,7 +132,7 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration
         vision_config={
             "depth": 4,
             "hidden_size": 128,
-            "intermediate_size": 384,
+            "intermediate_size": 256,
             "num_heads": 4,
             "patch_size": 8,
             "spatial_merge_size": 2,

@@ -1,0 +1,117 @@
+"""Make the sample task beside the embedded default: invented words for what is in a picture.
+
+    python scripts/make_sample_data.py --output data/sample
+
+Writes `train.jsonl`, `eval.jsonl` and `images/`. The words are those of "Velt", a language that
+does not exist, so that no base model knows them. No picture is on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from PIL import Image
+from tiny_vlm.pictures import Thing, draw_scene
+from tiny_vlm.words import COLORS, SHAPES
+
+SHAPE_WORDS = dict(zip(SHAPES, "bolu tarn wik pesh gomp onda luma siv".split(), strict=True))
+COLOR_WORDS = dict(
+    zip(COLORS, "rav gril blon nok grut tizu brem yaf oshi purl pim".split(), strict=True)
+)
+QUESTIONS = {
+    "shape": [
+        "What is this shape called in Velt?",
+        "Name the shape in Velt.",
+        "Which Velt word fits the shape?",
+    ],
+    "color": [
+        "What is this color called in Velt?",
+        "Name the color in Velt.",
+        "Which Velt word fits the color?",
+    ],
+}
+WORDS = {"shape": SHAPE_WORDS, "color": COLOR_WORDS}
+
+
+def make_sample_data(output: Path, *, num_train: int, num_eval: int, seed: int) -> None:
+    """Write both files and their pictures; the same seed gives the same bytes."""
+    random = Random(seed)
+    images = output / "images"
+    shutil.rmtree(images, ignore_errors=True)
+    images.mkdir(parents=True)
+    train = [_question(random, images, f"train-{i:03d}", i) for i in range(num_train)]
+    train += [_comparison(random, images, f"train-two-{i:02d}") for i in range(12)]
+    train += [_translation(f"train-text-{i:02d}", kind) for i, kind in enumerate(SHAPES + COLORS)]
+    random.shuffle(train)
+    _write(output / "train.jsonl", train)
+    evaluation = [_question(random, images, f"eval-{i:03d}", i) for i in range(num_eval)]
+    _write(output / "eval.jsonl", evaluation)
+
+
+def _question(random: Random, images: Path, name: str, index: int) -> dict[str, Any]:
+    """One picture, one question; shapes and colours take turns."""
+    kind = ("shape", "color")[index % 2]
+    thing = _picture(random, images, name)
+    text = random.choice(QUESTIONS[kind])
+    content = [_image(name), {"type": "text", "text": text}]
+    return _conversation(name, content, WORDS[kind][getattr(thing, kind)], question_type=kind)
+
+
+def _comparison(random: Random, images: Path, name: str) -> dict[str, Any]:
+    first = _picture(random, images, f"{name}-a")
+    second = _picture(random, images, f"{name}-b")
+    text = "Name both shapes in Velt."
+    content = [_image(f"{name}-a"), _image(f"{name}-b"), {"type": "text", "text": text}]
+    answer = f"{SHAPE_WORDS[first.shape]} and {SHAPE_WORDS[second.shape]}"
+    return _conversation(name, content, answer, question_type="two")
+
+
+def _translation(name: str, word: str) -> dict[str, Any]:
+    answer = SHAPE_WORDS.get(word) or COLOR_WORDS[word]
+    return _conversation(name, f"What is '{word}' in Velt?", answer, question_type="text")
+
+
+def _picture(random: Random, images: Path, name: str) -> Thing:
+    scene = draw_scene(random, 1, smallest=8.0, grain_fraction=0.0)
+    Image.fromarray(scene.pixels).save(images / f"{name}.png", optimize=True)
+    return scene.things[0]
+
+
+def _image(name: str) -> dict[str, str]:
+    return {"type": "image", "image": f"images/{name}.png"}
+
+
+def _conversation(
+    name: str, content: str | list[dict[str, str]], answer: str, *, question_type: str
+) -> dict[str, Any]:
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return {"id": name, "question_type": question_type, "messages": turns}
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("data/sample"))
+    parser.add_argument("--num-train", type=int, default=400)
+    parser.add_argument("--num-eval", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=7)
+    arguments = parser.parse_args()
+    make_sample_data(
+        arguments.output,
+        num_train=arguments.num_train,
+        num_eval=arguments.num_eval,
+        seed=arguments.seed,
+    )
+
+
+if __name__ == "__main__":
+    main()
