@@ -6,10 +6,11 @@ Every `in_features` is a multiple of 64, which is what an NF4 block needs; a 64 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
     Qwen2_5_VLConfig,
@@ -67,7 +68,7 @@ def train_tokenizer(corpus: list[str]) -> Qwen2Tokenizer:
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(_regex(), behavior="isolated", invert=False),
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -172,14 +173,6 @@ def save_checkpoint(
         path.chmod(0o644)
 
 
-def _regex():  # type: ignore[no-untyped-def]
-    from tokenizers import Regex
-
-    return Regex(PRETOKENIZE_REGEX)
-
-
 def _merges(bpe: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
     merges = json.loads(bpe.to_str())["model"]["merges"]
     return [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in merges]

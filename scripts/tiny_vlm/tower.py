@@ -141,9 +141,7 @@ def tower_accuracy(visual: nn.Module, heads: Heads, *, seed: int) -> tuple[float
     )
 
 
-def _scenes(
-    random: Random, count: int, *, several: bool, smallest: float = 5.0
-) -> Iterator[Scene]:
+def _scenes(random: Random, count: int, *, several: bool, smallest: float = 5.0) -> Iterator[Scene]:
     for _ in range(count):
         things = random.choice([1, 1, 2, 3, 4]) if several else 1
         yield draw_scene(random, things, smallest=smallest)

@@ -54,8 +54,8 @@ ENGLISH = """
     """.split()
 
 
-def tokenizer_corpus(sentences: list[str]) -> list[str]:
-    """`sentences` and the words, weighted so that `SINGLE_TOKENS` become one token each.
+def tokenizer_corpus() -> list[str]:
+    """The words, weighted so that those of `SINGLE_TOKENS` become one token each.
 
     A word counts with a leading space, without one, and with a capital letter.
     """
@@ -66,5 +66,4 @@ def tokenizer_corpus(sentences: list[str]) -> list[str]:
         corpus += [word.capitalize()] * 4
     for word in ENGLISH:
         corpus += [f" {word}"] * 8 + [word] * 2
-    corpus += [str(number) for number in range(100)]
-    return corpus + sentences
+    return corpus + [str(number) for number in range(100)]
