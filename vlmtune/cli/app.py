@@ -1,0 +1,49 @@
+"""The `vlmtune` command line: every command is registered here and lives in a file of its own.
+
+A command file is cheap to import; what needs torch is imported inside the command.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vlmtune import __version__
+from vlmtune.cli import recipe
+
+app = typer.Typer(
+    name="vlmtune",
+    help="Fine-tune vision-language models from a YAML recipe.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+recipe_app = typer.Typer(help="Look at a recipe.", no_args_is_help=True)
+recipe_app.command("show")(recipe.show_command)
+recipe_app.command("schema")(recipe.schema_command)
+app.add_typer(recipe_app, name="recipe")
+
+
+def main() -> int:
+    """Run the command line; returns only through `SystemExit`, with the exit code."""
+    app(prog_name="vlmtune")
+    return 0
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"vlmtune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Fine-tune vision-language models from a YAML recipe."""

@@ -1,0 +1,84 @@
+"""Paths in a recipe: relative to its folder, made absolute, and there before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from vlmtune.errors import VlmtuneError
+from vlmtune.recipe.explain import Place, Settings
+from vlmtune.recipe.schema import Recipe
+
+
+def resolve_paths(
+    recipe: Recipe, settings: Settings, *, folder: Path
+) -> tuple[Recipe, list[VlmtuneError]]:
+    """`recipe` with `model` (where it is a folder) and the data files absolute, and the errors.
+
+    `output_dir` stays as given: relative to the working directory.
+    """
+    errors: list[VlmtuneError] = []
+    model = _resolve_model(recipe, settings, folder, errors)
+    data: dict[str, Any] = {}
+    for key in ("train", "eval"):
+        files = getattr(recipe.data, key)
+        if isinstance(files, str):
+            data[key] = _resolve_file(files, settings.place(("data", key)), folder, errors)
+        elif files is not None:
+            data[key] = [
+                _resolve_file(file, settings.place(("data", key, at)), folder, errors)
+                for at, file in enumerate(files)
+            ]
+    changed = recipe.model_copy(
+        update={"model": model, "data": recipe.data.model_copy(update=data)}
+    )
+    return changed, errors
+
+
+def _resolve_model(
+    recipe: Recipe, settings: Settings, folder: Path, errors: list[VlmtuneError]
+) -> str:
+    name, place = recipe.model, settings.place(("model",))
+    path = _absolute(name, folder)
+    if os.path.isdir(path):
+        if not os.path.isfile(os.path.join(path, "config.json")):
+            errors.append(_error("model: a folder without config.json", place, path))
+        if recipe.revision is not None:
+            revision = settings.place(("revision",))
+            errors.append(
+                _error(
+                    "revision has no effect with a model in a folder; remove it",
+                    revision,
+                    recipe.revision,
+                )
+            )
+        return path
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_path or os.path.exists(path):
+        what = "not a folder" if os.path.exists(path) else "no such folder"
+        errors.append(_error(f"model: {what}", place, path, _elsewhere(name, folder)))
+    return name
+
+
+def _resolve_file(name: str, place: Place, folder: Path, errors: list[VlmtuneError]) -> str:
+    path = _absolute(name, folder)
+    if not os.path.isfile(path):
+        what = "a folder, not a file" if os.path.isdir(path) else "no such data file"
+        errors.append(_error(what, place, path, _elsewhere(name, folder)))
+    return path
+
+
+def _absolute(name: str, folder: Path) -> str:
+    return os.path.abspath(os.path.join(folder, os.path.expanduser(name)))
+
+
+def _elsewhere(name: str, folder: Path) -> str | None:
+    """What to write instead where the path is there, but relative to the working directory."""
+    if os.path.exists(name) and not os.path.isabs(name):
+        return f"write {os.path.relpath(name, folder)}: paths are relative to the recipe's folder"
+    return None
+
+
+def _error(message: str, place: Place, got: str, do: str | None = None) -> VlmtuneError:
+    return VlmtuneError(message, file=place.file, line=place.line, got=got, do=do)

@@ -1,0 +1,122 @@
+"""What must hold between keys of a recipe, and which keys a choice leaves without effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
+from pydantic_core import PydanticCustomError
+
+if TYPE_CHECKING:
+    from vlmtune.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Keys (dotted) that do not go together; the first is the one to change."""
+
+    keys: tuple[str, ...]
+    message: str
+
+
+def check_rules(recipe: Recipe) -> None:
+    """Raise one error that carries every conflict of `recipe` in its context."""
+    conflicts = [*_unused(recipe), *_exclusive(recipe), *_ordered(recipe)]
+    if conflicts:
+        text = "; ".join(conflict.message for conflict in conflicts)
+        raise PydanticCustomError(
+            "conflicts", "{text}", {"text": text, "conflicts": tuple(conflicts)}
+        )
+
+
+def unused_keys(recipe: Recipe) -> dict[str, tuple[str, str]]:
+    """Keys without effect in `recipe`: dotted key -> (the key that makes it so, what to do)."""
+    unused: dict[str, tuple[str, str]] = {}
+    if recipe.adalora is not None:
+        unused["rank"] = ("adalora", "set adalora.initial_rank instead")
+        unused["use_rslora"] = ("adalora", "remove it")
+        unused["use_dora"] = ("adalora", "remove it")
+    if not recipe.lora_target:
+        for key in ("rank", "alpha", "dropout", "use_dora", "use_rslora", "adalora"):
+            unused[key] = ("lora_target: []", "remove it")
+    if recipe.quantization_bit == 16:
+        unused["quantization"] = ("quantization_bit: 16", "set 4 or 8, or remove it")
+    if recipe.quantization_bit == 8:
+        for key in ("quantization.double_quant", "quantization.compute_dtype"):
+            unused[key] = ("quantization_bit: 8", "remove it")
+    if recipe.data.on_bad_sample == "error":
+        unused["data.max_bad_fraction"] = ("data.on_bad_sample: error", "set skip, or remove it")
+    return unused
+
+
+def given_keys(section: BaseModel, prefix: str = "") -> set[str]:
+    """Dotted keys that were written rather than filled in from the defaults."""
+    keys: set[str] = set()
+    for name in section.model_fields_set:
+        keys.add(prefix + name)
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            keys |= given_keys(value, f"{prefix}{name}.")
+    return keys
+
+
+def _unused(recipe: Recipe) -> Iterator[Conflict]:
+    given = given_keys(recipe)
+    for key, (cause, advice) in unused_keys(recipe).items():
+        if key not in given or (key == "adalora" and recipe.adalora is None):
+            continue
+        if key == "use_dora" and recipe.lora_target:
+            if recipe.use_dora:
+                yield Conflict(("use_dora", "adalora"), "use_dora and adalora exclude each other")
+            continue
+        cause_key = cause.split(":")[0]
+        yield Conflict((key, cause_key), f"{key} has no effect with {cause}; {advice}")
+
+
+def _exclusive(recipe: Recipe) -> Iterator[Conflict]:
+    if recipe.train.epochs is not None and recipe.train.max_steps is not None:
+        yield Conflict(
+            ("train.max_steps", "train.epochs"),
+            "train.epochs and train.max_steps exclude each other; give one",
+        )
+    if recipe.lora_target and "all" in recipe.modules_to_save:
+        yield Conflict(
+            ("modules_to_save", "lora_target"),
+            "modules_to_save: [all] is full fine-tuning; set lora_target: []",
+        )
+    if not recipe.lora_target and not recipe.modules_to_save:
+        yield Conflict(
+            ("lora_target", "modules_to_save"),
+            "nothing would be trained: lora_target and modules_to_save are both empty",
+        )
+    if not recipe.lora_target and "all" in recipe.modules_to_save and recipe.quantization_bit < 16:
+        yield Conflict(
+            ("quantization_bit", "modules_to_save", "lora_target"),
+            "quantised weights cannot be trained: set quantization_bit: 16",
+        )
+
+
+def _ordered(recipe: Recipe) -> Iterator[Conflict]:
+    low, high = recipe.image.min_pixels, recipe.image.max_pixels
+    if low is not None and high is not None and low > high:
+        yield Conflict(
+            ("image.min_pixels", "image.max_pixels"),
+            f"image.min_pixels ({low}) must not exceed image.max_pixels ({high})",
+        )
+    adalora = recipe.adalora
+    if adalora is None:
+        return
+    if adalora.target_rank >= adalora.initial_rank:
+        yield Conflict(
+            ("adalora.target_rank", "adalora.initial_rank"),
+            f"adalora.target_rank ({adalora.target_rank}) must be below adalora.initial_rank "
+            f"({adalora.initial_rank}): ranks are only taken away",
+        )
+    if adalora.warmup < 1 and adalora.final < 1 and adalora.warmup + adalora.final >= 1:
+        yield Conflict(
+            ("adalora.final", "adalora.warmup"),
+            f"adalora.warmup ({adalora.warmup}) and adalora.final ({adalora.final}) leave no "
+            "steps between them; their sum must be below 1",
+        )
