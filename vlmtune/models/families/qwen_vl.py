@@ -1,0 +1,46 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: the merger inside the vision tower is the connector."""
+
+from __future__ import annotations
+
+from vlmtune.models.family import Family
+
+LANGUAGE_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+LANGUAGE_MLP = ("gate_proj", "up_proj", "down_proj")
+VISION_ATTENTION = ("qkv", "proj")
+
+QWEN2_VL = Family(
+    name="Qwen2-VL",
+    model_types=("qwen2_vl",),
+    parts={
+        "vision": ("model.visual",),
+        "connector": ("model.visual.merger",),
+        "language": ("model.language_model",),
+        "lm_head": ("lm_head",),
+    },
+    attention={"vision": VISION_ATTENTION, "language": LANGUAGE_ATTENTION},
+    mlp={"vision": ("fc1", "fc2"), "language": LANGUAGE_MLP},
+    pixel_budget=True,
+)
+
+QWEN2_5_VL = Family(
+    name="Qwen2.5-VL",
+    model_types=("qwen2_5_vl",),
+    parts=QWEN2_VL.parts,
+    attention=QWEN2_VL.attention,
+    # The tower's MLP is gated like the language model's and shares its leaf names.
+    mlp={"vision": LANGUAGE_MLP, "language": LANGUAGE_MLP},
+    pixel_budget=True,
+)
+
+QWEN3_VL = Family(
+    name="Qwen3-VL",
+    model_types=("qwen3_vl",),
+    # The deepstack mergers carry features of inner vision layers to inner language layers.
+    parts={
+        **QWEN2_VL.parts,
+        "connector": ("model.visual.merger", "model.visual.deepstack_merger_list"),
+    },
+    attention=QWEN2_VL.attention,
+    mlp={"vision": ("linear_fc1", "linear_fc2"), "language": LANGUAGE_MLP},
+    pixel_budget=True,
+)
