@@ -72,6 +72,15 @@ class Conversation:
         return tuple(p for turn in self.turns for p in turn.parts if isinstance(p, Image))
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """A row that is not used, and why; a line of `skipped.jsonl`."""
+
+    id: str
+    source: Source
+    reason: str
+
+
 @dataclass
 class Sample:
     """A conversation as the model sees it.
@@ -79,7 +88,8 @@ class Sample:
     `targets[t]` is the id that position t must predict (already shifted by one), or `IGNORED`.
     `token_fields` are further integer tensors of shape (T,), one value a token
     (`mm_token_type_ids`); `media` are tensors concatenated over samples along dimension 0
-    (`pixel_values`, `image_grid_thw`, …).
+    (`pixel_values`, `image_grid_thw`, …). `notes` say what was changed on the way ("pictures
+    shrunk to fit max_tokens"): fixed wordings, to be counted and shown.
     """
 
     id: str
@@ -89,6 +99,7 @@ class Sample:
     token_fields: dict[str, torch.Tensor] = field(default_factory=dict)  # each (T,)
     media: dict[str, torch.Tensor] = field(default_factory=dict)
     num_images: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:

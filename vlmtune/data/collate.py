@@ -1,0 +1,94 @@
+"""Samples side by side: padded rows for training (right) and for generation (left).
+
+Letters: B rows, T tokens of the longest row, S supervised tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from vlmtune.data.types import IGNORED, Batch, Sample
+
+MediaLayout = Literal["flat", "stacked"]
+
+
+def collate(samples: Sequence[Sample], *, pad_token_id: int, media_layout: MediaLayout) -> Batch:
+    """Right-padded rows; padding is neither attended to nor supervised.
+
+    `flat` media are concatenated over the samples on dimension 0; `stacked` media get one row a
+    sample, (B, most pictures, …), padded with zeros.
+    """
+    targets = _pad([sample.targets for sample in samples], IGNORED, left=False)  # (B, T)
+    supervised = targets != IGNORED  # (B, T)
+    return Batch(
+        inputs=_inputs(samples, pad_token_id, media_layout, left=False),
+        supervised=supervised,
+        targets=targets[supervised],
+        sample_ids=tuple(sample.id for sample in samples),
+        num_tokens=sum(sample.num_tokens for sample in samples),
+        num_images=sum(sample.num_images for sample in samples),
+    )
+
+
+def collate_prompts(
+    samples: Sequence[Sample], *, pad_token_id: int, media_layout: MediaLayout
+) -> dict[str, torch.Tensor]:
+    """Left-padded rows, as `generate` needs them: every row's last token is its prompt's."""
+    return _inputs(samples, pad_token_id, media_layout, left=True)
+
+
+def _inputs(
+    samples: Sequence[Sample], pad_token_id: int, media_layout: MediaLayout, *, left: bool
+) -> dict[str, torch.Tensor]:
+    assert samples, "an empty micro-batch"
+    names = set(samples[0].token_fields)
+    assert all(set(sample.token_fields) == names for sample in samples), "token fields differ"
+    ids = [sample.input_ids for sample in samples]
+    inputs = {
+        "input_ids": _pad(ids, pad_token_id, left=left),  # (B, T)
+        "attention_mask": _pad([torch.ones_like(row) for row in ids], 0, left=left),  # (B, T)
+    }
+    for name in sorted(names):
+        inputs[name] = _pad([sample.token_fields[name] for sample in samples], 0, left=left)
+    inputs.update(_media(samples, media_layout))
+    return inputs
+
+
+def _pad(rows: Sequence[torch.Tensor], value: int, *, left: bool) -> torch.Tensor:
+    longest = max(row.shape[0] for row in rows)
+    padded = rows[0].new_full((len(rows), longest), value)  # (B, T)
+    for index, row in enumerate(rows):
+        length = row.shape[0]
+        padded[index, longest - length if left else 0 : longest if left else length] = row
+    return padded
+
+
+def _media(samples: Sequence[Sample], layout: MediaLayout) -> dict[str, torch.Tensor]:
+    names = sorted({name for sample in samples for name in sample.media})
+    if layout == "flat":
+        return {
+            name: torch.cat([sample.media[name] for sample in samples if name in sample.media])
+            for name in names
+        }
+    return {name: _stack([sample.media.get(name) for sample in samples]) for name in names}
+
+
+def _stack(rows: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """Rows of shape (1, pictures, …) as (B, most pictures, …); a missing row is all zeros.
+
+    Idefics3-style models drop pictures that are zero throughout, so a text-only row costs nothing.
+    """
+    present = [row for row in rows if row is not None]
+    sizes = [max(row.shape[dim] for row in present) for dim in range(1, present[0].dim())]
+    stacked = present[0].new_zeros((len(rows), *sizes))
+    for index, row in enumerate(rows):
+        if row is not None:
+            assert row.shape[0] == 1, "a stacked sample has one row"
+            corner = stacked[index]
+            for dim, size in enumerate(row.shape[1:]):
+                corner = corner.narrow(dim, 0, size)
+            corner.copy_(row[0])
+    return stacked
