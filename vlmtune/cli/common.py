@@ -5,6 +5,7 @@ Results go to stdout, everything else to stderr. Imports no torch: `vlmtune --he
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -13,15 +14,19 @@ import logging
 import math
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
 from vlmtune.errors import VlmtuneError
 
 INTERRUPTED = 130
+
+_json_stream: ContextVar[TextIO | None] = ContextVar("_json_stream", default=None)
+"""Where the JSON object goes while a command's stdout is led to stderr; None: stdout."""
 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")
@@ -34,7 +39,7 @@ RecipeArgument = Annotated[
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY.SUB=VALUE]...",
+        metavar="KEY.SUB=VALUE",
         help="Recipe keys set on the command line; the value is YAML. "
         "`null` takes a key out where it is no value.",
         show_default=False,
@@ -45,29 +50,40 @@ OverridesArgument = Annotated[
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """A command whose `VlmtuneError`s become a message on stderr and an exit code.
 
-    `function` must take `quiet: QuietOption` and `debug: DebugOption`. Raises `typer.Exit` with
-    the error's `exit_code`, or 130 on Ctrl-C; any other exception is our bug and passes through.
+    `function` must take `json: JsonOption`, `quiet: QuietOption` and `debug: DebugOption`. With
+    `--json`, whatever a library prints goes to stderr, so that stdout holds the one object that
+    `print_json` writes. Raises `typer.Exit` with the error's `exit_code`, or 130 on Ctrl-C; any
+    other exception is our bug and passes through.
     """
-    missing = {"quiet", "debug"} - set(inspect.signature(function).parameters)
+    missing = {"json", "quiet", "debug"} - set(inspect.signature(function).parameters)
     assert not missing, f"{function.__name__} lacks the common options {sorted(missing)}"
 
     @functools.wraps(function)
-    def run(*args: object, quiet: bool, debug: bool, **kwargs: object) -> None:
+    def run(*args: object, json: bool, quiet: bool, debug: bool, **kwargs: object) -> None:
         setup_logging(quiet)
         try:
-            function(*args, quiet=quiet, debug=debug, **kwargs)
-        except VlmtuneError as error:
+            with _only_json_on_stdout() if json else contextlib.nullcontext():
+                function(*args, json=json, quiet=quiet, debug=debug, **kwargs)
+        except (VlmtuneError, KeyboardInterrupt) as error:
             if debug:
                 traceback.print_exc(file=sys.stderr)
-            print(error, file=sys.stderr)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            if debug:
-                traceback.print_exc(file=sys.stderr)
+            if isinstance(error, VlmtuneError):
+                print(error, file=sys.stderr)
+                raise typer.Exit(error.exit_code) from None
             print("interrupted", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
 
     return run
+
+
+@contextlib.contextmanager
+def _only_json_on_stdout() -> Iterator[None]:
+    token = _json_stream.set(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _json_stream.reset(token)
 
 
 def setup_logging(quiet: bool) -> None:
@@ -85,7 +101,8 @@ def print_json(result: object) -> None:
 
     JSON has no infinities and no NaN: they become null.
     """
-    print(jsonlib.dumps(_plain(result), indent=2, allow_nan=False))
+    text = jsonlib.dumps(_plain(result), indent=2, allow_nan=False)
+    print(text, file=_json_stream.get() or sys.stdout)
 
 
 def _plain(value: object) -> object:

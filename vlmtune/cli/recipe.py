@@ -13,7 +13,7 @@ from vlmtune.cli.common import (
     command,
     print_json,
 )
-from vlmtune.recipe.load import dump_recipe, load_recipe, recipe_json_schema
+from vlmtune.recipe.load import dump_recipe, load_recipe, recipe_json_schema, resolved_values
 
 
 @command
@@ -27,7 +27,7 @@ def show_command(
     """Print the resolved recipe: defaults filled in, overrides applied, paths absolute."""
     loaded = load_recipe(recipe, overrides or ())
     if json:
-        print_json(loaded.recipe.model_dump(mode="json"))
+        print_json(resolved_values(loaded.recipe))
     else:
         sys.stdout.write(dump_recipe(loaded.recipe))
 

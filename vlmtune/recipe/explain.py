@@ -130,8 +130,12 @@ def _explain(path: Path, detail: ErrorDetails, settings: Settings) -> VlmtuneErr
 
 def unknown_key(path: Path, place: Place) -> VlmtuneError:
     """`unknown key 'rnak'; did you mean 'rank'?`, or the list of known keys where none is near."""
-    for depth in range(1, len(path)):
-        if section_keys(path[:depth]) is None:  # only an override can go on below a non-section
+    for depth in range(1, len(path)):  # only an override can go on below what is no section
+        above = section_keys(path[: depth - 1]) or []
+        if path[depth - 1] in above and section_keys(path[:depth]) is None:
+            message = f"unknown key {dotted(path)!r}: {dotted(path[:depth])} has no keys below it"
+            return VlmtuneError(message, file=place.file, line=place.line)
+        if path[depth - 1] not in above:
             path = path[:depth]
             break
     close = suggest(path)

@@ -123,7 +123,10 @@ def describe(
     """A type and its limits in plain words; `rest` goes on into lists and free mappings."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return describe(arguments[0], [*arguments[1:], *metadata], rest=rest)
+        rules = [
+            r for a in arguments[1:] for r in (a.metadata if isinstance(a, FieldInfo) else [a])
+        ]
+        return describe(arguments[0], [*rules, *metadata], rest=rest)
     if origin in (Union, types.UnionType):
         kinds = [kind for kind in arguments if kind is not type(None)]
         if rest:

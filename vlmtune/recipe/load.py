@@ -52,8 +52,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     return LoadedRecipe(recipe, path, text)
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML that loads back to an equal one: keys without effect left out."""
+def resolved_values(recipe: Recipe) -> dict[str, Any]:
+    """Every key with an effect and its value, plain: loads back to an equal recipe."""
     values = recipe.model_dump(mode="json")
     for key in unused_keys(recipe):
         *above, last = key.split(".")
@@ -61,7 +61,12 @@ def dump_recipe(recipe: Recipe) -> str:
         for name in above:
             holder = holder.get(name, {})
         holder.pop(last, None)
-    return yaml12.dump_yaml(values)
+    return values
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that loads back to an equal one."""
+    return yaml12.dump_yaml(resolved_values(recipe))
 
 
 def recipe_json_schema() -> dict[str, Any]:

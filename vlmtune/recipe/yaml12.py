@@ -89,10 +89,13 @@ def parse_yaml(text: str, *, file: str) -> tuple[Document, list[VlmtuneError]]:
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise VlmtuneError(
-            "a character that YAML does not allow", file=file, line=line, got=repr(error.character)
+            "a character that YAML does not allow",
+            file=file,
+            line=line,
+            got=f"U+{ord(text[error.position]):04X}",
         ) from None
     except yaml.MarkedYAMLError as error:
-        raise _syntax_error(error, text, file) from None
+        raise _syntax_error(error, file) from None
     except RecursionError:
         raise VlmtuneError("nested too deeply", file=file, line=1) from None
     if root is None:
@@ -102,19 +105,18 @@ def parse_yaml(text: str, *, file: str) -> tuple[Document, list[VlmtuneError]]:
     return Document(value, builder.lines), builder.errors
 
 
-def _syntax_error(error: yaml.MarkedYAMLError, text: str, file: str) -> VlmtuneError:
-    mark = error.problem_mark or error.context_mark
-    line = 1 if mark is None else mark.line + 1
+def _syntax_error(error: yaml.MarkedYAMLError, file: str) -> VlmtuneError:
+    mark, start = error.problem_mark, error.context_mark
     problem = error.problem or "cannot be read"
-    if mark is not None and "\t" in (text.split("\n")[mark.line : mark.line + 1] or [""])[0]:
-        return VlmtuneError(
-            "not valid YAML: a tab in the indentation",
-            file=file,
-            line=line,
-            do="indent with spaces",
-        )
-    if isinstance(error, yaml.composer.ComposerError) and "single document" in str(error.context):
-        problem = "a second document (`---`)"
+    if error.context == "while scanning a simple key" and start is not None:
+        mark, start = start, None  # the problem's own mark is on the line after
+    if error.context == "expected a single document in the stream":
+        problem, start = "a second document (`---`)", None
+    line = 1 if mark is None else mark.line + 1
+    if "'\\t'" in problem:
+        return VlmtuneError("not valid YAML: a tab", file=file, line=line, do="use spaces")
+    if start is not None and start.line + 1 != line:
+        problem += f" ({error.context} that starts on line {start.line + 1})"
     return VlmtuneError(f"not valid YAML: {problem}", file=file, line=line)
 
 
