@@ -1,0 +1,105 @@
+"""The one place that calls the model in training: logits at supervised positions only.
+
+    inputs (B, T) -> backbone -> hidden states (B, T, D) -> rows that are supervised (S, D)
+                  -> lm_head -> logits (S, V)
+
+The full (B, T, V) tensor, the largest of a step for a vocabulary of 150,000, is never made. Letters:
+B rows, T tokens of the longest row, S supervised tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from vlmtune.errors import VlmtuneError
+from vlmtune.models.family import Family, part_of
+
+MEDIA_PARTS = ("vision", "connector")
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper, or `model` itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def base_name(name: str) -> str:
+    """A parameter's name in the transformers model, from its name in a PEFT wrapper."""
+    return name.removeprefix("base_model.model.")
+
+
+class SupervisedForward(nn.Module):
+    """The trained model behind `forward(inputs, supervised) -> logits (S, V)` in float32.
+
+    A micro-batch without a picture leaves the vision part out of the graph; its trained tensors
+    then enter with weight zero, so that every process sends the same gradients (DDP would wait for
+    the missing ones for ever).
+    """
+
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        super().__init__()
+        self.model = model
+        base = base_of(model)
+        for name in ("model", "lm_head"):
+            if not hasattr(base, name):
+                raise VlmtuneError(
+                    f"the model class {type(base).__name__} has no `{name}`",
+                    expected="a transformers …ForConditionalGeneration with `model` and `lm_head`",
+                )
+        self._media_names = [
+            name
+            for name, parameter in base.named_parameters()
+            if parameter.requires_grad and part_of(name, family) in MEDIA_PARTS
+        ]
+
+    def forward(self, inputs: Mapping[str, Tensor], supervised: Tensor) -> Tensor:
+        base = base_of(self.model)
+        # use_cache=False: with a cache, packed or padded rows are not isolated (and it costs).
+        hidden = base.model(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
+        logits = base.lm_head(hidden[supervised]).float()  # (S, V)
+        if self._media_names and not has_media(inputs):
+            logits = logits + self._zero()
+        return logits
+
+    def _zero(self) -> Tensor:
+        base = base_of(self.model)
+        tensors = [base.get_parameter(name) for name in self._media_names]
+        return torch.stack([t.flatten()[0].float() for t in tensors]).sum() * 0.0
+
+
+def has_media(inputs: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith("pixel_values") for name in inputs)
+
+
+def full_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The model's own logits at every position, (B, T, V): the reference `SupervisedForward` is
+    held against before training and in tests."""
+    return base_of(model)(**inputs, use_cache=False).logits.float()
+
+
+def set_gradient_checkpointing(model: nn.Module, family: Family) -> list[str]:
+    """Switch on non-reentrant activation checkpointing in the parts that train; returns them.
+
+    A frozen vision tower is left out: it keeps no activations for a backward pass, so recomputing
+    it would cost time and save nothing. No hook on input embeddings is set: the non-reentrant kind
+    does not need one.
+    """
+    base = base_of(model)
+    trained = {part_of(n, family) for n, p in base.named_parameters() if p.requires_grad}
+    base.activation_checkpointing_enable({"use_reentrant": False})
+    parts = {"language"}
+    if trained & set(MEDIA_PARTS):
+        parts |= {"vision", "connector"}
+    switched = set()
+    for name, module in base.named_modules():
+        if not hasattr(module, "gradient_checkpointing"):
+            continue
+        part = part_of(name, family)
+        if part in MEDIA_PARTS and part not in parts:
+            module.gradient_checkpointing = False
+        elif part is not None:
+            switched.add(part)
+    return sorted(switched)

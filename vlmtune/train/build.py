@@ -1,0 +1,205 @@
+"""From a recipe and a loaded model to what the loop trains."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from vlmtune.data.collate import collate
+from vlmtune.data.encode import Encoder
+from vlmtune.data.packing import num_steps
+from vlmtune.data.source import Skipped, content_hash
+from vlmtune.data.types import Batch, Conversation
+from vlmtune.errors import SampleError, VlmtuneError
+from vlmtune.models.adapters.base import Adapter
+from vlmtune.models.family import part_of
+from vlmtune.models.forward import (
+    MEDIA_PARTS,
+    SupervisedForward,
+    base_name,
+    set_gradient_checkpointing,
+)
+from vlmtune.models.load import VLM
+from vlmtune.recipe.schema import Recipe
+from vlmtune.train.feed import FeedSettings, LeftOut, StepDataset, to_device
+from vlmtune.train.loop import Trainee
+from vlmtune.train.optim import build_optimizer, parameter_groups
+from vlmtune.train.probe import check_forward, freeze_unreached
+from vlmtune.train.runtime import DTYPES
+from vlmtune.train.skips import SkipLedger
+
+DEFAULT_EPOCHS = 3.0
+
+# Changing these between a stop and its resume changes no step's result.
+FREE_KEYS = {"output_dir", "eval", "data.eval", "data.num_workers"} | {
+    f"train.{key}" for key in ("log_every", "eval_every", "save_every", "keep_checkpoints")
+}
+
+
+def total_steps_of(recipe: Recipe, num_samples: int) -> int:
+    """Optimizer steps of the run."""
+    section = recipe.train
+    if section.max_steps is not None:
+        return section.max_steps
+    return num_steps(section.epochs or DEFAULT_EPOCHS, num_samples, section.batch_size)
+
+
+def as_list(files: str | list[str] | None) -> list[str]:
+    """One file, several, or none, as a list."""
+    if files is None:
+        return []
+    return [files] if isinstance(files, str) else list(files)
+
+
+def fingerprint_of(recipe: Recipe, data_hashes: dict[str, str]) -> dict[str, Any]:
+    """Every recipe key and data file that decides a step's result."""
+    flat: dict[str, Any] = {}
+    for key, value in recipe.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{inner}": x for inner, x in value.items()}
+        else:
+            flat[key] = value
+    kept = {
+        k: v for k, v in flat.items() if k not in FREE_KEYS and k.split(".")[0] not in FREE_KEYS
+    }
+    return kept | {f"content of {name}": digest for name, digest in data_hashes.items()}
+
+
+def data_hashes_of(recipe: Recipe) -> dict[str, str]:
+    return {str(k): v for k, v in content_hash(as_list(recipe.data.train)).items()}
+
+
+def build_ledger(recipe: Recipe, *, folder: Path, num_samples: int) -> SkipLedger:
+    return SkipLedger(
+        folder / "skipped.jsonl",
+        num_samples=num_samples,
+        max_bad_fraction=recipe.data.max_bad_fraction,
+    )
+
+
+def left_out(skipped: Sequence[Skipped]) -> list[LeftOut]:
+    """The rows that the reader skipped, as the ledger lists them."""
+    return [LeftOut(s.id, s.source.file, s.source.line, s.reason, is_bad=True) for s in skipped]
+
+
+def build_encoder(recipe: Recipe, vlm: VLM) -> Encoder:
+    return Encoder(
+        vlm.processor,
+        max_tokens=recipe.data.max_tokens,
+        over_length=recipe.data.over_length,
+        max_image_pixels=recipe.data.max_image_pixels,
+    )
+
+
+def build_dataset(
+    recipe: Recipe,
+    *,
+    conversations: Sequence[Conversation],
+    encoder: Encoder,
+    vlm: VLM,
+    accelerator: Accelerator,
+) -> StepDataset:
+    """The training steps of this process. Raises `VlmtuneError` for fewer samples a step than
+    processes: some would have nothing to do."""
+    if recipe.train.batch_size < accelerator.num_processes:
+        raise VlmtuneError(
+            "train.batch_size is smaller than the number of processes",
+            got=recipe.train.batch_size,
+            expected=f"at least {accelerator.num_processes}",
+        )
+    settings = FeedSettings(
+        seed=recipe.seed,
+        batch_size=recipe.train.batch_size,
+        micro_batch_tokens=recipe.train.micro_batch_tokens,
+        pad_token_id=pad_token_id(vlm),
+        media_layout=vlm.family.media_layout,
+        skip_bad_samples=recipe.data.on_bad_sample == "skip",
+        drop_over_length=recipe.data.over_length == "drop",
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    return StepDataset(conversations, encoder, settings)
+
+
+def pad_token_id(vlm: VLM) -> int:
+    """The padding id; any id does where the tokenizer has none, as padding is masked."""
+    found = vlm.processor.tokenizer.pad_token_id
+    return 0 if found is None else int(found)
+
+
+def first_batch(
+    conversations: Sequence[Conversation], encoder: Encoder, vlm: VLM, *, with_image: bool
+) -> Batch:
+    """A micro-batch of the first usable sample, one with a picture where `with_image`."""
+    problems = []
+    for conversation in conversations:
+        if with_image and not conversation.images:
+            continue
+        try:
+            sample = encoder.encode(conversation)
+        except SampleError as error:
+            problems.append(error)
+            if len(problems) == 20:
+                break
+            continue
+        return collate(
+            [sample], pad_token_id=pad_token_id(vlm), media_layout=vlm.family.media_layout
+        )
+    if problems:
+        raise problems[0]
+    raise VlmtuneError(
+        "modules of the vision tower or the connector are trained, but no sample has a picture",
+        do="leave them out of lora_target and modules_to_save",
+    )
+
+
+def build_trainee(
+    recipe: Recipe,
+    *,
+    vlm: VLM,
+    adapter: Adapter,
+    conversations: Sequence[Conversation],
+    encoder: Encoder,
+    accelerator: Accelerator,
+) -> Trainee:
+    """Wrap, probe, checkpoint activations, build the optimizer, prepare for the processes."""
+    dtype = DTYPES[recipe.train.precision]
+    forward = SupervisedForward(adapter.model, vlm.family)
+    forward.to(accelerator.device)
+    trained = {n: p for n, p in adapter.model.named_parameters() if p.requires_grad}
+    parts = {name: part_of(base_name(name), vlm.family) or "language" for name in trained}
+    has_images = any(c.images for c in conversations)
+    batch = first_batch(
+        conversations,
+        encoder,
+        vlm,
+        with_image=has_images or bool(set(parts.values()) & set(MEDIA_PARTS)),
+    )
+    batch = to_device(batch, accelerator.device)
+    with accelerator.autocast():
+        check_forward(forward, batch, dtype)
+        unreached = set(freeze_unreached(forward, batch, trained))
+    trained = {n: p for n, p in trained.items() if n not in unreached}
+    if recipe.train.gradient_checkpointing:
+        set_gradient_checkpointing(adapter.model, vlm.family)
+    groups = parameter_groups(
+        trained,
+        part_of_name=parts,
+        section=recipe.train,
+        no_decay=adapter.no_decay_names(),
+    )
+    optimizer = build_optimizer(groups, kind=recipe.train.optimizer, device=accelerator.device)
+    forward.train()
+    prepared, optimizer = accelerator.prepare(forward, optimizer)
+    return Trainee(prepared, adapter, trained, parts, optimizer)
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Seed torch and Python; each process draws its own dropout masks."""
+    random.seed(seed + rank)
+    torch.manual_seed(seed + rank)

@@ -1,0 +1,149 @@
+"""Checkpoints: written beside, synced, renamed; complete or absent.
+
+    checkpoints/
+      step-000100/
+        tensors.safetensors   every trained tensor at full size, and the adapter method's state
+        optimizer.pt          the optimizer's state and, in fp16, the loss scaler's
+        rng.pt                random state of every process
+        state.json            step, fingerprint of recipe and data, number of processes
+      .writing-step-000150/   an unfinished one; removed by the next save
+
+A reader only looks at `step-*`; a kill at any moment leaves the last complete one in place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vlmtune.errors import VlmtuneError
+
+WRITING = ".writing-"
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands. `fingerprint` maps what must not change between stop and resume (recipe
+    keys, data files) to its value or hash."""
+
+    step: int
+    num_processes: int
+    fingerprint: dict[str, Any]
+    left_out: list[dict[str, Any]]
+
+
+@dataclass
+class Checkpoint:
+    state: TrainState
+    tensors: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    rng: list[dict[str, Any]]
+
+
+def random_state() -> dict[str, Any]:
+    """The random state of this process: Python's, torch's, and CUDA's where there is one."""
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Write `folder/step-NNNNNN` and remove all but the `keep` newest. One process calls this.
+
+    Raises `VlmtuneError` where the disk refuses; earlier checkpoints stay as they were.
+    """
+    step = checkpoint.state.step
+    final = folder / f"step-{step:06d}"
+    writing = folder / f"{WRITING}{final.name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob(f"{WRITING}*"):
+            shutil.rmtree(old)
+        writing.mkdir()
+        tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}
+        save_file(tensors, writing / "tensors.safetensors")
+        torch.save(checkpoint.optimizer, writing / "optimizer.pt")
+        torch.save(checkpoint.rng, writing / "rng.pt")
+        (writing / "state.json").write_text(json.dumps(asdict(checkpoint.state), indent=1))
+        sync_folder(writing)
+        if final.exists():
+            shutil.rmtree(final)
+        writing.rename(final)
+        sync_path(folder)
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a full disk as RuntimeError from its zip writer.
+        shutil.rmtree(writing, ignore_errors=True)
+        raise VlmtuneError(
+            f"the checkpoint of step {step} could not be written: {error}",
+            file=folder,
+            got=f"{shutil.disk_usage(folder.parent).free / 1e6:.0f} MB free",
+            do="free space and run again with --resume auto; earlier checkpoints are intact",
+        ) from error
+    for old in complete_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint folder onto the CPU. Raises `VlmtuneError` where it is not one."""
+    if not (path / "state.json").is_file():
+        raise VlmtuneError("not a complete checkpoint", file=path, expected="…/step-NNNNNN")
+    state = TrainState(**json.loads((path / "state.json").read_text()))
+    return Checkpoint(
+        state=state,
+        tensors=load_file(path / "tensors.safetensors"),
+        optimizer=torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"),
+        rng=torch.load(path / "rng.pt", weights_only=True, map_location="cpu"),
+    )
+
+
+def check_fingerprint(saved: Mapping[str, Any], now: Mapping[str, Any], *, path: Path) -> None:
+    """Raise `VlmtuneError` naming every recipe key or data file that changed since the stop."""
+    changed = sorted(k for k in saved.keys() | now.keys() if saved.get(k) != now.get(k))
+    if changed:
+        details = "; ".join(f"{k}: {saved.get(k)!r} -> {now.get(k)!r}" for k in changed[:5])
+        raise VlmtuneError(
+            f"cannot resume: {', '.join(changed)} changed since this checkpoint",
+            file=path,
+            got=details,
+            do="restore them, or start over with --resume never or another output_dir",
+        )
+
+
+def sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush every file below `folder`, and the folders themselves, to the disk."""
+    for path in folder.rglob("*"):
+        sync_path(path)
+    sync_path(folder)

@@ -1,0 +1,59 @@
+"""The loss on held-out conversations: token-exact, over all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from vlmtune.data.collate import collate
+from vlmtune.data.encode import Encoder
+from vlmtune.data.packing import plan_micro_batches
+from vlmtune.data.types import Conversation
+from vlmtune.errors import SampleError
+from vlmtune.train.feed import to_device
+from vlmtune.train.loss import summed_cross_entropy
+
+CHUNK = 256
+"""Samples encoded at once: bounds the memory of their pictures."""
+
+
+@torch.no_grad()
+def evaluation_loss(
+    forward: nn.Module,
+    conversations: Sequence[Conversation],
+    *,
+    encoder: Encoder,
+    accelerator: Accelerator,
+    micro_batch_tokens: int,
+    pad_token_id: int,
+    media_layout: str,
+) -> dict[str, float]:
+    """`loss` in nats per supervised token and `skipped`, the samples that could not be used.
+
+    `forward` is the unwrapped module. Contains one collective.
+    """
+    mine = conversations[accelerator.process_index :: accelerator.num_processes]
+    total, count, skipped = 0.0, 0, 0
+    for start in range(0, len(mine), CHUNK):
+        samples = []
+        for conversation in mine[start : start + CHUNK]:
+            try:
+                samples.append(encoder.encode(conversation))
+            except SampleError:
+                skipped += 1
+        for rows in plan_micro_batches([s.num_tokens for s in samples], micro_batch_tokens):
+            batch = collate(
+                [samples[i] for i in rows], pad_token_id=pad_token_id, media_layout=media_layout
+            )
+            batch = to_device(batch, accelerator.device)
+            with accelerator.autocast():
+                logits = forward(batch.inputs, batch.supervised)
+            total += summed_cross_entropy(logits, batch.targets).item()
+            count += batch.targets.numel()
+    sums = torch.tensor([total, count, skipped], dtype=torch.float64, device=accelerator.device)
+    total, count, skipped = accelerator.reduce(sums, "sum").tolist()
+    result = {"loss": total / max(1, count)}
+    return result | {"skipped": float(skipped)} if skipped else result

@@ -1,0 +1,171 @@
+"""Optimizer steps from conversations, encoded ahead of the loop.
+
+    step -> indices of its samples -> this process's share -> encode -> micro-batches -> StepData
+
+An item of the dataset is a whole optimizer step, a pure function of (seed, step, data): any number
+of workers gives the same steps, and a resumed run starts at the step it needs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vlmtune.data.collate import collate
+from vlmtune.data.encode import Encoder, OverLength
+from vlmtune.data.packing import plan_micro_batches, process_share, step_samples
+from vlmtune.data.types import IGNORED, Batch, Conversation, Sample
+from vlmtune.errors import SampleError
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A sample that was not trained on. `is_bad`: it could not be used; otherwise it was too long
+    and the recipe says to drop it."""
+
+    id: str
+    file: str
+    line: int
+    reason: str
+    is_bad: bool
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@dataclass
+class StepData:
+    """The micro-batches of one process for one optimizer step; at least one.
+
+    `num_step_samples` counts the samples of the step over all processes, left out or not; `epoch`
+    is the share of training data seen after it.
+    """
+
+    micro_batches: list[Batch]
+    left_out: list[LeftOut]
+    num_step_samples: int
+    epoch: float
+
+
+@dataclass(frozen=True)
+class FeedSettings:
+    seed: int
+    batch_size: int
+    micro_batch_tokens: int
+    pad_token_id: int
+    media_layout: str
+    skip_bad_samples: bool
+    drop_over_length: bool
+    rank: int
+    world_size: int
+
+
+class StepDataset(Dataset[StepData | SampleError]):
+    """Steps by number. A bad sample comes back as a value: raised in a worker, it would reach the
+    loop as a traceback in a string."""
+
+    def __init__(
+        self, conversations: Sequence[Conversation], encoder: Encoder, settings: FeedSettings
+    ) -> None:
+        self.conversations = conversations
+        self.encoder = encoder
+        self.settings = settings
+
+    def __getitem__(self, step: int) -> StepData | SampleError:
+        s = self.settings
+        whole = step_samples(
+            step, seed=s.seed, num_samples=len(self.conversations), batch_size=s.batch_size
+        )
+        share = process_share(whole, rank=s.rank, world_size=s.world_size)
+        samples: list[Sample] = []
+        left_out: list[LeftOut] = []
+        for index in share:
+            conversation = self.conversations[index]
+            try:
+                samples.append(self.encoder.encode(conversation))
+            except SampleError as error:
+                is_dropped = isinstance(error, OverLength) and s.drop_over_length
+                if not (s.skip_bad_samples or is_dropped):
+                    return error
+                left_out.append(_left_out(conversation, error, is_bad=not is_dropped))
+        if not samples:
+            samples = [self._unsupervised()]
+        plan = plan_micro_batches([x.num_tokens for x in samples], s.micro_batch_tokens)
+        batches = [
+            collate(
+                [samples[i] for i in rows],
+                pad_token_id=s.pad_token_id,
+                media_layout=s.media_layout,
+            )
+            for rows in plan
+        ]
+        epoch = step * s.batch_size / len(self.conversations)
+        return StepData(batches, left_out, len(whole), epoch)
+
+    def _unsupervised(self) -> Sample:
+        """A sample without a target: a process with nothing to train on still takes part in the
+        gradient's reduction, with zeros."""
+        ids = torch.full((2,), self.settings.pad_token_id)
+        fields = {}
+        if self.encoder.token_field_names:
+            fields = {name: torch.zeros_like(ids) for name in self.encoder.token_field_names}
+        return Sample(
+            id="",
+            source=self.conversations[0].source,
+            input_ids=ids,
+            targets=torch.full_like(ids, IGNORED),
+            token_fields=fields,
+        )
+
+
+def _left_out(conversation: Conversation, error: SampleError, *, is_bad: bool) -> LeftOut:
+    source = conversation.source
+    return LeftOut(conversation.id, source.file, source.line, str(error), is_bad)
+
+
+def _start_worker(_: int) -> None:
+    # Ctrl-C reaches the whole process group; the loop decides when workers stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def steps_from(
+    dataset: StepDataset, *, first: int, last: int, num_workers: int
+) -> Iterator[StepData]:
+    """The steps `first` to `last`, both included, in order. Raises the first `SampleError`."""
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(first, last + 1),
+        num_workers=num_workers,
+        prefetch_factor=2 if num_workers else None,
+        worker_init_fn=_start_worker,
+        # The loader draws a base seed; without its own generator that would move the global RNG,
+        # and a resumed run would see other dropout masks.
+        generator=torch.Generator().manual_seed(0),
+    )
+    for item in loader:
+        if isinstance(item, SampleError):
+            raise item
+        yield item
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`."""
+    if device.type == "cpu":
+        return batch
+    inputs = {k: v.to(device, non_blocking=True) for k, v in batch.inputs.items()}
+    return Batch(
+        inputs=inputs,
+        supervised=batch.supervised.to(device, non_blocking=True),
+        targets=batch.targets.to(device, non_blocking=True),
+        sample_ids=batch.sample_ids,
+        num_tokens=batch.num_tokens,
+        num_images=batch.num_images,
+    )

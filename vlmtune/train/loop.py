@@ -1,0 +1,281 @@
+"""The training loop.
+
+    for each optimizer step: fetch -> learning rate -> train_step -> log -> evaluate -> save
+
+Everything that decides a step's result is a pure function of (seed, step, data) or is in the
+checkpoint; that is why a resumed run equals an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from vlmtune.errors import VlmtuneError
+from vlmtune.recipe.schema import TrainSection
+from vlmtune.train.checkpoint import (
+    Checkpoint,
+    TrainState,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
+from vlmtune.train.feed import StepData
+from vlmtune.train.interrupt import StopSignal
+from vlmtune.train.optim import learning_rate_factor, resolve_count, set_learning_rate
+from vlmtune.train.runtime import peak_memory_bytes
+from vlmtune.train.skips import SkipLedger
+from vlmtune.train.step import Method, StepResult, train_step
+from vlmtune.train.tracker import Tracker
+
+Evaluate = Callable[[], dict[str, float]]
+
+
+class TrainedMethod(Method, Protocol):
+    """An adapter method, as the loop needs it: the step's part and its state."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All counts in optimizer steps."""
+
+    total_steps: int
+    warmup_steps: int
+    eval_every: int
+    save_every: int
+
+    @classmethod
+    def of(cls, section: TrainSection, total_steps: int) -> Schedule:
+        return cls(
+            total_steps=total_steps,
+            warmup_steps=resolve_count(section.warmup, total_steps, whole=False),
+            eval_every=resolve_count(section.eval_every, total_steps, whole=True),
+            save_every=resolve_count(section.save_every, total_steps, whole=True),
+        )
+
+
+@dataclass
+class Trainee:
+    """What is trained, and by what. `parameters` are the trained tensors by name."""
+
+    forward: nn.Module
+    method: TrainedMethod
+    parameters: Mapping[str, nn.Parameter]
+    part_of_name: Mapping[str, str]
+    optimizer: AcceleratedOptimizer
+
+
+@dataclass
+class TrainResult:
+    """Figures of this session; `stopped_by` is the exit code of a stop by signal, else None."""
+
+    steps: int
+    samples: int = 0
+    loss: float = float("nan")
+    seconds: float = 0.0
+    supervised_tokens: int = 0
+    peak_memory_bytes: int = 0
+    skipped: int = 0
+    stopped_by: int | None = None
+
+
+@dataclass
+class _Window:
+    """Sums since the last logged line."""
+
+    started: float = field(default_factory=time.monotonic)
+    loss_sum: float = 0.0
+    num_supervised: int = 0
+    num_samples: int = 0
+    num_tokens: int = 0
+    num_images: int = 0
+    wait_seconds: float = 0.0
+    num_scaler_skips: int = 0
+
+
+def train(
+    trainee: Trainee,
+    *,
+    section: TrainSection,
+    schedule: Schedule,
+    make_steps: Callable[[int, int], Iterator[StepData]],
+    accelerator: Accelerator,
+    folder: Path,
+    fingerprint: dict[str, Any],
+    skips: SkipLedger,
+    evaluate: Evaluate | None,
+    resume: Checkpoint | None = None,
+    quiet: bool = False,
+) -> TrainResult:
+    """Train from the step after `resume` (or 1) to the last; runs on every process.
+
+    `make_steps(first, last)` yields this process's data. `evaluate` is a collective and returns the
+    metrics to log. Raises `VlmtuneError` for a non-finite loss, too many bad samples, a full disk.
+    """
+    first = 1
+    if resume is not None:
+        first = resume.state.step + 1
+        restore(trainee, resume, accelerator)
+    main = accelerator.is_main_process
+    result = TrainResult(steps=first - 1, skipped=skips.num_left_out)
+    window = _Window()
+    begin = time.monotonic()
+    with (
+        StopSignal() as stop,
+        Tracker(
+            folder,
+            total_steps=schedule.total_steps,
+            first_step=first,
+            quiet=quiet,
+            active=main,
+        ) as tracker,
+    ):
+        steps = make_steps(first, schedule.total_steps)
+        for step in range(first, schedule.total_steps + 1):
+            waited = time.monotonic()
+            data = next(steps)
+            window.wait_seconds += time.monotonic() - waited
+            factor = learning_rate_factor(
+                step,
+                total_steps=schedule.total_steps,
+                warmup_steps=schedule.warmup_steps,
+                schedule=section.schedule,
+            )
+            rates = set_learning_rate(trainee.optimizer.optimizer, factor)
+            is_last = step == schedule.total_steps
+            due = step % section.log_every == 0 or is_last
+            done = train_step(
+                trainee.forward,
+                step=step,
+                micro_batches=data.micro_batches,
+                method=trainee.method,
+                parameters=trainee.parameters,
+                part_of_name=trainee.part_of_name,
+                optimizer=trainee.optimizer,
+                accelerator=accelerator,
+                max_grad_norm=section.max_grad_norm,
+                num_left_out=len(data.left_out),
+                stop_requested=stop.received is not None,
+                log_parts=due,
+            )
+            if done.num_left_out:
+                skips.add(gather_object(data.left_out), write=main)
+            _add(window, data, done, accelerator.num_processes)
+            result.steps = step
+            result.samples += data.num_step_samples - done.num_left_out
+            result.supervised_tokens += done.num_supervised
+            result.loss = window.loss_sum / max(1, window.num_supervised)
+            tracker.advance(step, result.loss, result.samples / (time.monotonic() - begin))
+            line: dict[str, Any] = dict(done.method_log)
+            if due:
+                line = _line(window, done, rates, step, data, accelerator) | line
+                window = _Window()
+            if evaluate is not None and (step % schedule.eval_every == 0 or is_last):
+                line |= _evaluated(evaluate, trainee.forward)
+            if line:
+                tracker.log(step, line)
+            if step % schedule.save_every == 0 or is_last or done.stop:
+                _save(
+                    trainee, step, accelerator, folder, fingerprint, skips, section.keep_checkpoints
+                )
+            if done.stop and not is_last:
+                result.stopped_by = stop.exit_code
+                break
+    result.seconds = time.monotonic() - begin
+    result.skipped = skips.num_left_out
+    result.peak_memory_bytes = peak_memory_bytes(accelerator.device)
+    return result
+
+
+def _add(window: _Window, data: StepData, done: StepResult, num_processes: int) -> None:
+    window.loss_sum += done.loss * done.num_supervised
+    window.num_supervised += done.num_supervised
+    window.num_samples += data.num_step_samples - done.num_left_out
+    # Of this process, times their number: an estimate that costs no collective.
+    window.num_tokens += num_processes * sum(b.num_tokens for b in data.micro_batches)
+    window.num_images += num_processes * sum(b.num_images for b in data.micro_batches)
+    window.num_scaler_skips += done.was_skipped
+
+
+def _line(
+    window: _Window,
+    done: StepResult,
+    rates: dict[str, float],
+    step: int,
+    data: StepData,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    seconds = time.monotonic() - window.started
+    line: dict[str, Any] = {
+        "epoch": data.epoch,
+        "loss": window.loss_sum / max(1, window.num_supervised),
+        "learning_rate": rates,
+        "grad_norm": {"total": done.grad_norm, **done.part_grad_norms},
+        "supervised_tokens": window.num_supervised,
+        "samples_per_second": window.num_samples / seconds,
+        "tokens_per_second": window.num_tokens / seconds,
+        "images_per_second": window.num_images / seconds,
+        "data_wait_fraction": window.wait_seconds / seconds,
+        "peak_memory_bytes": peak_memory_bytes(accelerator.device),
+    }
+    if done.penalty is not None:
+        line["orthogonal_penalty"] = done.penalty
+    if window.num_scaler_skips:
+        line["steps_skipped_by_loss_scaler"] = window.num_scaler_skips
+    return line
+
+
+def _evaluated(evaluate: Evaluate, forward: nn.Module) -> dict[str, float]:
+    forward.eval()
+    try:
+        return {f"eval_{name}": value for name, value in evaluate().items()}
+    finally:
+        forward.train()
+
+
+def _save(
+    trainee: Trainee,
+    step: int,
+    accelerator: Accelerator,
+    folder: Path,
+    fingerprint: dict[str, Any],
+    skips: SkipLedger,
+    keep: int,
+) -> None:
+    rng = gather_object([random_state()])
+    if accelerator.is_main_process:
+        optimizer: dict[str, Any] = {"optimizer": trainee.optimizer.state_dict()}
+        if accelerator.scaler is not None:
+            optimizer["scaler"] = accelerator.scaler.state_dict()
+        state = TrainState(step, accelerator.num_processes, fingerprint, skips.as_list())
+        checkpoint = Checkpoint(state, trainee.method.state_dict(), optimizer, rng)
+        save_checkpoint(folder / "checkpoints", checkpoint, keep=keep)
+    accelerator.wait_for_everyone()
+
+
+def restore(trainee: Trainee, checkpoint: Checkpoint, accelerator: Accelerator) -> None:
+    """Put a checkpoint's tensors, optimizer and random state in place."""
+    trainee.method.load_state_dict(checkpoint.tensors)
+    trainee.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
+    if len(checkpoint.rng) != accelerator.num_processes:
+        raise VlmtuneError(
+            "cannot resume on another number of processes",
+            got=accelerator.num_processes,
+            expected=len(checkpoint.rng),
+            do="launch as before, or start over with --resume never",
+        )
+    restore_random_state(checkpoint.rng[accelerator.process_index])

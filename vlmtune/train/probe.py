@@ -1,0 +1,76 @@
+"""A look at one micro-batch before the first step: is the forward pass the model's own, and does a
+gradient reach everything that is to be trained?
+
+Both are found in seconds here and not at all otherwise: a model whose logits are scaled after
+`lm_head` would train on wrong ones, and an adapter on a layer that the model does not use (LLaVA
+takes features from the last layer but one) would stay as it was for the whole run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from vlmtune.data.types import Batch
+from vlmtune.errors import VlmtuneError
+from vlmtune.models.forward import SupervisedForward, full_logits
+from vlmtune.train.loss import summed_cross_entropy
+
+log = logging.getLogger("vlmtune")
+
+RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def check_forward(forward: SupervisedForward, batch: Batch, dtype: torch.dtype) -> float:
+    """Compare logits at supervised positions with the model's own; the largest difference relative
+    to the largest logit. Raises `VlmtuneError` where they are not the same."""
+    was_training = forward.training
+    forward.eval()
+    with torch.no_grad():
+        ours = forward(batch.inputs, batch.supervised)
+        reference = full_logits(forward.model, batch.inputs)[batch.supervised]
+    forward.train(was_training)
+    scale = reference.abs().max().clamp_min(1e-6)
+    difference = float((ours - reference).abs().max() / scale)
+    if not difference <= RELATIVE_TOLERANCE[dtype]:
+        raise VlmtuneError(
+            "this model class changes its logits after lm_head; training it would be wrong",
+            got=f"a relative difference of {difference:.2g}",
+            expected=f"at most {RELATIVE_TOLERANCE[dtype]:.0e}",
+            do="report the model's class; it needs a family of its own",
+        )
+    return difference
+
+
+def freeze_unreached(
+    forward: SupervisedForward, batch: Batch, parameters: Mapping[str, nn.Parameter]
+) -> list[str]:
+    """Freeze the trained tensors that get no gradient from `batch`, say so, return their names.
+
+    Raises `VlmtuneError` where none gets one. Leaves the random state as it was.
+    """
+    was_training = forward.training
+    forward.eval()
+    with torch.random.fork_rng(devices=[]):
+        summed_cross_entropy(forward(batch.inputs, batch.supervised), batch.targets).backward()
+    forward.train(was_training)
+    unreached = [name for name, p in parameters.items() if p.grad is None]
+    for parameter in parameters.values():
+        parameter.grad = None
+    if len(unreached) == len(parameters):
+        raise VlmtuneError("no trained tensor gets a gradient", got=unreached[:5])
+    for name in unreached:
+        parameters[name].requires_grad_(False)
+    if unreached:
+        log.warning(
+            "%d of %d trained tensors get no gradient, as the model does not use them; "
+            "they stay as they are: %s%s",
+            len(unreached),
+            len(parameters),
+            ", ".join(unreached[:3]),
+            ", …" if len(unreached) > 3 else "",
+        )
+    return unreached

@@ -1,0 +1,124 @@
+"""The run folder: who may write into it, and what it records before the first step.
+
+recipe.yaml            as given
+recipe.resolved.yaml   every key, paths absolute
+environment.json       versions, hardware, the base model's commit, the data's hashes
+metrics.jsonl  skipped.jsonl  tensorboard/
+checkpoints/           see checkpoint.py
+adapter/ or model/     the result, written beside and renamed
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vlmtune.errors import VlmtuneError
+from vlmtune.train.checkpoint import (
+    Checkpoint,
+    complete_checkpoints,
+    load_checkpoint,
+    sync_folder,
+)
+
+RESULTS = ("adapter", "model")
+
+
+def is_occupied(folder: Path) -> bool:
+    """Whether a run has begun in this folder."""
+    return (folder / "recipe.resolved.yaml").exists() or (folder / "checkpoints").exists()
+
+
+def finished_result(folder: Path) -> Path | None:
+    """The finished adapter or model of a run, if there is one."""
+    return next((folder / name for name in RESULTS if (folder / name).is_dir()), None)
+
+
+def choose_start(folder: Path, resume: str | None) -> Checkpoint | None:
+    """The checkpoint to go on from, or None to start at step 1. Reads, changes nothing.
+
+    `resume`: None (a fresh folder is wanted), `auto` (newest complete checkpoint, or a start),
+    `never` (start over), or a checkpoint folder.
+    """
+    if resume is None:
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise VlmtuneError(
+                "the output folder is occupied" if is_occupied(folder) else "not an empty folder",
+                file=folder,
+                got=_describe(folder),
+                do="go on with --resume auto, start over with --resume never (the old run is kept "
+                "under another name), or set another output_dir",
+            )
+        return None
+    if resume == "never":
+        return None
+    if resume == "auto":
+        found = complete_checkpoints(folder / "checkpoints")
+        return load_checkpoint(found[-1]) if found else None
+    path = Path(resume)
+    if not path.is_dir():
+        raise VlmtuneError("no such checkpoint", file=path, expected="auto, never or a folder")
+    return load_checkpoint(path)
+
+
+def _describe(folder: Path) -> str:
+    if not is_occupied(folder):
+        return "files of something else"
+    if finished_result(folder):
+        return "a finished run"
+    found = complete_checkpoints(folder / "checkpoints")
+    return f"a run stopped after {found[-1].name}" if found else "a run without a checkpoint"
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Rename an existing run folder to the first free `NAME.previous-N`; where it went."""
+    if not folder.exists():
+        return None
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.previous-{number}")).exists():
+        number += 1
+    folder.rename(target)
+    return target
+
+
+def write_records(
+    folder: Path, *, recipe_text: str, resolved_text: str, environment: dict[str, Any]
+) -> None:
+    """Record what this run is. Raises `VlmtuneError` where the folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
+        (folder / "recipe.resolved.yaml").write_text(resolved_text, encoding="utf-8")
+        (folder / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
+    except OSError as error:
+        raise VlmtuneError(
+            f"the run folder cannot be written: {error.strerror}",
+            file=folder,
+            do="set output_dir to a folder you may write to",
+        ) from error
+
+
+def write_result(folder: Path, name: str, save: Callable[[Path], None]) -> Path:
+    """Let `save` write the adapter or model beside its place, sync, rename; its final path."""
+    final = folder / name
+    writing = folder / f".writing-{name}"
+    try:
+        if writing.exists():
+            shutil.rmtree(writing)
+        writing.mkdir(parents=True)
+        save(writing)
+        sync_folder(writing)
+        if final.exists():
+            shutil.rmtree(final)
+        writing.rename(final)
+    except OSError as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise VlmtuneError(
+            f"the result could not be written: {error.strerror or error}",
+            file=final,
+            do="free space and run again with --resume auto: the last step's checkpoint is there",
+        ) from error
+    return final

@@ -1,0 +1,61 @@
+"""Samples not trained on: listed in `skipped.jsonl`, counted, limited."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from vlmtune.errors import VlmtuneError
+from vlmtune.train.feed import LeftOut
+
+
+class SkipLedger:
+    """Every sample left out, once, in order of appearance; the same on all processes.
+
+    Bad samples count against `max_bad_fraction` of `num_samples`; samples dropped for their length
+    (`over_length: drop`) are listed and counted, not limited.
+    """
+
+    def __init__(self, path: Path, *, num_samples: int, max_bad_fraction: float) -> None:
+        self._path = path
+        self._num_samples = num_samples
+        self._limit = max_bad_fraction * num_samples
+        self._entries: dict[str, LeftOut] = {}
+
+    @property
+    def num_left_out(self) -> int:
+        return len(self._entries)
+
+    @property
+    def num_bad(self) -> int:
+        return sum(entry.is_bad for entry in self._entries.values())
+
+    def add(self, entries: Iterable[LeftOut], *, write: bool) -> None:
+        """Note what is new; raises `VlmtuneError` beyond the limit, on every process alike."""
+        new = [e for e in entries if e.id not in self._entries]
+        self._entries |= {e.id: e for e in new}
+        if write and new:
+            with self._path.open("a", encoding="utf-8") as file:
+                for e in new:
+                    file.write(json.dumps(e.as_dict(), ensure_ascii=False) + "\n")
+        if self.num_bad > self._limit:
+            last = [e for e in new if e.is_bad][-1]
+            raise VlmtuneError(
+                f"too many bad samples: {self.num_bad} of {self._num_samples}; "
+                f"the last: {last.reason}",
+                file=last.file,
+                line=last.line,
+                expected=f"at most {self._limit:.0f} (data.max_bad_fraction)",
+                do=f"look at {self._path}, mend the data or raise data.max_bad_fraction",
+            )
+
+    def as_list(self) -> list[dict[str, object]]:
+        """For the checkpoint."""
+        return [entry.as_dict() for entry in self._entries.values()]
+
+    def restore(self, entries: Iterable[dict[str, object]]) -> None:
+        """Back from a checkpoint, without writing again."""
+        for entry in entries:
+            left_out = LeftOut(**entry)  # type: ignore[arg-type]
+            self._entries[left_out.id] = left_out

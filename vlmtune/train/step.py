@@ -1,0 +1,153 @@
+"""One optimizer step: token-exact over micro-batches and processes.
+
+    loss of the step = (sum over all processes and micro-batches of their cross-entropies)
+                       / (supervised tokens of the step, over all processes)
+
+However the step's samples are split, the gradient is that of this one quotient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+
+from vlmtune.data.types import Batch
+from vlmtune.errors import VlmtuneError
+from vlmtune.train.feed import to_device
+from vlmtune.train.loss import summed_cross_entropy
+
+
+class Method(Protocol):
+    """What the step needs of an adapter method."""
+
+    def penalty(self) -> Tensor | None: ...
+
+    def after_step(self, step: int) -> dict[str, object]: ...
+
+
+@dataclass
+class StepResult:
+    """What a step did. `loss` is nats per supervised token, over all processes; `was_skipped`:
+    fp16's loss scaler threw the step away; `stop`: some process was asked to stop."""
+
+    loss: float
+    penalty: float | None
+    grad_norm: float
+    num_supervised: int
+    num_left_out: int
+    was_skipped: bool
+    stop: bool
+    part_grad_norms: dict[str, float] = field(default_factory=dict)
+    method_log: dict[str, object] = field(default_factory=dict)
+
+
+def train_step(
+    forward: nn.Module,
+    *,
+    step: int,
+    micro_batches: Sequence[Batch],
+    method: Method,
+    parameters: Mapping[str, nn.Parameter],
+    part_of_name: Mapping[str, str],
+    optimizer: AcceleratedOptimizer,
+    accelerator: Accelerator,
+    max_grad_norm: float | None,
+    num_left_out: int = 0,
+    stop_requested: bool = False,
+    log_parts: bool = False,
+) -> StepResult:
+    """Forward and backward over `micro_batches`, then update. Contains two collectives (counts,
+    losses) besides DDP's own.
+
+    Raises `VlmtuneError` on all processes, before the update, when the loss or the gradient is not
+    finite on any of them.
+    """
+    device = accelerator.device
+    local = [sum(b.targets.numel() for b in micro_batches), num_left_out, stop_requested]
+    counts = accelerator.reduce(torch.tensor(local, device=device, dtype=torch.int64), "sum")
+    num_supervised, all_skipped, stop = (int(x) for x in counts.tolist())
+    losses = _backward(forward, micro_batches, accelerator, num_supervised)
+    penalty = method.penalty()
+    if penalty is not None:
+        # After the reduction of the last micro-batch and equal on all processes: added as it is.
+        accelerator.backward(penalty)
+    total = accelerator.reduce(losses.sum(), "sum").item()
+    if not torch.isfinite(torch.tensor(total)):
+        _raise_not_finite("loss", step, micro_batches, losses)
+    if accelerator.scaler is not None:
+        accelerator.unscale_gradients(optimizer)
+    part_norms = _part_norms(parameters, part_of_name) if log_parts else {}
+    grad_norm = clip_gradients(list(parameters.values()), max_grad_norm)
+    if accelerator.scaler is None and not torch.isfinite(grad_norm):
+        _raise_not_finite("gradient", step, micro_batches, losses)
+    optimizer.step()
+    was_skipped = bool(optimizer.step_was_skipped)
+    method_log = method.after_step(step)
+    optimizer.zero_grad()
+    return StepResult(
+        loss=total / max(1, num_supervised),
+        penalty=None if penalty is None else float(penalty.detach()),
+        grad_norm=float(grad_norm),
+        num_supervised=num_supervised,
+        num_left_out=all_skipped,
+        was_skipped=was_skipped,
+        stop=bool(stop),
+        part_grad_norms=part_norms,
+        method_log=method_log,
+    )
+
+
+def _backward(
+    forward: nn.Module, micro_batches: Sequence[Batch], accelerator: Accelerator, count: int
+) -> Tensor:
+    """Accumulate gradients; the summed cross-entropy of each micro-batch, (num micro-batches,)."""
+    losses = []
+    for number, batch in enumerate(micro_batches):
+        on_device = to_device(batch, accelerator.device)
+        is_last = number == len(micro_batches) - 1
+        sync = contextlib.nullcontext() if is_last else accelerator.no_sync(forward)
+        with sync:
+            logits = forward(on_device.inputs, on_device.supervised)  # (S, V)
+            loss = summed_cross_entropy(logits, on_device.targets)
+            # DDP takes the mean over processes; the count is already global.
+            accelerator.backward(loss * (accelerator.num_processes / max(1, count)))
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale the gradients to a global L2 norm of at most `max_norm`; the norm before."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def _part_norms(
+    parameters: Mapping[str, nn.Parameter], part_of_name: Mapping[str, str]
+) -> dict[str, float]:
+    parts: dict[str, list[Tensor]] = {}
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            parts.setdefault(part_of_name[name], []).append(parameter.grad)
+    return {p: float(torch.nn.utils.get_total_norm(g)) for p, g in sorted(parts.items())}
+
+
+def _raise_not_finite(what: str, step: int, micro_batches: Sequence[Batch], losses: Tensor) -> None:
+    finite = torch.isfinite(losses).tolist()
+    suspects = [b for b, ok in zip(micro_batches, finite, strict=True) if not ok]
+    ids = [name for b in (suspects or micro_batches) for name in b.sample_ids if name]
+    shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
+    raise VlmtuneError(
+        f"step {step}: the {what} is not finite; the weights were not updated",
+        got=f"samples of the micro-batch: {shown}" if suspects else f"samples of the step: {shown}",
+        do="look at these samples; lower train.learning_rate or set train.max_grad_norm",
+    )
