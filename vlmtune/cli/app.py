@@ -18,8 +18,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode=None,  # boxes around the help cost as long as all the rest of it
 )
-recipe_app = typer.Typer(help="Look at a recipe.", no_args_is_help=True)
+recipe_app = typer.Typer(help="Look at a recipe.", no_args_is_help=True, rich_markup_mode=None)
 recipe_app.command("show")(recipe.show_command)
 recipe_app.command("schema")(recipe.schema_command)
 app.add_typer(recipe_app, name="recipe")

@@ -1,4 +1,7 @@
-"""`vlmtune recipe show` and `vlmtune recipe schema`."""
+"""`vlmtune recipe show` and `vlmtune recipe schema`.
+
+The recipe is imported inside the commands: pydantic's start is half of what `--help` may take.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,6 @@ from vlmtune.cli.common import (
     command,
     print_json,
 )
-from vlmtune.recipe.load import dump_recipe, load_recipe, recipe_json_schema, resolved_values
 
 
 @command
@@ -25,6 +27,8 @@ def show_command(
     debug: DebugOption = False,
 ) -> None:
     """Print the resolved recipe: defaults filled in, overrides applied, paths absolute."""
+    from vlmtune.recipe.load import dump_recipe, load_recipe, resolved_values
+
     loaded = load_recipe(recipe, overrides or ())
     if json:
         print_json(resolved_values(loaded.recipe))
@@ -39,4 +43,6 @@ def schema_command(
     debug: DebugOption = False,
 ) -> None:
     """Print the JSON schema of a recipe, for editors."""
+    from vlmtune.recipe.load import recipe_json_schema
+
     print_json(recipe_json_schema())
