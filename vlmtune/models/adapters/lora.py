@@ -1,0 +1,110 @@
+"""LoRA, rsLoRA and DoRA, through PEFT's own layers.
+
+LoRA: Hu et al. 2021, arXiv 2106.09685, eq. 3: `W x + (alpha / r) B A x`. rsLoRA: Kalajdzievski
+2023, arXiv 2312.03732: `alpha / sqrt(r)`. DoRA: Liu et al. 2024, arXiv 2402.09353, eq. 5, with the
+norm taken as a constant in the backward pass (section 4.3).
+
+A module whose rank was lowered to its size is scaled by its own, lowered rank: `alpha / r` with the
+`r` it has, as in PEFT and every server that reads `rank_pattern`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from vlmtune.models.adapters.base import AdapterPlan, plan_modules
+from vlmtune.models.adapters.wrapping import (
+    ADAPTER,
+    check_wrapped,
+    exact,
+    load_tensors,
+    trained_tensors,
+    tuner_layers,
+    wrap,
+    write_adapter,
+)
+from vlmtune.models.load import VLM
+from vlmtune.recipe.schema import Recipe
+
+
+class LoraAdapter:
+    """A PEFT LoRA model; implements `Adapter`. `save` puts the processor beside the adapter."""
+
+    name = "lora"
+
+    def __init__(self, model: PeftModel, processor: ProcessorMixin) -> None:
+        self.model = model
+        self._processor = processor
+
+    def penalty(self) -> Tensor | None:
+        return None
+
+    def after_step(self, step: int) -> dict[str, object]:
+        return {}
+
+    def no_decay_names(self) -> set[str]:
+        """DoRA's magnitudes: decay would shrink the base model's weights, not the change."""
+        return {n for n in trained_tensors(self.model) if "lora_magnitude_vector" in n}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return trained_tensors(self.model)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        load_tensors(trained_tensors(self.model), state)
+
+    def save(self, folder: Path) -> None:
+        write_adapter(self.model, folder)
+        self._processor.save_pretrained(folder)
+
+
+def build_lora(vlm: VLM, recipe: Recipe, *, total_steps: int) -> LoraAdapter:
+    """Wrap `vlm.model` in place as the recipe says. Raises VlmtuneError for unusable targets."""
+    plan = plan_modules(vlm, recipe, rank=recipe.rank)
+    lowered = {exact(t.path): t.rank for t in plan.targets if t.rank != recipe.rank}
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=_plain(recipe.alpha),
+        lora_dropout=recipe.dropout,
+        target_modules=[t.path for t in plan.targets],
+        rank_pattern=lowered,
+        use_rslora=recipe.use_rslora,
+        use_dora=recipe.use_dora,
+    )
+    model = wrap(vlm, config, plan)
+    check_wrapped(model, plan, ranks={t.path: t.rank for t in plan.targets})
+    if recipe.use_dora:
+        _set_exact_magnitudes(model)
+    _check_count(model, plan, use_dora=recipe.use_dora)
+    return LoraAdapter(model, vlm.processor)
+
+
+def _plain(alpha: float) -> int | float:
+    """A whole alpha as an integer: some readers of `adapter_config.json` expect one."""
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _set_exact_magnitudes(model: PeftModel) -> None:
+    """Start DoRA's magnitudes at the float32 norms of the rows of W.
+
+    PEFT takes the norm in the base's dtype, but divides by a float32 norm in the forward pass: on
+    a bf16 base the untrained adapter would change the model by 0.2 %.
+    """
+    with torch.no_grad():
+        for layer in tuner_layers(model).values():
+            weight = dequantize_module_weight(layer.get_base_layer()).float()
+            layer.lora_magnitude_vector[ADAPTER].weight.copy_(torch.linalg.norm(weight, dim=1))
+
+
+def _check_count(model: PeftModel, plan: AdapterPlan, *, use_dora: bool) -> None:
+    """Assert that the adapter holds as many numbers as its shapes say."""
+    expected = sum(t.rank * (t.in_features + t.out_features) for t in plan.targets)
+    if use_dora:
+        expected += sum(t.out_features for t in plan.targets)
+    got = sum(p.numel() for n, p in trained_tensors(model).items() if ".lora_" in n)
+    assert got == expected, (got, expected)

@@ -1,0 +1,37 @@
+"""Writing a model folder that stock transformers loads: weights, configuration, processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vlmtune.models.load import VLM
+
+MAX_SHARD_SIZE = "5GB"
+
+
+def save_model(
+    vlm: VLM, folder: Path, *, dtype: torch.dtype, max_shard_size: str = MAX_SHARD_SIZE
+) -> None:
+    """Write `vlm` to `folder` with floating-point weights in `dtype`; `vlm` is unchanged.
+
+    Safetensors shards, config, generation config, tokenizer, processor and chat template.
+    """
+    model = vlm.model
+    cast: dict[tuple[int, torch.Size], Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        # One copy for tensors that share memory: transformers recognises tied weights by it.
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in cast:
+            cast[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        state[name] = cast[key]
+    before = model.config.dtype
+    model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+    # save_pretrained notes the dtype in memory; the file's is the one that counts.
+    model.config.dtype = dtype
+    model.config.save_pretrained(folder)
+    model.config.dtype = before
+    vlm.processor.save_pretrained(folder)
