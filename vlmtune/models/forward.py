@@ -3,7 +3,7 @@
     inputs (B, T) -> backbone -> hidden states (B, T, D) -> rows that are supervised (S, D)
                   -> lm_head -> logits (S, V)
 
-The full (B, T, V) tensor, the largest of a step for a vocabulary of 150,000, is never made. Letters:
+The full (B, T, V) tensor, the largest of a step with a large vocabulary, is never made. Letters:
 B rows, T tokens of the longest row, S supervised tokens, D width, V vocabulary.
 """
 
