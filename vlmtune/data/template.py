@@ -1,0 +1,198 @@
+"""Where the assistant's words stand in a rendered chat template.
+
+    turns -> the template with each answer replaced by a marker -> the constant text around the
+    answers -> the same template with the real answers, walked along that text -> spans
+
+Nothing about a template is assumed: what follows an answer (`end_of_turn`), and what stands
+between the generation prompt and an answer (`lead`), are read off a probe at the start.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+
+from vlmtune.data.types import Image, Text, Turn
+from vlmtune.errors import VlmtuneError
+
+logger = logging.getLogger("vlmtune")
+
+STRIPPED = "white space around an answer removed by the chat template"
+_MARKER = "Xq7{salt}A{index}Z7qX"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, end) of the rendered text that are supervised for one assistant turn.
+
+    With `end_is_rendered` they include the end-of-turn token; without, the template puts none,
+    and the end is taught as the target of the answer's last token.
+    """
+
+    start: int
+    end: int
+    end_is_rendered: bool
+
+
+@dataclass(frozen=True)
+class Rendered:
+    text: str
+    spans: tuple[Span, ...]
+    notes: tuple[str, ...] = ()
+
+
+class TemplateError(VlmtuneError):
+    """The chat template refuses or changes the turns; the caller adds the place."""
+
+
+class ChatTemplate:
+    """A processor's chat template with what a probe tells about it.
+
+    `lead` is what an answer starts with after the generation prompt (a space, mostly nothing);
+    `end_token` is the token that ends a turn, `end_of_turn` the characters up to its end, or None
+    where the template writes none (LLaVA 1.5).
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        tokenizer = processor.tokenizer
+        probe = (Turn("user", (Text("Hi"),)), Turn("assistant", (Text("Xq7Z7qX"),)))
+        full = self._render(probe, add_generation_prompt=False)
+        before, marker, tail = full.partition("Xq7Z7qX")
+        if not marker:
+            raise VlmtuneError("the chat template leaves the assistant's text out")
+        self.lead = self._find_lead(before, self.render_prompt(probe[:1]))
+        self.end_of_turn, self.end_token = _find_end(tail, special_tokens(tokenizer))
+        if self.end_token is None:
+            self.end_token = tokenizer.eos_token
+            if self.end_token is None:
+                raise VlmtuneError(
+                    "neither the chat template nor the tokenizer says how a turn ends",
+                    expected="an end-of-turn token in the template, or tokenizer.eos_token",
+                )
+            logger.info(
+                "the chat template ends an answer with no token of its own; %s is taught after it",
+                self.end_token,
+            )
+
+    def render_prompt(self, turns: Sequence[Turn]) -> str:
+        """The turns as text, ending where the model starts to answer."""
+        return self._render(turns, add_generation_prompt=True)
+
+    def render(self, turns: Sequence[Turn]) -> Rendered:
+        """The turns as text, with the span of every assistant turn.
+
+        Raises TemplateError where the template changes an answer by more than white space at its
+        ends.
+        """
+        text = self._render(turns, add_generation_prompt=False)
+        constants = self._constants(turns)
+        answers = [turn.text for turn in turns if turn.role == "assistant"]
+        spans: list[Span] = []
+        notes: list[str] = []
+        position = len(constants[0])
+        intact = text.startswith(constants[0])
+        for answer, after in zip(answers, constants[1:], strict=True):
+            written = next(
+                (form for form in _forms(answer) if text.startswith(form + after, position)), None
+            )
+            if not intact or written is None:
+                raise TemplateError(
+                    "the chat template changes an answer",
+                    got=repr(text[position : position + len(answer) + 20]),
+                    expected=repr(answer),
+                )
+            if written != answer:
+                notes.append(STRIPPED)
+            end = position + len(written)
+            spans.append(self._span(text, position, end, after))
+            position = end + len(after)
+        if position != len(text):
+            raise TemplateError("the chat template changes an answer", got=repr(text[position:]))
+        return Rendered(text, tuple(spans), tuple(notes))
+
+    def _span(self, text: str, start: int, end: int, after: str) -> Span:
+        if self.lead and text.endswith(self.lead, 0, start):
+            start -= len(self.lead)
+        if self.end_of_turn is not None and after.startswith(self.end_of_turn):
+            return Span(start, end + len(self.end_of_turn), end_is_rendered=True)
+        return Span(start, end, end_is_rendered=False)
+
+    def _constants(self, turns: Sequence[Turn]) -> list[str]:
+        """What stands before, between and after the answers."""
+        salt = 0
+        written = "".join(turn.text for turn in turns)
+        while _MARKER.format(salt=salt, index=0)[:-5] in written:
+            salt += 1
+        marked: list[Turn] = []
+        markers: list[str] = []
+        for turn in turns:
+            if turn.role == "assistant":
+                markers.append(_MARKER.format(salt=salt, index=len(markers)))
+                turn = Turn("assistant", (Text(markers[-1]),))
+            marked.append(turn)
+        rest = self._render(marked, add_generation_prompt=False)
+        constants = []
+        for marker in markers:
+            if rest.count(marker) != 1:
+                raise TemplateError(
+                    "the chat template repeats or leaves out an assistant turn",
+                    got=f"{rest.count(marker)} times",
+                    expected="once",
+                )
+            before, _, rest = rest.partition(marker)
+            constants.append(before)
+        return [*constants, rest]
+
+    def _render(self, turns: Sequence[Turn], *, add_generation_prompt: bool) -> str:
+        messages = [{"role": turn.role, "content": _content(turn)} for turn in turns]
+        try:
+            return str(
+                self._processor.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+        except jinja2.TemplateError as error:
+            raise TemplateError(f"the chat template refuses the turns ({error})") from error
+        except ValueError as error:
+            raise TemplateError(f"the chat template cannot be used ({error})") from error
+
+    def _find_lead(self, before: str, prompt: str) -> str:
+        if before.startswith(prompt):
+            return before[len(prompt) :]
+        logger.warning(
+            "the chat template's generation prompt is not how its answers begin (%r, %r): "
+            "the model will be asked in another form than it was trained on",
+            prompt[-40:],
+            before[-40:],
+        )
+        return ""
+
+
+def special_tokens(tokenizer: Any) -> frozenset[str]:
+    """Every text that the tokenizer reads as a control token."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return frozenset(added | set(tokenizer.all_special_tokens))
+
+
+def _find_end(tail: str, specials: frozenset[str]) -> tuple[str | None, str | None]:
+    stripped = tail.lstrip()
+    token = max((s for s in specials if s and stripped.startswith(s)), key=len, default=None)
+    if token is None:
+        return None, None
+    return tail[: len(tail) - len(stripped)] + token, token
+
+
+def _forms(answer: str) -> tuple[str, ...]:
+    return (answer, answer.strip(), answer.rstrip(), answer.lstrip())
+
+
+def _content(turn: Turn) -> list[dict[str, str]]:
+    return [
+        {"type": "image"} if isinstance(part, Image) else {"type": "text", "text": part.text}
+        for part in turn.parts
+    ]
