@@ -68,7 +68,7 @@ class Encoder:
         self.over_length = over_length
         self.max_image_pixels = max_image_pixels
         self._template = ChatTemplate(processor)
-        self._end_id = int(tokenizer.convert_tokens_to_ids(self._template.end_token))
+        self.end_token_id = int(tokenizer.convert_tokens_to_ids(self._template.end_token))
         self._image_id = int(tokenizer.convert_tokens_to_ids(processor.image_token))
         self._reserved = re.compile(_any_of(processor))
 
@@ -236,7 +236,7 @@ class Encoder:
         first, last = first - start + placed, last - start + placed
         taught = sample.input_ids[first : last + 1]
         if not span.end_is_rendered:
-            taught = torch.cat([taught, taught.new_tensor([self._end_id])])
+            taught = torch.cat([taught, taught.new_tensor([self.end_token_id])])
         sample.targets[first - 1 : first - 1 + len(taught)] = taught
         assert not bool((taught == self._image_id).any()), "a picture's token is supervised"
         expected = rendered.text[span.start : span.end]
