@@ -116,6 +116,8 @@ class Session:
             if finished is not None:
                 return {"run": self.folder, "steps": total_steps, "result": finished} | NOT_RUN
         vlm = self.load_model()
+        if not self.quiet:
+            _print_model(vlm, len(conversations))
         self.prepare_folder(hashes, vlm.commit)
         ledger = build.build_ledger(
             recipe, folder=self.folder, num_samples=len(conversations) + len(skipped)
@@ -144,7 +146,7 @@ class Session:
             accelerator=self.accelerator,
         )
         if not self.quiet:
-            _print_plan(self, vlm, adapter, trainee, len(conversations), total_steps, start)
+            _print_plan(self, vlm, adapter, trainee, total_steps, start)
         evaluate = self.evaluation(vlm, adapter, trainee, encoder, held_out)
         result = self.train(trainee, dataset, total_steps, fingerprint, ledger, evaluate, start)
         saved = None
@@ -284,7 +286,7 @@ NOT_RUN = {
 def _summary(
     folder: Path, saved: Path | None, result: TrainResult, trainee: Trainee
 ) -> dict[str, Any]:
-    seconds = max(result.seconds, 1e-9)
+    seconds = max(result.seconds - result.paused_seconds, 1e-9)
     return {
         "run": folder,
         "result": saved,
@@ -321,23 +323,28 @@ def _print_summary(summary: dict[str, Any]) -> None:
     print("\n".join(lines))
 
 
+def _print_model(vlm: VLM, num_samples: int) -> None:
+    """What was loaded, read off the model before an adapter adds layers, on stderr."""
+    from vlmtune.cli.tables import print_table
+    from vlmtune.models.quantize import quantization_report
+
+    print(f"{vlm.source} ({vlm.family.name}), {num_samples} samples", file=sys.stderr)
+    print_table("linear modules by bits", quantization_report(vlm.model, vlm.family))
+
+
 def _print_plan(
     session: Session,
     vlm: VLM,
     adapter: Adapter,
     trainee: Trainee,
-    num_samples: int,
     total_steps: int,
     start: Checkpoint | None,
 ) -> None:
     """What is about to happen, read off the built model, on stderr."""
     from vlmtune.cli.tables import print_table
-    from vlmtune.models.quantize import quantization_report
     from vlmtune.models.summary import trained_rows
 
     recipe = session.recipe
-    print(f"{vlm.source} ({vlm.family.name}), {num_samples} samples", file=sys.stderr)
-    print_table("linear modules by bits", quantization_report(vlm.model, vlm.family))
     print_table(f"trained by {adapter.name}", trained_rows(adapter.model, vlm.family))
     trained = sum(p.numel() for p in trainee.parameters.values())
     first = "" if start is None else f", from step {start.state.step + 1}"

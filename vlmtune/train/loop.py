@@ -79,12 +79,14 @@ class Trainee:
 
 @dataclass
 class TrainResult:
-    """Figures of this session; `stopped_by` is the exit code of a stop by signal, else None."""
+    """Figures of this session. `paused_seconds`: of `seconds`, those spent on evaluation and
+    checkpoints; `stopped_by`: the exit code of a stop by signal, else None."""
 
     steps: int
     samples: int = 0
     loss: float = float("nan")
     seconds: float = 0.0
+    paused_seconds: float = 0.0
     supervised_tokens: int = 0
     peak_memory_bytes: int = 0
     skipped: int = 0
@@ -177,11 +179,13 @@ def train(
             result.samples += data.num_step_samples - done.num_left_out
             result.supervised_tokens += done.num_supervised
             result.loss = window.loss_sum / max(1, window.num_supervised)
-            tracker.advance(step, result.loss, result.samples / (time.monotonic() - begin))
+            training_seconds = time.monotonic() - begin - result.paused_seconds
+            tracker.advance(step, result.loss, result.samples / training_seconds)
             line: dict[str, Any] = dict(done.method_log)
             if due:
                 line = _line(window, done, rates, step, data, accelerator) | line
                 window = _Window()
+            paused = time.monotonic()
             if evaluate is not None and (step % schedule.eval_every == 0 or is_last):
                 line |= _evaluated(evaluate, trainee.forward)
             if line:
@@ -193,6 +197,9 @@ def train(
             if done.stop and not is_last:
                 result.stopped_by = stop.exit_code
                 break
+            # Evaluating and saving are no part of the training speed.
+            window.started += time.monotonic() - paused
+            result.paused_seconds += time.monotonic() - paused
     result.seconds = time.monotonic() - begin
     result.skipped = skips.num_left_out
     result.peak_memory_bytes = peak_memory_bytes(accelerator.device)

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
+from vlmtune import __version__
 from vlmtune.errors import VlmtuneError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-VERSIONED = ("vlmtune", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
+VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 def check_environment(precision: str) -> None:
@@ -94,7 +95,7 @@ def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
     """Versions and hardware, for `environment.json`."""
     cuda = accelerator.device.type == "cuda"
     return {
-        "versions": {name: metadata.version(name) for name in VERSIONED},
+        "versions": {"vlmtune": __version__} | {name: metadata.version(name) for name in VERSIONED},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
