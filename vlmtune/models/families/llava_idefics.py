@@ -25,19 +25,6 @@ LLAVA = Family(
     mlp=MLP,
 )
 
-LLAVA_NEXT = Family(
-    name="LLaVA-NeXT",
-    model_types=("llava_next",),
-    # `image_newline` is a bare parameter: the learnt end of a row of patches.
-    parts={
-        **LLAVA.parts,
-        "connector": ("model.multi_modal_projector", "model.image_newline"),
-    },
-    attention=ATTENTION,
-    mlp=MLP,
-    media_layout="stacked",  # pictures are cut into different numbers of tiles
-)
-
 IDEFICS = Family(
     name="Idefics",
     model_types=("smolvlm", "idefics3", "idefics2"),

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from vlmtune.errors import VlmtuneError, nearest
-from vlmtune.models.families.llava_idefics import IDEFICS, LLAVA, LLAVA_NEXT
+from vlmtune.models.families.llava_idefics import IDEFICS, LLAVA
 from vlmtune.models.families.qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 from vlmtune.models.family import Family, leaf_names
 
@@ -17,7 +17,6 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": QWEN2_5_VL,
     "qwen3_vl": QWEN3_VL,
     "llava": LLAVA,
-    "llava_next": LLAVA_NEXT,
     "smolvlm": IDEFICS,
     "idefics3": IDEFICS,
     "idefics2": IDEFICS,
