@@ -261,9 +261,13 @@ def _saved(name: str, *, model: nn.Module, family: Family) -> list[str]:
         return [p for part in family.parts for p in part_modules(model, part, family=family)]
     if name in family.parts:
         return part_modules(model, name, family=family)
-    known = [path for path, _ in model.named_modules() if path]
+    known = {path: module for path, module in model.named_modules() if path}
     if name in known:
-        return [embeddings_path(model)] if tied and name == lm_head_path(model) else [name]
+        if tied and name == lm_head_path(model):
+            return [embeddings_path(model)]
+        if isinstance(known[name], CONTAINERS):
+            return [f"{name}.{child}" for child, _ in known[name].named_children()]
+        return [name]
     raise VlmtuneError(
         f"modules_to_save: {name!r} matches no module",
         expected=f"one of {', '.join(SAVED_NAMES)}, or a full module path"
