@@ -1,0 +1,233 @@
+"""Evaluation of a model on a data set: generate, score, summarise, write.
+
+conversations -> this process's share -> answers -> all processes' answers -> scores
+              -> EvalReport: intervals over all samples and per question type -> two files
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from vlmtune.data.encode import Encoder
+from vlmtune.data.media import locate_image
+from vlmtune.data.types import Conversation, Image
+from vlmtune.errors import SampleError
+from vlmtune.evaluation.generate import generate_answers
+from vlmtune.evaluation.metrics.bootstrap import Interval, bootstrap_interval
+from vlmtune.evaluation.metrics.registry import metrics_for
+from vlmtune.models.load import VLM
+
+Gather = Callable[[list[tuple[int, str]]], list[tuple[int, str]]]
+"""The concatenation of every process's list, on every process (a collective)."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answered question; `scores` holds the metrics that apply to it."""
+
+    id: str
+    images: tuple[str, ...]
+    question: str
+    answer: str | None
+    answers: tuple[str, ...]
+    prediction: str
+    scores: dict[str, float]
+    question_type: str | None
+
+    @property
+    def score(self) -> float:
+        """The first metric's score."""
+        return next(iter(self.scores.values()))
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """`slices` maps a question type to its metrics; empty where no sample has one."""
+
+    task: str
+    num_samples: int
+    metrics: dict[str, Interval]
+    slices: dict[str, dict[str, Interval]]
+    predictions: list[Prediction]
+
+
+def evaluate(
+    vlm: VLM,
+    conversations: Sequence[Conversation],
+    *,
+    encoder: Encoder,
+    task: str,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int = 0,
+    on_progress: Callable[[int], None] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Gather | None = None,
+) -> EvalReport:
+    """Answer and score every conversation; the report is the same on every process.
+
+    `seed` is the bootstrap's. With `world_size` processes each answers every `world_size`-th
+    conversation and `gather` (a collective, called once) brings the answers together.
+    `on_progress` counts this process's answers. Raises VlmtuneError for an unknown task,
+    SampleError for a conversation without a reference answer or one that cannot be encoded.
+    """
+    metrics_for(task)
+    check_references(conversations)
+    share = range(rank, len(conversations), world_size)
+    texts = generate_answers(
+        vlm,
+        [conversations[index] for index in share],
+        encoder=encoder,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        on_progress=on_progress,
+    )
+    answered = list(zip(share, texts))
+    if world_size > 1:
+        assert gather is not None, "several processes need a way to bring answers together"
+        answered = sorted(gather(answered))
+    assert [index for index, _ in answered] == list(range(len(conversations)))
+    return score_answers(conversations, [text for _, text in answered], task=task, seed=seed)
+
+
+def score_answers(
+    conversations: Sequence[Conversation], texts: Sequence[str], *, task: str, seed: int = 0
+) -> EvalReport:
+    """The report of `texts` as answers to `conversations`, without a model."""
+    metrics = metrics_for(task)
+    predictions = []
+    for conversation, text in zip(conversations, texts):
+        answer = reference_answer(conversation)
+        scored = {
+            name: metric(text, answer=answer, answers=conversation.answers)
+            for name, metric in metrics.items()
+        }
+        predictions.append(
+            Prediction(
+                id=conversation.id,
+                images=tuple(picture_name(image) for image in conversation.images),
+                question=question_of(conversation),
+                answer=answer,
+                answers=conversation.answers,
+                prediction=text,
+                scores={name: score for name, score in scored.items() if score is not None},
+                question_type=conversation.question_type,
+            )
+        )
+    kinds = sorted({p.question_type for p in predictions if p.question_type is not None})
+    return EvalReport(
+        task=task,
+        num_samples=len(predictions),
+        metrics=_summarise(predictions, list(metrics), seed=seed),
+        slices={
+            kind: _summarise(
+                [p for p in predictions if p.question_type == kind], list(metrics), seed=seed
+            )
+            for kind in kinds
+        },
+        predictions=predictions,
+    )
+
+
+def check_references(conversations: Sequence[Conversation]) -> None:
+    """Raise SampleError for the first conversation without an answer to compare with."""
+    for conversation in conversations:
+        if reference_answer(conversation) is None and not conversation.answers:
+            raise SampleError(
+                "sample has no reference answer",
+                file=conversation.source.file,
+                line=conversation.source.line,
+                got=f"a last turn of role '{conversation.turns[-1].role}' and no `answers`",
+                expected="a last turn of role 'assistant', or `answers`",
+            )
+
+
+def reference_answer(conversation: Conversation) -> str | None:
+    last = conversation.turns[-1]
+    return last.text.strip() if last.role == "assistant" else None
+
+
+def question_of(conversation: Conversation) -> str:
+    """The text of the last user turn."""
+    asked = [turn.text.strip() for turn in conversation.turns if turn.role == "user"]
+    return asked[-1] if asked else ""
+
+
+def picture_name(image: Image) -> str:
+    """A picture's path, or a digest where the data file itself holds the picture."""
+    found = locate_image(image)
+    return str(found) if isinstance(found, Path) else f"sha256:{sha256(found).hexdigest()[:16]}"
+
+
+def write_report(
+    report: EvalReport, folder: Path, *, about: Mapping[str, object] | None = None
+) -> None:
+    """`predictions.jsonl` (a line a sample) and `metrics.json` into `folder`; each file appears
+    whole or not at all. `about` (what was evaluated, on what) goes into `metrics.json` too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(prediction_row(p), ensure_ascii=False) for p in report.predictions]
+    _write_whole(folder / "predictions.jsonl", "".join(line + "\n" for line in lines))
+    summary = {**(about or {}), **summary_row(report)}
+    _write_whole(folder / "metrics.json", json.dumps(summary, indent=2) + "\n")
+
+
+def prediction_row(prediction: Prediction) -> dict[str, object]:
+    return {
+        "id": prediction.id,
+        "images": list(prediction.images),
+        "question": prediction.question,
+        "answer": prediction.answer,
+        "answers": list(prediction.answers),
+        "prediction": prediction.prediction,
+        "score": prediction.score,
+        "scores": prediction.scores,
+        "question_type": prediction.question_type,
+    }
+
+
+def summary_row(report: EvalReport) -> dict[str, object]:
+    return {
+        "task": report.task,
+        "num_samples": report.num_samples,
+        "metrics": {name: interval.as_dict() for name, interval in report.metrics.items()},
+        "slices": {
+            kind: {name: interval.as_dict() for name, interval in metrics.items()}
+            for kind, metrics in report.slices.items()
+        },
+    }
+
+
+def _summarise(
+    predictions: Sequence[Prediction], names: Sequence[str], *, seed: int
+) -> dict[str, Interval]:
+    """The interval of each metric that applies to at least one prediction."""
+    summary = {}
+    for name in names:
+        scored = [p for p in predictions if name in p.scores]
+        if scored:
+            summary[name] = bootstrap_interval(
+                [p.scores[name] for p in scored],
+                clusters=[_cluster(p) for p in scored],
+                seed=seed,
+            )
+    return summary
+
+
+def _cluster(prediction: Prediction) -> Hashable:
+    """Samples on the same pictures belong together; one without a picture stands alone."""
+    return prediction.images or (prediction.id,)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    unfinished = path.with_name(path.name + ".part")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
