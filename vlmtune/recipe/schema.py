@@ -80,8 +80,8 @@ class QuantizationSection(Section):
     )
     skip: list[Name] = Field(
         default=["vision", "connector", "lm_head"],
-        description="Parts (`vision`, `connector`, `language`, `lm_head`) or full module paths "
-        "kept in 16 bit. An entry that matches nothing is an error.",
+        description="Parts (`vision`, `connector`, `language`, `lm_head`), groups (`vision.attn`) "
+        "or full module paths kept in 16 bit. An entry that matches nothing is an error.",
     )
 
 
@@ -242,8 +242,9 @@ class Recipe(Section):
     lora_target: list[Name] = Field(
         default=["all-linear"],
         description="Modules that get an adapter: groups (`language.attn`, `language.mlp`, "
-        "`vision.attn`, `vision.mlp` or `vision_mlp`, `connector`, `all-linear`), leaf names in "
-        "the language part (`q_proj`), full module paths, `re:` patterns over full paths. "
+        "`vision.attn`, `vision.mlp` or `vision_mlp`, `connector`, `all-linear`: every linear "
+        "layer of the language part, not `lm_head`), leaf names in the language part (`q_proj`), "
+        "full module paths (of a module: all linear layers in it), `re:` patterns over full paths. "
         "`[]`: no adapter; `modules_to_save` is trained in full.",
     )
     rank: int = Field(default=16, ge=1, description="Rank of the adapter.")
