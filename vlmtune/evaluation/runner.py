@@ -16,11 +16,13 @@ from pathlib import Path
 from vlmtune.data.encode import Encoder
 from vlmtune.data.media import locate_image
 from vlmtune.data.types import Conversation, Image
-from vlmtune.errors import SampleError
+from vlmtune.errors import ErrorGroup, SampleError
 from vlmtune.evaluation.generate import generate_answers
 from vlmtune.evaluation.metrics.bootstrap import Interval, bootstrap_interval
 from vlmtune.evaluation.metrics.registry import metrics_for
 from vlmtune.models.load import VLM
+
+MAX_ERRORS_SHOWN = 20
 
 Gather = Callable[[list[tuple[int, str]]], list[tuple[int, str]]]
 """The concatenation of every process's list, on every process (a collective)."""
@@ -136,16 +138,21 @@ def score_answers(
 
 
 def check_references(conversations: Sequence[Conversation]) -> None:
-    """Raise SampleError for the first conversation without an answer to compare with."""
-    for conversation in conversations:
-        if reference_answer(conversation) is None and not conversation.answers:
-            raise SampleError(
-                "sample has no reference answer",
-                file=conversation.source.file,
-                line=conversation.source.line,
-                got=f"a last turn of role '{conversation.turns[-1].role}' and no `answers`",
-                expected="a last turn of role 'assistant', or `answers`",
-            )
+    """Raise for conversations without an answer to compare with: a SampleError, or an ErrorGroup of
+    the first `MAX_ERRORS_SHOWN`."""
+    errors = [
+        SampleError(
+            "sample has no reference answer",
+            file=conversation.source.file,
+            line=conversation.source.line,
+            got=f"a last turn of role '{conversation.turns[-1].role}' and no `answers`",
+            expected="a last turn of role 'assistant', or `answers`",
+        )
+        for conversation in conversations
+        if reference_answer(conversation) is None and not conversation.answers
+    ]
+    if errors:
+        raise errors[0] if len(errors) == 1 else ErrorGroup(errors[:MAX_ERRORS_SHOWN])
 
 
 def reference_answer(conversation: Conversation) -> str | None:
