@@ -148,7 +148,9 @@ def describe(
         return "one of " + ", ".join(str(value) for value in arguments)
     if section_of(annotation) is not None:
         return "a mapping of " + ", ".join(annotation.model_fields)
-    name = {bool: "true or false", int: "an integer", float: "a number", str: "text"}[annotation]
+    if annotation is str:
+        return "non-empty text" if _minimum_length(metadata) else "text"
+    name = {bool: "true or false", int: "an integer", float: "a number"}[annotation]
     return name + _limits(metadata)
 
 
@@ -195,6 +197,4 @@ def _limits(metadata: Sequence[object]) -> str:
             words.append(f"at most {rule.le}")
         elif isinstance(rule, at.Lt):
             words.append(f"below {rule.lt}")
-        elif isinstance(rule, at.MinLen):
-            words.append("not empty")
     return ", " + " and ".join(words) if words else ""

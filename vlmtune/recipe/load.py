@@ -1,6 +1,6 @@
 """A recipe file and overrides in, one checked `Recipe` out, or every error with its line.
 
-text -> YAML 1.2 values and lines -> overrides -> strict validation -> paths made absolute
+text -> YAML 1.2 values and lines -> overrides -> paths made absolute -> strict validation
 """
 
 from __future__ import annotations
@@ -42,13 +42,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     settings = _settings(document, str(path))
     for override in overrides:
         errors += _apply_override(override, settings)
+    errors += resolve_paths(settings, folder=path.parent)
     recipe, problems = validate(settings)
     errors += problems
-    if recipe is not None:
-        recipe, problems = resolve_paths(recipe, settings, folder=path.parent)
-        errors += problems
     if errors or recipe is None:
-        raise ErrorGroup(sorted(errors, key=lambda error: (error.line is None, error.line or 0)))
+        files = [str(path), *map(_override_name, overrides)]
+        raise ErrorGroup(sorted(errors, key=lambda e: (files.index(str(e.file)), e.line or 0)))
     return LoadedRecipe(recipe, path, text)
 
 
@@ -107,9 +106,13 @@ def _settings(document: yaml12.Document, file: str) -> Settings:
     return Settings(document.value, places | {(): Place(file, 1)})
 
 
+def _override_name(override: str) -> str:
+    return f"override {override!r}"
+
+
 def _apply_override(override: str, settings: Settings) -> list[VlmtuneError]:
     """Set one key in `settings`; errors instead where there is no such key or no such value."""
-    place = Place(f"override {override!r}", None)
+    place = Place(_override_name(override), None)
     key, equals, text = override.partition("=")
     if not equals or not key:
         return [VlmtuneError("not an override", file=place.file, expected="key.sub=value")]

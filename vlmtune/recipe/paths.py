@@ -4,55 +4,46 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from vlmtune.errors import VlmtuneError
 from vlmtune.recipe.explain import Place, Settings
-from vlmtune.recipe.schema import Recipe
 
 
-def resolve_paths(
-    recipe: Recipe, settings: Settings, *, folder: Path
-) -> tuple[Recipe, list[VlmtuneError]]:
-    """`recipe` with `model` (where it is a folder) and the data files absolute, and the errors.
+def resolve_paths(settings: Settings, *, folder: Path) -> list[VlmtuneError]:
+    """Make `model` (where it is a folder) and the data files absolute, in place; the errors.
 
-    `output_dir` stays as given: relative to the working directory.
+    Runs before validation, so that a missing file is reported beside all other errors; what is
+    no text is left for validation. `output_dir` stays relative to the working directory.
     """
     errors: list[VlmtuneError] = []
-    model = _resolve_model(recipe, settings, folder, errors)
-    data: dict[str, Any] = {}
-    for key in ("train", "eval"):
-        files = getattr(recipe.data, key)
-        if isinstance(files, str):
-            data[key] = _resolve_file(files, settings.place(("data", key)), folder, errors)
-        elif files is not None:
-            data[key] = [
-                _resolve_file(file, settings.place(("data", key, at)), folder, errors)
-                for at, file in enumerate(files)
-            ]
-    changed = recipe.model_copy(
-        update={"model": model, "data": recipe.data.model_copy(update=data)}
-    )
-    return changed, errors
+    values = settings.values
+    model, data = values.get("model"), values.get("data")
+    if isinstance(model, str) and model:
+        values["model"] = _resolve_model(model, settings, folder, errors)
+    if isinstance(data, dict):
+        for key in ("train", "eval"):
+            files = data.get(key)
+            if isinstance(files, str) and files:
+                data[key] = _resolve_file(files, settings.place(("data", key)), folder, errors)
+            if isinstance(files, list):
+                data[key] = [
+                    _resolve_file(file, settings.place(("data", key, at)), folder, errors)
+                    if isinstance(file, str) and file
+                    else file
+                    for at, file in enumerate(files)
+                ]
+    return errors
 
 
-def _resolve_model(
-    recipe: Recipe, settings: Settings, folder: Path, errors: list[VlmtuneError]
-) -> str:
-    name, place = recipe.model, settings.place(("model",))
+def _resolve_model(name: str, settings: Settings, folder: Path, errors: list[VlmtuneError]) -> str:
+    place = settings.place(("model",))
     path = _absolute(name, folder)
     if os.path.isdir(path):
         if not os.path.isfile(os.path.join(path, "config.json")):
             errors.append(_error("model: a folder without config.json", place, path))
-        if recipe.revision is not None:
-            revision = settings.place(("revision",))
-            errors.append(
-                _error(
-                    "revision has no effect with a model in a folder; remove it",
-                    revision,
-                    recipe.revision,
-                )
-            )
+        if (revision := settings.values.get("revision")) is not None:
+            message = "revision has no effect with a model in a folder; remove it"
+            errors.append(_error(message, settings.place(("revision",)), str(revision)))
         return path
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if is_path or os.path.exists(path):

@@ -48,6 +48,13 @@ class _Dumper(yaml.SafeDumper):
     """Quotes a string that YAML 1.1 or 1.2 would take for something else."""
 
 
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # Escapes where a line break or control character could be folded or lost.
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar(_TAG + "str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 for _name, _pattern, _first in _IMPLICIT:
     for _owner in (_Resolver, _Dumper):
         _owner.add_implicit_resolver(
