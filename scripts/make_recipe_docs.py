@@ -1,0 +1,91 @@
+"""Write `docs/recipe.md` from the schema, or with `--check` say whether it is current.
+
+python scripts/make_recipe_docs.py [--check]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from vlmtune.recipe.keys import describe, section_of
+from vlmtune.recipe.schema import Recipe
+
+TARGET = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"
+
+INTRODUCTION = """\
+# The recipe
+
+*Generated from `vlmtune/recipe/schema.py` by `scripts/make_recipe_docs.py`; do not edit.*
+
+A recipe is one YAML file. `vlmtune recipe show RECIPE` prints it with every default filled in;
+`vlmtune recipe schema` prints its JSON schema, which editors use to complete and check keys.
+
+- Numbers and booleans are those of YAML 1.2: `1e-4` is a number; `yes` and `on` are text.
+- Unknown keys, keys given twice and keys without effect are errors. All errors come at once, each
+  with its line.
+- Any key can be set on the command line: `vlmtune train recipe.yaml train.max_steps=100`. The
+  value is YAML. `key=null` takes a key out of the recipe where null is no value of that key.
+- `model` and the data files are relative to the recipe's folder, `output_dir` to the working
+  directory.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    text = recipe_docs()
+    if arguments == ["--check"]:
+        if TARGET.read_text(encoding="utf-8") == text:
+            return 0
+        print(f"{TARGET}: not current; run python scripts/make_recipe_docs.py", file=sys.stderr)
+        return 1
+    if arguments:
+        print(__doc__, file=sys.stderr)
+        return 2
+    TARGET.write_text(text, encoding="utf-8")
+    return 0
+
+
+def recipe_docs() -> str:
+    """The whole page."""
+    sections = [_section("Top level", Recipe)]
+    for name, info in Recipe.model_fields.items():
+        below = section_of(info.annotation)
+        if below is not None:
+            sections.append(_section(f"`{name}`", below))
+    return "\n".join([INTRODUCTION, *sections])
+
+
+def _section(title: str, section: type[BaseModel]) -> str:
+    rows = [_row(name, info) for name, info in section.model_fields.items()]
+    head = ["| key | value | default | |", "|---|---|---|---|"]
+    return "\n".join([f"## {title}", "", str(section.__doc__), "", *head, *rows, ""])
+
+
+def _row(name: str, info: FieldInfo) -> str:
+    below = section_of(info.annotation)
+    if below is not None:
+        default = "not present" if info.default is None else ""
+        if info.is_required():
+            default = "**required**"
+        words = info.description or str(below.__doc__)
+        return f"| `{name}` | a section, [below](#{name}) | {default} | {_cell(words)} |"
+    default = "**required**" if info.is_required() else f"`{_plain(info.default)}`"
+    value = describe(info.annotation, info.metadata)
+    return f"| `{name}` | {_cell(value)} | {default} | {_cell(info.description or '')} |"
+
+
+def _plain(value: object) -> str:
+    """A default as it would stand in a recipe; JSON is YAML."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
