@@ -20,8 +20,6 @@ from vlmtune.cli.common import (
     print_json,
     setup_logging,
 )
-from vlmtune.recipe.load import LoadedRecipe, dump_recipe, load_recipe
-from vlmtune.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,6 +28,8 @@ if TYPE_CHECKING:
     from vlmtune.data.types import Conversation
     from vlmtune.models.adapters.base import Adapter
     from vlmtune.models.load import VLM
+    from vlmtune.recipe.load import LoadedRecipe
+    from vlmtune.recipe.schema import Recipe
     from vlmtune.train.checkpoint import Checkpoint
     from vlmtune.train.feed import StepDataset
     from vlmtune.train.loop import Evaluate, Trainee, TrainResult
@@ -55,7 +55,9 @@ def train_command(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Train a model from a recipe; the result is the folder `output_dir`."""
+    """Train a model from a recipe into the folder `output_dir`."""
+    from vlmtune.recipe.load import load_recipe
+
     is_main = os.environ.get("RANK", "0") == "0"
     quiet = quiet or not is_main
     setup_logging(quiet)
@@ -176,6 +178,7 @@ class Session:
 
     def prepare_folder(self, hashes: dict[str, str], commit: str | None) -> None:
         """Set an old run aside if asked to, and write what this run is; the main process does."""
+        from vlmtune.recipe.load import dump_recipe
         from vlmtune.train import run_folder
         from vlmtune.train.runtime import describe_environment
 
