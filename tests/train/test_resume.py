@@ -1,0 +1,128 @@
+"""Resumed equals uninterrupted, bit for bit, from a checkpoint that a kill -9 left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.training import METHODS, adapter_of, metrics_of, train_once, write_recipe
+from vlmtune.errors import VlmtuneError
+from vlmtune.train.checkpoint import complete_checkpoints
+
+
+@pytest.fixture
+def make_recipe(tmp_path: Path, tiny_vlm: Path, sample_data: Path):
+    def make(name: str, **keys: object) -> Path:
+        keys = {"dropout": 0.1} | keys
+        data = sample_data / "train.jsonl"
+        return write_recipe(tmp_path / name, tiny_vlm=tiny_vlm, data=data, **keys)
+
+    return make
+
+
+def start_process(recipe: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(
+        [sys.executable, "-m", "vlmtune", "train", str(recipe), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 180
+    while time.monotonic() < end:
+        if (run / "metrics.jsonl").exists() and len(metrics_of_live(run)) >= step:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError("the run did not get going")
+
+
+def metrics_of_live(run: Path) -> list[str]:
+    return (run / "metrics.jsonl").read_text().splitlines()
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(make_recipe, method: str):
+    whole, killed = make_recipe("whole", **METHODS[method]), make_recipe("killed", **METHODS[method])
+    train_once(whole)
+    process = start_process(killed)
+    run = killed.parent / "run"
+    wait_for_step(run, 5, process)  # saved after 3; the next save comes after 6
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "adapter").exists()
+    train_once(killed, resume="auto")
+    expected, resumed = adapter_of(whole.parent / "run"), adapter_of(run)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[k], resumed[k]) for k in expected)
+    assert [m["step"] for m in metrics_of(run)] == list(range(1, 13))
+    assert [m["loss"] for m in metrics_of(run)] == [
+        m["loss"] for m in metrics_of(whole.parent / "run")
+    ]
+
+
+@pytest.mark.parametrize("lost", ["optimizer", "rng"])
+def test_a_resume_that_lost_a_part_of_its_state_differs(make_recipe, lost: str):
+    recipe = make_recipe("run", **METHODS["lora"], train__keep_checkpoints=10)
+    train_once(recipe)
+    run = recipe.parent / "run"
+    expected = adapter_of(run)
+    (checkpoint,) = [p for p in complete_checkpoints(run / "checkpoints") if p.name[-1] == "6"]
+    if lost == "optimizer":
+        state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+        for moments in state["optimizer"]["state"].values():
+            moments["exp_avg"].zero_()
+        torch.save(state, checkpoint / "optimizer.pt")
+    else:
+        state = torch.load(checkpoint / "rng.pt", weights_only=True)
+        state[0]["torch"] = torch.Generator().manual_seed(7).get_state()
+        torch.save(state, checkpoint / "rng.pt")
+    train_once(recipe, resume=str(checkpoint))
+    assert any(not torch.equal(expected[k], v) for k, v in adapter_of(run).items())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_signal_saves_and_exits(make_recipe, number: int, code: int):
+    recipe = make_recipe("run", rank=4, train__max_steps=400, train__save_every=400)
+    process = start_process(recipe)
+    run = recipe.parent / "run"
+    wait_for_step(run, 3, process)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    (saved,) = complete_checkpoints(run / "checkpoints")
+    assert int(saved.name.removeprefix("step-")) == metrics_of(run)[-1]["step"]
+    assert "--resume auto" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_an_occupied_folder_offers_the_ways_on(make_recipe):
+    recipe = make_recipe("run", rank=4, train__max_steps=2)
+    train_once(recipe)
+    with pytest.raises(VlmtuneError, match="occupied.*a finished run.*--resume auto.*--resume never"):
+        train_once(recipe)
+    before = (recipe.parent / "run" / "metrics.jsonl").read_text()
+    again = train_once(recipe, resume="auto")
+    assert again["samples"] == 0
+    assert (recipe.parent / "run" / "metrics.jsonl").read_text() == before
+    train_once(recipe, resume="never")
+    assert (recipe.parent / "run.previous-1" / "adapter").is_dir()
+    assert (recipe.parent / "run" / "adapter").is_dir()
+
+
+def test_a_changed_recipe_is_not_resumed(make_recipe):
+    recipe = make_recipe("run", rank=4, train__max_steps=3)
+    train_once(recipe)
+    with pytest.raises(VlmtuneError, match=r"train.learning_rate changed.*0.001 -> 0.002"):
+        train_once(recipe, "train.learning_rate=2e-3", resume="auto")
