@@ -23,7 +23,6 @@ app = typer.Typer(
 app.command("train")(train.train_command)
 app.command("eval")(eval.eval_command)
 app.command("chat")(chat.chat_command)
-app.command("train")(train.train_command)
 recipe_app = typer.Typer(help="Look at a recipe.", no_args_is_help=True, rich_markup_mode=None)
 recipe_app.command("show")(recipe.show_command)
 recipe_app.command("schema")(recipe.schema_command)
