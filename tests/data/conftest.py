@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import PIL.Image
 import pytest
@@ -12,7 +12,7 @@ from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation, Image, Source, Text, Turn
 
 
-@lru_cache(maxsize=None)
+@cache
 def cached_processor(kind: str):
     return build_processor(kind)
 

@@ -1,0 +1,101 @@
+"""Every plan covers every sample, keeps the budget and is the same for the same seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlmtune.data.packing import (
+    epoch_order,
+    num_steps,
+    plan_micro_batches,
+    process_share,
+    step_samples,
+)
+
+few = settings(max_examples=60, deadline=None)
+counts = st.integers(1, 40)
+
+
+@few
+@given(st.integers(0, 2**31), st.integers(0, 5), counts)
+def test_an_epoch_is_a_permutation(seed, epoch, num_samples):
+    assert sorted(epoch_order(seed, epoch, num_samples)) == list(range(num_samples))
+
+
+def test_the_order_depends_on_seed_and_epoch_and_is_fixed_for_all_time():
+    assert epoch_order(0, 0, 50) != epoch_order(0, 1, 50)
+    assert epoch_order(0, 0, 50) != epoch_order(1, 0, 50)
+    assert epoch_order(1, 10, 50) != epoch_order(11, 0, 50)
+    assert epoch_order(42, 0, 8) == [6, 5, 3, 2, 4, 1, 0, 7]
+
+
+@few
+@given(st.integers(0, 99), counts, counts, st.sampled_from([0.5, 1, 1.5, 2, 3]))
+def test_steps_cover_each_epoch_exactly_once(seed, num_samples, batch_size, epochs):
+    steps = num_steps(epochs, num_samples, batch_size)
+    stream = [
+        index
+        for step in range(1, steps + 1)
+        for index in step_samples(
+            step, seed=seed, num_samples=num_samples, batch_size=batch_size, epochs=epochs
+        )
+    ]
+    whole, rest = divmod(len(stream), num_samples)
+    for epoch in range(whole):
+        part = stream[epoch * num_samples : (epoch + 1) * num_samples]
+        assert part == epoch_order(seed, epoch, num_samples)
+    assert max(Counter(stream[whole * num_samples :]).values(), default=1) == 1
+    assert abs(len(stream) - epochs * num_samples) < 1
+    last = step_samples(
+        steps + 1, seed=seed, num_samples=num_samples, batch_size=batch_size, epochs=epochs
+    )
+    assert last == []
+
+
+def test_without_epochs_every_step_is_full_and_a_step_may_cross_epochs():
+    first = step_samples(1, seed=3, num_samples=5, batch_size=4)
+    second = step_samples(2, seed=3, num_samples=5, batch_size=4)
+    assert len(first) == len(second) == 4
+    assert sorted(first + second[:1]) == list(range(5))
+    assert second[1:] == epoch_order(3, 1, 5)[:3]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "num_samples", "batch_size", "steps"),
+    [(3, 100, 16, 19), (1, 32, 16, 2), (0.1, 30, 1, 3), (1, 1, 16, 1), (0.001, 10, 4, 1)],
+)
+def test_num_steps_by_hand(epochs, num_samples, batch_size, steps):
+    assert num_steps(epochs, num_samples, batch_size) == steps
+
+
+@few
+@given(st.lists(st.integers(0, 999), max_size=40), st.integers(1, 9))
+def test_shares_partition_the_step_and_are_equal_to_within_one(indices, world_size):
+    shares = [
+        process_share(indices, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+    assert Counter(index for share in shares for index in share) == Counter(indices)
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@few
+@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 100))
+def test_micro_batches_cover_each_position_once_within_the_budget(lengths, budget):
+    groups = plan_micro_batches(lengths, budget)
+    assert sorted(position for group in groups for position in group) == list(range(len(lengths)))
+    for group in groups:
+        padded = len(group) * max(lengths[position] for position in group)
+        assert padded <= budget or len(group) == 1
+
+
+def test_micro_batches_by_hand():
+    assert plan_micro_batches([3, 10, 4, 4, 1], 12) == [[1], [2, 3, 0], [4]]
+    assert plan_micro_batches([5, 5, 5], 4) == [[0], [1], [2]]
+    assert plan_micro_batches([], 4) == []
+    # The wrong variant counts tokens without padding: 10 + 1 would have fitted into 12.
+    assert [1, 4] not in plan_micro_batches([3, 10, 4, 4, 1], 12)
