@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.data.conftest import cached_processor
-from vlmtune.data.encode import NORMALISED, Encoder
+from vlmtune.data.encode import Encoder
+from vlmtune.data.masks import NORMALISED
 from vlmtune.data.types import IGNORED
 from vlmtune.errors import SampleError, VlmtuneError
 
@@ -247,3 +248,25 @@ def test_a_slow_tokenizer_is_refused():
 
     with pytest.raises(VlmtuneError, match="offsets"):
         Encoder(Processor(), max_tokens=9, over_length="error", max_image_pixels=9)
+
+
+def test_a_processor_that_names_no_image_token_is_refused():
+    class Fast:
+        is_fast = True
+
+    class Processor:
+        tokenizer = Fast()
+
+    with pytest.raises(VlmtuneError, match="stands for a picture"):
+        Encoder(Processor(), max_tokens=9, over_length="error", max_image_pixels=9)
+
+
+def test_the_embedded_default_is_masked_like_the_others(tiny_vlm, make_conversation, picture):
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(tiny_vlm)
+    encoder = Encoder(processor, max_tokens=999, over_length="error", max_image_pixels=10_000)
+    for case in CASES:
+        conversation = _conversation(case, make_conversation, picture)
+        sample = encoder.encode(conversation)
+        assert _decode_supervised(sample, processor) == _expected(conversation, "qwen"), case

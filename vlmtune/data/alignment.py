@@ -8,15 +8,26 @@ between two pictures is the same token for token in both, which is what places i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Segment(NamedTuple):
+    """A text between pictures: its start and length in the plain tokens, its place in the others.
+
+    `placed` is None where it could stand in several places (a line break between two pictures).
+    """
+
+    start: int
+    length: int
+    placed: int | None
 
 
 def align_segments(
     plain: Sequence[int], processed: Sequence[int], image_token_id: int
-) -> list[tuple[int, int, int | None]] | None:
-    """The texts between pictures as (start in plain, length, start in processed).
+) -> list[Segment] | None:
+    """The texts between pictures, in order; None where the two sequences do not agree.
 
-    The last is None for a text that could stand in several places (a line break between two
-    pictures, say). None altogether where the two do not agree.
+    A text is placed where its leftmost and its rightmost possible place are the same.
     """
     bounds = [-1, *(i for i, token in enumerate(plain) if token == image_token_id), len(plain)]
     starts = [bound + 1 for bound in bounds[:-1]]
@@ -30,7 +41,7 @@ def align_segments(
         for start, text in zip(backwards[::-1], texts, strict=True)
     ]
     return [
-        (start, len(text), left if left == right else None)
+        Segment(start, len(text), left if left == right else None)
         for start, text, left, right in zip(starts, texts, leftmost, rightmost, strict=True)
     ]
 

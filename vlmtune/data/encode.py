@@ -1,9 +1,10 @@
 """A conversation as the model sees it: token ids, targets and media, checked by decoding.
 
-    Conversation -> chat template with the answers' characters (template.py)
+    Conversation -> chat template with the answers' characters        template.py
       -> tokenizer alone: one token a picture, with offsets ---+
-      -> processor: input_ids (T,), media ---------------------+-> alignment -> targets (T,)
-      -> the targets decoded = the answers and their end of turn, or a SampleError
+      -> processor: input_ids (T,), media ---------------------+      alignment.py
+      -> targets (T,), decoded and compared with the answers          masks.py
+      -> too long: refused, left out, shrunk or cut                   over_length.py
 
 T tokens of a sample.
 """
@@ -11,7 +12,6 @@ T tokens of a sample.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,16 +19,16 @@ from typing import Any, Literal
 import PIL.Image
 import torch
 
-from vlmtune.data.alignment import align_segments, tokens_of_span
-from vlmtune.data.media import open_image, shorten
+from vlmtune.data.alignment import align_segments
+from vlmtune.data.masks import MaskError, label_targets
+from vlmtune.data.media import open_image
 from vlmtune.data.over_length import TURNS_LEFT_OUT, cut_text, shrink_images
-from vlmtune.data.template import ChatTemplate, Rendered, Span, TemplateError, special_tokens
+from vlmtune.data.template import ChatTemplate, Rendered, TemplateError, special_tokens
 from vlmtune.data.types import IGNORED, Conversation, Sample, Text
 from vlmtune.errors import SampleError, VlmtuneError
 
 OverLengthPolicy = Literal["error", "drop", "shrink_images", "trim_text"]
 
-NORMALISED = "characters replaced by the tokenizer's Unicode normalisation"
 UNKNOWN = "characters that the tokenizer does not know"
 
 
@@ -62,6 +62,12 @@ class Encoder:
                 "the tokenizer gives no character offsets, which label masks are made from",
                 got=type(tokenizer).__name__,
                 expected="a fast tokenizer (tokenizer.json)",
+            )
+        if getattr(processor, "image_token", None) is None:
+            raise VlmtuneError(
+                "the processor does not say which token stands for a picture",
+                got=type(processor).__name__,
+                expected="processor.image_token",
             )
         self.processor = processor
         self.max_tokens = max_tokens
@@ -148,15 +154,25 @@ class Encoder:
                 "the processor and its tokenizer do not agree on the text",
                 expected="the same tokens outside the pictures",
             )
-        for span in rendered.spans:
-            self._supervise(conversation, rendered, span, plain, offsets, segments, sample)
-        notes = [*sample.notes, *rendered.notes]
+        try:
+            targets, label_notes = label_targets(
+                rendered,
+                offsets,
+                segments,
+                sample.input_ids,
+                end_token=self._template.end_token,
+                tokenizer=self.processor.tokenizer,
+            )
+        except MaskError as error:
+            raise _placed(conversation, error) from error
+        assert not bool((targets == self._image_id).any()), "a picture's token is supervised"
+        notes = [*rendered.notes, *label_notes]
         unknown = self.processor.tokenizer.unk_token_id
         if unknown is not None and unknown in plain:
             notes.append(UNKNOWN)
-        media_end = 0 if len(segments) == 1 else len(ids) - segments[-1][1]
+        media_end = 0 if len(segments) == 1 else len(ids) - segments[-1].length
         return _Encoded(
-            replace(sample, notes=tuple(dict.fromkeys(notes))),
+            replace(sample, targets=targets, notes=tuple(dict.fromkeys(notes))),
             len(plain) - (len(segments) - 1),
             media_end,
         )
@@ -210,59 +226,17 @@ class Encoder:
         for name, value in output.items():
             if name in ("input_ids", "attention_mask"):
                 continue
+            if not isinstance(value, torch.Tensor):
+                raise _error(
+                    conversation,
+                    f"the processor gives {name}, which is no tensor",
+                    got=type(value).__name__,
+                )
             if tuple(value.shape) == (1, length) and not value.is_floating_point():
                 sample.token_fields[name] = value[0].to(torch.int64)
             else:
                 sample.media[name] = value
         return sample
-
-    def _supervise(
-        self,
-        conversation: Conversation,
-        rendered: Rendered,
-        span: Span,
-        plain: list[int],
-        offsets: list[tuple[int, int]],
-        segments: Sequence[tuple[int, int, int | None]],
-        sample: Sample,
-    ) -> None:
-        """Write one turn's targets into `sample`, and check them by decoding."""
-        found = tokens_of_span(offsets, span.start, span.end)
-        assert found is not None, "an answer without a token"
-        first, last = found
-        start, _, placed = next(s for s in reversed(segments) if s[0] <= first)
-        if placed is None:
-            raise _error(conversation, "an answer could stand in two places of the token sequence")
-        first, last = first - start + placed, last - start + placed
-        taught = sample.input_ids[first : last + 1]
-        if not span.end_is_rendered:
-            taught = torch.cat([taught, taught.new_tensor([self.end_token_id])])
-        sample.targets[first - 1 : first - 1 + len(taught)] = taught
-        assert not bool((taught == self._image_id).any()), "a picture's token is supervised"
-        expected = rendered.text[span.start : span.end]
-        if not span.end_is_rendered:
-            expected += str(self._template.end_token)
-        decoded = self._decode_after(int(sample.input_ids[first - 1]), taught.tolist())
-        if decoded != expected:
-            self._accept_normalised(conversation, decoded, expected)
-            sample.notes = (*sample.notes, NORMALISED)
-
-    def _decode_after(self, before: int, ids: list[int]) -> str:
-        """`ids` as text, behind the token before them: a text's first space is often dropped."""
-        decode = self.processor.tokenizer.decode
-        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        head = decode([before], **options)
-        return str(decode([before, *ids], **options)).removeprefix(head)
-
-    def _accept_normalised(self, conversation: Conversation, decoded: str, expected: str) -> None:
-        forms = (unicodedata.normalize("NFC", expected), unicodedata.normalize("NFKC", expected))
-        if decoded not in forms:
-            raise _error(
-                conversation,
-                "the supervised tokens do not spell the answer",
-                got=repr(shorten(decoded)),
-                expected=repr(shorten(expected)),
-            )
 
     def _trim(
         self, conversation: Conversation, pictures: list[PIL.Image.Image], encoded: _Encoded

@@ -66,18 +66,19 @@ class ChatTemplate:
         if not marker:
             raise VlmtuneError("the chat template leaves the assistant's text out")
         self.lead = self._find_lead(before, self.render_prompt(probe[:1]))
-        self.end_of_turn, self.end_token = _find_end(tail, special_tokens(tokenizer))
-        if self.end_token is None:
-            self.end_token = tokenizer.eos_token
-            if self.end_token is None:
+        self.end_of_turn, end_token = _find_end(tail, special_tokens(tokenizer))
+        if end_token is None:
+            end_token = tokenizer.eos_token
+            if end_token is None:
                 raise VlmtuneError(
                     "neither the chat template nor the tokenizer says how a turn ends",
                     expected="an end-of-turn token in the template, or tokenizer.eos_token",
                 )
             logger.info(
                 "the chat template ends an answer with no token of its own; %s is taught after it",
-                self.end_token,
+                end_token,
             )
+        self.end_token: str = end_token
 
     def render_prompt(self, turns: Sequence[Turn]) -> str:
         """The turns as text, ending where the model starts to answer."""
