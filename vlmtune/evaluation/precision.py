@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
+def inference_dtype(name: str) -> torch.dtype:
+    """The dtype called `name`, float32, bfloat16 or float16.
 
-def inference_dtype(name: DtypeName) -> torch.dtype:
-    """`auto`: bfloat16 where the device has instructions for it; otherwise float16 on a GPU, and
-    float32 on a CPU, where emulated bfloat16 is several times slower."""
+    `auto`: bfloat16 where the device has instructions for it; otherwise float16 on a GPU, and
+    float32 on a CPU, where emulated bfloat16 is several times slower.
+    """
     if name != "auto":
         return {
             "float32": torch.float32,

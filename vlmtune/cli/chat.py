@@ -1,0 +1,173 @@
+"""`vlmtune chat TARGET ["question"]`: one streamed answer, or a small conversation."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vlmtune.cli.common import DebugOption, JsonOption, QuietOption, command, print_json
+from vlmtune.cli.target import (
+    DtypeOption,
+    QuantizationOption,
+    TargetArgument,
+    TrustOption,
+    answering_encoder,
+    max_image_pixels,
+    open_for_answers,
+)
+from vlmtune.errors import VlmtuneError
+
+if TYPE_CHECKING:
+    from vlmtune.evaluation.dialogue import Dialogue
+
+SLASH_COMMANDS = {
+    "/image": "PATH: show a picture with the next question",
+    "/reset": "forget the conversation",
+    "/quit": "leave (Ctrl-D too)",
+}
+
+
+@command
+def chat_command(
+    target: TargetArgument,
+    question: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[QUESTION]",
+            help="Answered once. Without it: a conversation, a question a line.",
+            show_default=False,
+        ),
+    ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option("--image", metavar="PICTURE", help="Give it again for more pictures."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")
+    ] = 256,
+    dtype: DtypeOption = "auto",
+    quantization_bit: QuantizationOption = None,
+    trust_remote_code: TrustOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Ask a run, an adapter or a model about pictures."""
+    if json and question is None:
+        raise VlmtuneError(
+            "--json answers one question", got="no question", do="give the question on the command"
+        )
+    if question is not None and not question.strip():
+        raise VlmtuneError("the question is empty", do="ask something, or leave it out to talk")
+    _check_pictures(image or [])
+
+    from vlmtune.evaluation.dialogue import Dialogue
+
+    opened = open_for_answers(
+        target, dtype=dtype, quantization_bit=quantization_bit, trust_remote_code=trust_remote_code
+    )
+    dialogue = Dialogue(
+        opened.vlm,
+        encoder=answering_encoder(opened),
+        max_new_tokens=max_new_tokens,
+        max_image_pixels=max_image_pixels(opened),
+    )
+    for path in image or []:
+        dialogue.add_image(path)
+    if question is None:
+        _converse(dialogue, quiet)
+        return
+    answer = dialogue.ask(question, on_text=_ignore if json else _stream)
+    if json:
+        print_json({"answer": answer.text})
+    else:
+        print()
+    if not answer.is_complete:
+        raise KeyboardInterrupt
+
+
+def _check_pictures(paths: list[Path]) -> None:
+    for path in paths:
+        if not path.expanduser().is_file():
+            raise VlmtuneError("no such picture file", file=path, expected="a picture file")
+
+
+def _stream(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _ignore(text: str) -> None:
+    """The whole answer is printed at the end."""
+
+
+def _converse(dialogue: Dialogue, quiet: bool) -> None:
+    """Read questions until the end of input; answers go to stdout, the rest to stderr."""
+    read = _reader()
+    if not quiet:
+        _print_help()
+    while True:
+        try:
+            line = read().strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            _say("\nCtrl-D or /quit leaves")
+            continue
+        if line == "/quit":
+            return
+        try:
+            if line.startswith("/"):
+                _obey(dialogue, line)
+            elif line:
+                answer = dialogue.ask(line, on_text=_stream)
+                print(flush=True)
+                if not answer.is_complete:
+                    _say("(stopped)")
+        except VlmtuneError as error:  # said, and the conversation goes on
+            _say(str(error))
+
+
+def _obey(dialogue: Dialogue, line: str) -> None:
+    name, _, rest = line.partition(" ")
+    path = rest.strip().strip("'\"")
+    if name == "/image" and path:
+        dialogue.add_image(Path(path))
+        _say(f"shown with the next question: {path}")
+    elif name == "/reset":
+        dialogue.reset()
+        _say("forgotten")
+    elif name == "/image":
+        _say("/image needs a path")
+    else:
+        _say(f"unknown command {name}")
+        _print_help()
+
+
+def _reader() -> Callable[[], str]:
+    """`input` with line editing in a terminal; the bare lines of a pipe otherwise."""
+    if not sys.stdin.isatty():
+
+        def read_line() -> str:
+            line = sys.stdin.readline()
+            if not line:
+                raise EOFError
+            return line
+
+        return read_line
+    with contextlib.suppress(ImportError):  # Windows has no readline
+        import readline  # noqa: F401
+    return lambda: input("> ")
+
+
+def _print_help() -> None:
+    for name, text in SLASH_COMMANDS.items():
+        _say(f"  {name} {text}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,127 @@
+"""What `eval` and `chat` share: TARGET, how it is opened, and what it may be shown."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from vlmtune.errors import VlmtuneError
+
+if TYPE_CHECKING:
+    from vlmtune.data.encode import Encoder
+    from vlmtune.models.open import OpenTarget
+
+logger = logging.getLogger("vlmtune")
+
+TargetArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="TARGET",
+        help="A run folder, an adapter folder, or a model (folder or hub id).",
+        show_default=False,
+    ),
+]
+DtypeOption = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(
+        "--dtype", help="auto: bfloat16 where the device has instructions for it, else float32."
+    ),
+]
+QuantizationOption = Annotated[
+    int | None,
+    typer.Option(
+        "--quantization-bit",
+        metavar="4|8|16",
+        help="Of the base model. Default: as in training.",
+        show_default=False,
+    ),
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
+
+
+def open_for_answers(
+    target: str, *, dtype: str, quantization_bit: int | None, trust_remote_code: bool
+) -> OpenTarget:
+    """Open TARGET for generation; a warning where its pixel budget is not the recipe's.
+
+    Raises VlmtuneError where it cannot be opened.
+    """
+    if quantization_bit not in (None, 4, 8, 16):
+        raise VlmtuneError(
+            "wrong value for --quantization-bit", got=quantization_bit, expected="4, 8 or 16"
+        )
+    from vlmtune.evaluation.precision import inference_dtype
+    from vlmtune.models.open import open_target
+
+    opened = open_target(
+        target,
+        dtype=inference_dtype(dtype),
+        quantization_bit=quantization_bit,
+        trust_remote_code=trust_remote_code,
+    )
+    _compare_budgets(opened)
+    return opened
+
+
+def answering_encoder(opened: OpenTarget) -> Encoder:
+    """An encoder that limits nothing but what the model and the picture decoder can take.
+
+    Pictures and texts are cut down as in training where the recipe cuts; a sample that training
+    would only drop is answered.
+    """
+    from vlmtune.data.encode import Encoder
+
+    recipe = opened.recipe
+    max_pixels = max_image_pixels(opened)
+    if recipe is not None and recipe.data.over_length in ("shrink_images", "trim_text"):
+        return Encoder(
+            opened.vlm.processor,
+            max_tokens=recipe.data.max_tokens,
+            over_length=recipe.data.over_length,
+            max_image_pixels=max_pixels,
+        )
+    return Encoder(
+        opened.vlm.processor,
+        max_tokens=_context_length(opened),
+        over_length="error",
+        max_image_pixels=max_pixels,
+    )
+
+
+def max_image_pixels(opened: OpenTarget) -> int:
+    """The run's limit on a picture's pixels before decoding, or the schema's default."""
+    if opened.recipe is not None:
+        return opened.recipe.data.max_image_pixels
+    from vlmtune.recipe.schema import DataSection
+
+    return int(DataSection.model_fields["max_image_pixels"].default)
+
+
+def _context_length(opened: OpenTarget) -> int:
+    text_config = opened.vlm.model.config.get_text_config()
+    return int(text_config.max_position_embeddings)
+
+
+def _compare_budgets(opened: OpenTarget) -> None:
+    """Warn where the processor that was loaded sizes pictures otherwise than in training."""
+    if opened.recipe is None:
+        return
+    from vlmtune.models.processor import pixel_budget
+
+    used = pixel_budget(opened.vlm.processor)
+    image = opened.recipe.image
+    for index, (key, trained) in enumerate(
+        (("min_pixels", image.min_pixels), ("max_pixels", image.max_pixels))
+    ):
+        if trained is not None and (used is None or used[index] != trained):
+            logger.warning(
+                "pictures are not sized as in training: image.%s is %s in the run's recipe, %s in "
+                "its processor",
+                key,
+                trained,
+                None if used is None else used[index],
+            )
