@@ -33,7 +33,8 @@ def load_processor(
 
     Raises VlmtuneError where files are missing or the pixel budget cannot be applied.
     """
-    check_source(source)
+    if not Path(source).is_dir():  # an adapter's folder has a processor and no config.json
+        check_source(source)
     _check_tokenizer_files(source)
     try:
         with quiet_transformers():

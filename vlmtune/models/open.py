@@ -1,0 +1,264 @@
+"""TARGET of `eval`, `chat` and `merge` opened: a run, an adapter or a model, ready for inference.
+
+    run folder      recipe.resolved.yaml, and adapter/ or model/
+    adapter folder  adapter_config.json naming its base, adapter_model.safetensors
+    model           a folder with config.json, or a hub id
+
+After an adapter is loaded, every tensor of its file is compared with the model: PEFT itself only
+warns about keys that match nothing, and the adapter then has no effect.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vlmtune.errors import ErrorGroup, VlmtuneError
+from vlmtune.models.adapters.wrapping import WEIGHTS_FILE, adapter_tensors
+from vlmtune.models.load import VLM, load_vlm
+from vlmtune.models.processor import TOKENIZER_FILES, load_processor
+from vlmtune.recipe.explain import Place, Settings, validate
+from vlmtune.recipe.schema import Recipe
+from vlmtune.recipe.yaml12 import parse_yaml
+
+RUN_FILE = "recipe.resolved.yaml"
+ADAPTER_FILE = "adapter_config.json"
+PREFIX = "base_model.model."
+
+Kind = Literal["run", "adapter", "model"]
+
+
+@dataclass(frozen=True)
+class OpenTarget:
+    """`vlm.model` is a PeftModel where there is an adapter; `recipe` is a run's."""
+
+    vlm: VLM
+    kind: Kind
+    recipe: Recipe | None
+
+
+def open_target(
+    target: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device | None = None,
+    quantization_bit: int | None = None,
+    trust_remote_code: bool = False,
+) -> OpenTarget:
+    """Load `target` in eval mode, all parameters frozen.
+
+    `dtype` is that of what is not quantised. `quantization_bit` None: as the run was trained, 16
+    for an adapter or a model. A run may use remote code if its recipe says so.
+
+    Raises VlmtuneError for a target that is nothing of this, an unfinished run, and an adapter that
+    does not fit its base in every key.
+    """
+    folder = Path(target).expanduser()
+    if (folder / RUN_FILE).is_file():
+        return _open_run(folder, dtype, device, quantization_bit, trust_remote_code)
+    if (folder / ADAPTER_FILE).is_file():
+        source, revision = base_of_adapter(folder)
+        vlm = load_vlm(
+            source,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            quantization_bit=quantization_bit or 16,
+            dtype=dtype,
+            device=device,
+        )
+        return OpenTarget(with_adapter(vlm, folder, trust_remote_code), "adapter", None)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise VlmtuneError(
+            "the folder is no run, adapter or model",
+            file=folder,
+            expected=f"{RUN_FILE}, {ADAPTER_FILE} or config.json in it",
+        )
+    vlm = load_vlm(
+        str(folder) if folder.is_dir() else str(target),
+        trust_remote_code=trust_remote_code,
+        quantization_bit=quantization_bit or 16,
+        dtype=dtype,
+        device=device,
+    )
+    vlm.model.requires_grad_(False)
+    return OpenTarget(vlm, "model", None)
+
+
+def _open_run(
+    folder: Path,
+    dtype: torch.dtype,
+    device: str | torch.device | None,
+    quantization_bit: int | None,
+    trust_remote_code: bool,
+) -> OpenTarget:
+    recipe = read_run_recipe(folder)
+    result = result_of_run(folder)
+    adapter = result if (result / ADAPTER_FILE).is_file() else None
+    source, revision = (str(result), None) if adapter is None else base_of_adapter(adapter)
+    vlm = load_vlm(
+        source,
+        revision=revision,
+        trust_remote_code=trust_remote_code or recipe.trust_remote_code,
+        quantization_bit=quantization_bit or recipe.quantization_bit,
+        quantization=recipe.quantization,
+        dtype=dtype,
+        device=device,
+        parts=recipe.parts,
+    )
+    if adapter is not None:
+        vlm = with_adapter(vlm, adapter, trust_remote_code or recipe.trust_remote_code)
+    vlm.model.requires_grad_(False)
+    return OpenTarget(vlm, "run", recipe)
+
+
+def read_run_recipe(folder: Path) -> Recipe:
+    """The resolved recipe of a run folder; unlike for training, its data may be gone since."""
+    path = folder / RUN_FILE
+    document, errors = parse_yaml(path.read_text(encoding="utf-8"), file=str(path))
+    if not isinstance(document.value, dict):
+        raise VlmtuneError("not a recipe", file=path, line=1)
+    places = {key: Place(str(path), line) for key, line in document.lines.items()}
+    recipe, problems = validate(Settings(document.value, places | {(): Place(str(path), 1)}))
+    if recipe is None or errors or problems:
+        raise ErrorGroup([*errors, *problems])
+    return recipe
+
+
+def result_of_run(folder: Path) -> Path:
+    """`adapter/` or `model/` of a run. Raises VlmtuneError where the run has not finished."""
+    for name, file in (("adapter", ADAPTER_FILE), ("model", "config.json")):
+        if (folder / name / file).is_file():
+            return folder / name
+    checkpoints = sorted(p.name for p in (folder / "checkpoints").glob("step-*"))
+    raise VlmtuneError(
+        "the run has not finished: it has no adapter/ and no model/",
+        file=folder,
+        got=f"checkpoints {', '.join(checkpoints)}" if checkpoints else "no checkpoint either",
+        do="finish it with `vlmtune train RECIPE --resume auto`"
+        if checkpoints
+        else "train it again: `vlmtune train RECIPE --resume never`",
+    )
+
+
+def base_of_adapter(folder: Path) -> tuple[str, str | None]:
+    """The base model's source and revision that an adapter folder names."""
+    path = folder / ADAPTER_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise VlmtuneError(f"not JSON: {error}", file=path) from error
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise VlmtuneError(
+            "the adapter does not name its base model",
+            file=path,
+            expected="base_model_name_or_path: a hub id or a folder",
+            do="write it into the file",
+        )
+    return base, config.get("revision")
+
+
+def with_adapter(vlm: VLM, folder: Path, trust_remote_code: bool = False) -> VLM:
+    """`vlm` with the adapter in `folder` (changes `vlm.model` in place), and its processor.
+
+    The processor is the adapter's own, which has the pixel budget of training, if it has one.
+    Raises VlmtuneError unless every tensor of the adapter's file is in the model, equal, and none
+    is missing.
+    """
+    tensors = _read_tensors(folder)
+    _check_paths(vlm.model, tensors, folder)
+    with warnings.catch_warnings():
+        # An adapter's rank_pattern names tensors where PEFT looks for modules; it has its effect.
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys")
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # checked below
+        try:
+            model = PeftModel.from_pretrained(vlm.model, str(folder))
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise VlmtuneError(
+                "the adapter does not fit its base model",
+                file=folder,
+                got=str(error).strip().splitlines()[0][:300],
+                do="use the base model, and the library versions, that it was trained with",
+            ) from error
+    _set_exact(adapter_tensors(model), tensors)
+    _check_loaded(adapter_tensors(model), tensors, folder)
+    model.eval().requires_grad_(False)
+    processor = vlm.processor
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        processor = load_processor(str(folder), trust_remote_code=trust_remote_code)
+    return dataclasses.replace(vlm, model=model, processor=processor)
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS_FILE
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise VlmtuneError("the adapter's weights are missing", file=path) from None
+    except SafetensorError as error:
+        raise VlmtuneError(
+            f"the adapter's weights are damaged: {error}",
+            file=path,
+            do="copy or download them again",
+        ) from error
+
+
+def _check_paths(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Every tensor belongs to a module that the base has."""
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    lost = [name for name in tensors if _module_of(name) not in modules]
+    if not tensors:
+        raise VlmtuneError("the adapter is empty", file=folder / WEIGHTS_FILE)
+    if lost:
+        which = "none" if len(lost) == len(tensors) else f"only {len(tensors) - len(lost)}"
+        raise VlmtuneError(
+            f"{which} of the adapter's {len(tensors)} tensors match a module of the base model",
+            file=folder / WEIGHTS_FILE,
+            got=", ".join(lost[:3]) + (" …" if len(lost) > 3 else ""),
+            do="use the base model that it was trained on; if it is the same, the module paths "
+            "changed with a transformers version: rename the keys",
+        )
+
+
+def _module_of(name: str) -> str:
+    """Path in the base model of the module that an adapter tensor belongs to."""
+    path = name.removeprefix(PREFIX)
+    if ".lora_" in path:
+        return path.partition(".lora_")[0]
+    return path.rpartition(".")[0]
+
+
+def _set_exact(loaded: dict[str, Tensor], file: dict[str, Tensor]) -> None:
+    """Undo a rounding: PEFT makes pruned tensors anew in the base's dtype, then float32 again."""
+    with torch.no_grad():
+        for name, tensor in file.items():
+            if name in loaded and loaded[name].shape == tensor.shape:
+                loaded[name].copy_(tensor)
+
+
+def _check_loaded(loaded: dict[str, Tensor], file: dict[str, Tensor], folder: Path) -> None:
+    """What PEFT loaded is what the file holds, tensor by tensor (up to the model's dtype)."""
+    wrong = [n for n, t in file.items() if n not in loaded or not _is_equal(loaded[n], t)]
+    missing = sorted(set(loaded) - set(file))
+    if wrong or missing:
+        raise VlmtuneError(
+            f"{len(wrong)} of the adapter's {len(file)} tensors did not arrive in the model, and "
+            f"{len(missing)} of the model's are not in its file",
+            file=folder / WEIGHTS_FILE,
+            got=", ".join([*wrong, *missing][:3]),
+            do="the adapter's config and weights are not of one piece: export it again",
+        )
+
+
+def _is_equal(loaded: Tensor, tensor: Tensor) -> bool:
+    return loaded.shape == tensor.shape and torch.equal(loaded.cpu(), tensor.to(loaded.dtype))
