@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from vlmtune.errors import VlmtuneError
 from vlmtune.recipe.keys import OTHER_TOOLS, suggest, walk_keys
-from vlmtune.recipe.load import dump_recipe, load_recipe, recipe_json_schema
+from vlmtune.recipe.load import dump_recipe, load_recipe, load_resolved, recipe_json_schema
 from vlmtune.recipe.schema import Recipe
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 GOOD = """\
 model: base
@@ -91,10 +93,30 @@ def test_any_values_survive_the_round_trip(recipe_file: Path, data: st.DataObjec
     assert reload(recipe, recipe_file.parent / "resolved.yaml") == recipe
 
 
-def test_shipped_recipes_load_and_load_back(root: Path, tmp_path: Path) -> None:
-    for shipped in sorted((root / "configs").glob("*.yaml")):
-        recipe = load_recipe(shipped).recipe
-        assert reload(recipe, tmp_path / "resolved.yaml") == recipe, shipped.name
+@pytest.mark.parametrize("name", [path.name for path in sorted(CONFIGS.glob("*.yaml"))])
+def test_shipped_recipe_loads_and_loads_back(root: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "data" / "easy_vqa").mkdir(parents=True)  # as scripts/prepare_easy_vqa.py makes it
+    for file in ("train.jsonl", "test.jsonl"):
+        (tmp_path / "data" / "easy_vqa" / file).touch()
+    (tmp_path / "data" / "sample").symlink_to(root / "data" / "sample")
+    (tmp_path / "configs").mkdir()
+    shipped = tmp_path / "configs" / name
+    shipped.write_text((CONFIGS / name).read_text())
+    recipe = load_recipe(shipped).recipe
+    assert reload(recipe, tmp_path / "resolved.yaml") == recipe
+
+
+def test_resolved_recipe_of_a_run_is_read_without_its_data(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file).recipe
+    resolved = recipe_file.parent / "resolved.yaml"
+    resolved.write_text(dump_recipe(recipe))
+    (recipe_file.parent / "train.jsonl").unlink()
+    assert load_resolved(resolved) == recipe
+    with pytest.raises(VlmtuneError, match="no such data file"):
+        load_recipe(resolved)
+    resolved.write_text(resolved.read_text() + "rnak: 8\n")
+    with pytest.raises(VlmtuneError, match="unknown key 'rnak'"):
+        load_resolved(resolved)
 
 
 def test_paths_are_relative_to_the_recipe_and_output_dir_stays(recipe_file: Path) -> None:

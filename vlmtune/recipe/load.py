@@ -43,12 +43,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     for override in overrides:
         errors += _apply_override(override, settings)
     errors += resolve_paths(settings, folder=path.parent)
-    recipe, problems = validate(settings)
-    errors += problems
-    if errors or recipe is None:
-        files = [str(path), *map(_override_name, overrides)]
-        raise ErrorGroup(sorted(errors, key=lambda e: (files.index(str(e.file)), e.line or 0)))
-    return LoadedRecipe(recipe, path, text)
+    files = [str(path), *map(_override_name, overrides)]
+    return LoadedRecipe(_checked(settings, errors, files), path, text)
+
+
+def load_resolved(path: Path) -> Recipe:
+    """The resolved recipe of a finished run; unlike for training, its data may be gone since."""
+    document, errors = yaml12.parse_yaml(_read(path), file=str(path))
+    return _checked(_settings(document, str(path)), errors, [str(path)])
 
 
 def resolved_values(recipe: Recipe) -> dict[str, Any]:
@@ -71,6 +73,15 @@ def dump_recipe(recipe: Recipe) -> str:
 def recipe_json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Recipe.model_json_schema()
+
+
+def _checked(settings: Settings, errors: list[VlmtuneError], files: list[str]) -> Recipe:
+    """The validated recipe, or all errors, sorted by the order of `files` and the line."""
+    recipe, problems = validate(settings)
+    errors = [*errors, *problems]
+    if recipe is None or errors:
+        raise ErrorGroup(sorted(errors, key=lambda e: (files.index(str(e.file)), e.line or 0)))
+    return recipe
 
 
 def _read(path: Path) -> str:
