@@ -12,7 +12,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from data.processors import build_processor
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -24,6 +23,8 @@ from transformers import (
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
+
+from tests.data.processors import build_processor
 
 TEXT = {
     "hidden_size": 64,

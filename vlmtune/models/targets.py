@@ -258,7 +258,8 @@ def _saved(name: str, *, model: nn.Module, family: Family) -> list[str]:
     if name == "embeddings" or (name == "lm_head" and tied):
         return [embeddings_path(model)]
     if name == "all":
-        return [p for part in family.parts for p in part_modules(model, part, family=family)]
+        parts = [part for part in family.parts if not (tied and part == "lm_head")]
+        return [p for part in parts for p in part_modules(model, part, family=family)]
     if name in family.parts:
         return part_modules(model, name, family=family)
     known = {path: module for path, module in model.named_modules() if path}
