@@ -15,21 +15,21 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from vlmtune.errors import ErrorGroup, VlmtuneError
+from vlmtune.errors import VlmtuneError
 from vlmtune.models.adapters.wrapping import WEIGHTS_FILE, adapter_tensors
 from vlmtune.models.load import VLM, load_vlm
 from vlmtune.models.processor import TOKENIZER_FILES, load_processor
-from vlmtune.recipe.explain import Place, Settings, validate
+from vlmtune.recipe.load import load_resolved
 from vlmtune.recipe.schema import Recipe
-from vlmtune.recipe.yaml12 import parse_yaml
 
 RUN_FILE = "recipe.resolved.yaml"
 ADAPTER_FILE = "adapter_config.json"
@@ -113,7 +113,7 @@ def _open_run(
         quantization=recipe.quantization,
         dtype=dtype,
         device=device,
-        parts=recipe.parts,
+        parts=None if recipe.parts is None else {str(k): v for k, v in recipe.parts.items()},
     )
     if adapter is not None:
         vlm = with_adapter(vlm, adapter, trust_remote_code or recipe.trust_remote_code)
@@ -123,15 +123,7 @@ def _open_run(
 
 def read_run_recipe(folder: Path) -> Recipe:
     """The resolved recipe of a run folder; unlike for training, its data may be gone since."""
-    path = folder / RUN_FILE
-    document, errors = parse_yaml(path.read_text(encoding="utf-8"), file=str(path))
-    if not isinstance(document.value, dict):
-        raise VlmtuneError("not a recipe", file=path, line=1)
-    places = {key: Place(str(path), line) for key, line in document.lines.items()}
-    recipe, problems = validate(Settings(document.value, places | {(): Place(str(path), 1)}))
-    if recipe is None or errors or problems:
-        raise ErrorGroup([*errors, *problems])
-    return recipe
+    return load_resolved(folder / RUN_FILE)
 
 
 def result_of_run(folder: Path) -> Path:
@@ -196,7 +188,8 @@ def with_adapter(vlm: VLM, folder: Path, trust_remote_code: bool = False) -> VLM
     processor = vlm.processor
     if any((folder / name).is_file() for name in TOKENIZER_FILES):
         processor = load_processor(str(folder), trust_remote_code=trust_remote_code)
-    return dataclasses.replace(vlm, model=model, processor=processor)
+    # A PeftModel passes on whatever a PreTrainedModel is asked for.
+    return dataclasses.replace(vlm, model=cast(PreTrainedModel, model), processor=processor)
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
