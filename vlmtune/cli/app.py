@@ -10,7 +10,10 @@ from typing import Annotated
 import typer
 
 from vlmtune import __version__
-from vlmtune.cli import chat, eval, recipe, train
+from vlmtune.cli.chat import chat_command
+from vlmtune.cli.eval import eval_command
+from vlmtune.cli.recipe import schema_command, show_command
+from vlmtune.cli.train import train_command
 
 app = typer.Typer(
     name="vlmtune",
@@ -20,12 +23,12 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # boxes around the help cost as long as all the rest of it
 )
-app.command("train")(train.train_command)
-app.command("eval")(eval.eval_command)
-app.command("chat")(chat.chat_command)
+app.command("train")(train_command)
+app.command("eval")(eval_command)
+app.command("chat")(chat_command)
 recipe_app = typer.Typer(help="Look at a recipe.", no_args_is_help=True, rich_markup_mode=None)
-recipe_app.command("show")(recipe.show_command)
-recipe_app.command("schema")(recipe.schema_command)
+recipe_app.command("show")(show_command)
+recipe_app.command("schema")(schema_command)
 app.add_typer(recipe_app, name="recipe")
 
 
