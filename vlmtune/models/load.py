@@ -55,7 +55,7 @@ def load_vlm(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
     image: ImageSection | None = None,
-    parts: Mapping[str, Sequence[str]] | None = None,
+    parts: Mapping[Any, Sequence[str]] | None = None,
 ) -> VLM:
     """Load a model and its processor; in eval mode, on `device` (CUDA where there is one).
 

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from vlmtune.data.collate import collate
+from vlmtune.data.collate import MediaLayout, collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.packing import plan_micro_batches
 from vlmtune.data.types import Conversation
@@ -29,7 +29,7 @@ def evaluation_loss(
     accelerator: Accelerator,
     micro_batch_tokens: int,
     pad_token_id: int,
-    media_layout: str,
+    media_layout: MediaLayout,
 ) -> dict[str, float]:
     """`loss` in nats per supervised token and `skipped`, the samples that could not be used.
 

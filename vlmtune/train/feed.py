@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vlmtune.data.collate import collate
+from vlmtune.data.collate import MediaLayout, collate
 from vlmtune.data.encode import Encoder, OverLength
 from vlmtune.data.packing import plan_micro_batches, process_share, step_samples
 from vlmtune.data.types import IGNORED, Batch, Conversation, Sample
@@ -58,7 +58,7 @@ class FeedSettings:
     batch_size: int
     micro_batch_tokens: int
     pad_token_id: int
-    media_layout: str
+    media_layout: MediaLayout
     skip_bad_samples: bool
     drop_over_length: bool
     rank: int
@@ -111,15 +111,11 @@ class StepDataset(Dataset[StepData | SampleError]):
         """A sample without a target: a process with nothing to train on still takes part in the
         gradient's reduction, with zeros."""
         ids = torch.full((2,), self.settings.pad_token_id)
-        fields = {}
-        if self.encoder.token_field_names:
-            fields = {name: torch.zeros_like(ids) for name in self.encoder.token_field_names}
         return Sample(
             id="",
             source=self.conversations[0].source,
             input_ids=ids,
             targets=torch.full_like(ids, IGNORED),
-            token_fields=fields,
         )
 
 
