@@ -43,10 +43,18 @@ FREE_KEYS = {"output_dir", "eval", "data.eval", "data.num_workers"} | {
 
 def total_steps_of(recipe: Recipe, num_samples: int) -> int:
     """Optimizer steps of the run."""
-    section = recipe.train
-    if section.max_steps is not None:
-        return section.max_steps
-    return num_steps(section.epochs or DEFAULT_EPOCHS, num_samples, section.batch_size)
+    epochs = epochs_of(recipe)
+    if epochs is None:
+        assert recipe.train.max_steps is not None
+        return recipe.train.max_steps
+    return num_steps(epochs, num_samples, recipe.train.batch_size)
+
+
+def epochs_of(recipe: Recipe) -> float | None:
+    """Passes over the data, or None where `max_steps` says how long to train."""
+    if recipe.train.max_steps is not None:
+        return None
+    return recipe.train.epochs or DEFAULT_EPOCHS
 
 
 def as_list(files: str | list[str] | None) -> list[str]:
@@ -114,6 +122,7 @@ def build_dataset(
         )
     settings = FeedSettings(
         seed=recipe.seed,
+        epochs=epochs_of(recipe),
         batch_size=recipe.train.batch_size,
         micro_batch_tokens=recipe.train.micro_batch_tokens,
         pad_token_id=pad_token_id(vlm),

@@ -54,7 +54,11 @@ class StepData:
 
 @dataclass(frozen=True)
 class FeedSettings:
+    """`epochs`: where the stream of samples ends, so that the last step may be smaller; None: it
+    goes on for as many steps as are asked for."""
+
     seed: int
+    epochs: float | None
     batch_size: int
     micro_batch_tokens: int
     pad_token_id: int
@@ -78,8 +82,13 @@ class StepDataset(Dataset[StepData | SampleError]):
 
     def __getitem__(self, step: int) -> StepData | SampleError:
         s = self.settings
+        num_samples = len(self.conversations)
         whole = step_samples(
-            step, seed=s.seed, num_samples=len(self.conversations), batch_size=s.batch_size
+            step,
+            seed=s.seed,
+            num_samples=num_samples,
+            batch_size=s.batch_size,
+            epochs=s.epochs,
         )
         share = process_share(whole, rank=s.rank, world_size=s.world_size)
         samples: list[Sample] = []
@@ -104,7 +113,7 @@ class StepDataset(Dataset[StepData | SampleError]):
             )
             for rows in plan
         ]
-        epoch = step * s.batch_size / len(self.conversations)
+        epoch = ((step - 1) * s.batch_size + len(whole)) / num_samples
         return StepData(batches, left_out, len(whole), epoch)
 
     def _unsupervised(self) -> Sample:
