@@ -140,7 +140,13 @@ def page(
 ) -> str:
     """The Markdown page: table, hardware, how it was made and how to read it."""
     seeds = sorted({result.seed for result in results if result.seed is not None})
-    steps = sorted({result.train["steps"] for result in results if result.train})
+    lengths = sorted(
+        {
+            f"{result.train['steps']} of {result.train['samples'] // result.train['steps']}"
+            for result in results
+            if result.train
+        }
+    )
     num_questions = max((result.evaluation["num_samples"] for result in results), default=0)
     means = " Figures are means over the seeds, intervals their hull." if len(seeds) > 1 else ""
     return f"""# easy-VQA
@@ -151,7 +157,7 @@ measured on all {num_questions:,} test questions by exact match.
 {markdown_table(table_rows(results, blind))}
 
 - Hardware: {hardware}.
-- Steps: {", ".join(map(str, steps))} of 64 questions, the same for every method; seeds
+- Steps: {", ".join(lengths)} questions, for every method; seeds:
   {", ".join(map(str, seeds))}.{means}
 - The 95 % intervals are bootstraps over the test pictures; they hold no variation of training.
 - The blind guesser gives each question's text its most frequent answer in training. The gain over
@@ -160,6 +166,18 @@ measured on all {num_questions:,} test questions by exact match.
 - Peak memory is the training process's resident memory, libraries included.
 - Made by: `{command}`. All figures: `easy_vqa.json`.
 """
+
+
+def figures_of(result: Result) -> dict[str, Any]:
+    """A result without the folders it was made in."""
+    return {
+        "method": result.method,
+        "seed": result.seed,
+        "train": {k: v for k, v in result.train.items() if isinstance(v, (int, float))},
+        "evaluation": {
+            key: result.evaluation[key] for key in ("num_samples", "metrics", "slices", "seconds")
+        },
+    }
 
 
 def describe_hardware() -> str:
@@ -273,7 +291,7 @@ def main() -> None:
         "hardware": hardware,
         "command": command,
         "blind": blind,
-        "results": [vars(result) for result in results],
+        "results": [figures_of(result) for result in results],
     }
     options.report.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
     print(markdown_table(table_rows(results, blind)))
