@@ -150,13 +150,15 @@ def check_quantization(
         if bits_of(module) != expected:
             wrong.append(f"{path} ({bits_of(module)} bit, expected {expected})")
         elif isinstance(module, bnb.nn.Linear4bit):
-            wrong.extend(f"{path} ({what})" for what in _wrong_settings(module, section))
+            settings = _wrong_settings(module, section)
+            if settings:
+                wrong.append(f"{path} ({', '.join(settings)})")
     if wrong:
         shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         raise VlmtuneError(
             f"{len(wrong)} linear layers were not quantised as the recipe says: {shown}",
-            do="this model's class keeps or converts layers on its own; name them in "
-            "quantization.skip, or set quantization_bit: 16",
+            do="this model's class keeps or converts layers on its own: name those that stay in 16 "
+            "bit in quantization.skip, or set quantization_bit: 16",
         )
 
 
