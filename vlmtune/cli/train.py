@@ -280,6 +280,7 @@ NOT_RUN = {
     "peak_memory_bytes": None,
     "trainable_parameters": None,
     "skipped": 0,
+    "notes": {},
     "seconds": 0.0,
     "stopped_by": None,
 }
@@ -301,6 +302,7 @@ def _summary(
         "peak_memory_bytes": result.peak_memory_bytes,
         "trainable_parameters": sum(p.numel() for p in trainee.parameters.values()),
         "skipped": result.skipped,
+        "notes": result.notes,
         "seconds": result.seconds,
         "stopped_by": result.stopped_by,
     }
@@ -323,6 +325,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
             f"{summary['skipped']} samples were not trained on: see "
             f"{summary['run'] / 'skipped.jsonl'}"
         )
+    lines += [f"{count} samples: {note}" for note, count in sorted(summary["notes"].items())]
     print("\n".join(lines))
 
 

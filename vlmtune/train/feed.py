@@ -42,12 +42,14 @@ class LeftOut:
 class StepData:
     """The micro-batches of one process for one optimizer step; at least one.
 
+    `notes` are what was done to samples to fit them in (a note and a sample's id).
     `num_step_samples` counts the samples of the step over all processes, left out or not; `epoch`
     is the share of training data seen after it.
     """
 
     micro_batches: list[Batch]
     left_out: list[LeftOut]
+    notes: list[tuple[str, str]]
     num_step_samples: int
     epoch: float
 
@@ -102,6 +104,7 @@ class StepDataset(Dataset[StepData | SampleError]):
                 if not (s.skip_bad_samples or is_dropped):
                     return error
                 left_out.append(_left_out(conversation, error, is_bad=not is_dropped))
+        notes = [(note, sample.id) for sample in samples for note in sample.notes]
         if not samples:
             samples = [self._unsupervised()]
         plan = plan_micro_batches([x.num_tokens for x in samples], s.micro_batch_tokens)
@@ -114,7 +117,7 @@ class StepDataset(Dataset[StepData | SampleError]):
             for rows in plan
         ]
         epoch = ((step - 1) * s.batch_size + len(whole)) / num_samples
-        return StepData(batches, left_out, len(whole), epoch)
+        return StepData(batches, left_out, notes, len(whole), epoch)
 
     def _unsupervised(self) -> Sample:
         """A sample without a target: a process with nothing to train on still takes part in the

@@ -9,6 +9,7 @@ checkpoint; that is why a resumed run equals an uninterrupted one.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +81,7 @@ class Trainee:
 @dataclass
 class TrainResult:
     """Figures of this session. `paused_seconds`: of `seconds`, those spent on evaluation and
-    checkpoints; `stopped_by`: the exit code of a stop by signal, else None."""
+    checkpoints; `notes`: samples that were changed to fit, by what was done; `stopped_by`: the exit code of a stop by signal, else None."""
 
     steps: int
     samples: int = 0
@@ -90,6 +91,7 @@ class TrainResult:
     supervised_tokens: int = 0
     peak_memory_bytes: int = 0
     skipped: int = 0
+    notes: dict[str, int] = field(default_factory=dict)
     stopped_by: int | None = None
 
 
@@ -133,6 +135,7 @@ def train(
     main = accelerator.is_main_process
     result = TrainResult(steps=first - 1, skipped=skips.num_left_out)
     window = _Window()
+    notes: set[tuple[str, str]] = set()
     begin = time.monotonic()
     with (
         StopSignal() as stop,
@@ -174,6 +177,7 @@ def train(
             )
             if done.num_left_out:
                 skips.add(gather_object(data.left_out), write=main)
+            notes.update(data.notes)
             _add(window, data, done, accelerator.num_processes)
             result.steps = step
             result.samples += data.num_step_samples - done.num_left_out
@@ -202,6 +206,7 @@ def train(
             result.paused_seconds += time.monotonic() - paused
     result.seconds = time.monotonic() - begin
     result.skipped = skips.num_left_out
+    result.notes = dict(Counter(note for note, _ in set(gather_object(sorted(notes)))))
     result.peak_memory_bytes = peak_memory_bytes(accelerator.device)
     return result
 
