@@ -9,8 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from transformers import AutoConfig, PreTrainedModel
 
+from tests.tiny_models import build_tiny_model
 from vlmtune.models.families.registry import family_for
 from vlmtune.models.load import build_on_meta
 from vlmtune.models.quantize import expand_skip
@@ -227,6 +229,22 @@ def trained_parameters(model: PreTrainedModel, recipe) -> int:
     for path in resolve_modules_to_save(model, recipe.modules_to_save, family=family):
         total += sum(p.numel() for p in model.get_submodule(path).parameters())
     return total
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (LoraConfig(r=4), lora),
+        (LoraConfig(r=4, use_dora=True), dora),
+        (AdaLoraConfig(init_r=4, target_r=2, total_step=10), adalora),
+    ],
+)
+def test_the_formulas_count_what_peft_trains(config, count):
+    model, family = build_tiny_model("qwen3_vl"), family_for("qwen3_vl")
+    targets = resolve_targets(model, ["all-linear", "connector"], family=family, rank=4)
+    config.target_modules = [target.path for target in targets]
+    trained = get_peft_model(model, config).get_nb_trainable_parameters()[0]
+    assert trained == sum(count(4, t.in_features, t.out_features) for t in targets)
 
 
 def test_leaf_names_that_hit_the_tower_too_would_give_another_number(models, root):
