@@ -80,8 +80,11 @@ class Trainee:
 
 @dataclass
 class TrainResult:
-    """Figures of this session. `paused_seconds`: of `seconds`, those spent on evaluation and
-    checkpoints; `notes`: samples that were changed to fit, by what was done; `stopped_by`: the exit code of a stop by signal, else None."""
+    """Figures of this session.
+
+    `paused_seconds`: of `seconds`, those spent on evaluation and checkpoints. `notes`: samples that
+    were changed to fit, by what was done. `stopped_by`: the exit code of a stop by signal.
+    """
 
     steps: int
     samples: int = 0
