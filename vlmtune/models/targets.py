@@ -152,18 +152,18 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
 
 def embeddings_path(model: nn.Module) -> str:
     """Full path of the token embeddings."""
-    return _path_of(model, model.get_input_embeddings())  # type: ignore[operator]
+    return _path_of(model, model.get_input_embeddings())
 
 
 def lm_head_path(model: nn.Module) -> str:
     """Full path of the output projection."""
-    return _path_of(model, model.get_output_embeddings())  # type: ignore[operator]
+    return _path_of(model, model.get_output_embeddings())
 
 
 def has_tied_embeddings(model: nn.Module) -> bool:
     """Whether `lm_head` and the token embeddings share one matrix (also on the meta device)."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    return head is not None and head.weight is model.get_input_embeddings().weight  # type: ignore
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def group_paths(name: str, *, linear: Sequence[str], family: Family) -> list[str]:
@@ -277,7 +277,7 @@ def _saved(name: str, *, model: nn.Module, family: Family) -> list[str]:
 
 
 def _check_tied_head(model: nn.Module, chosen: set[str]) -> None:
-    if model.get_output_embeddings() is None:  # type: ignore[operator]
+    if model.get_output_embeddings() is None:
         return
     head = lm_head_path(model)
     if head in chosen and has_tied_embeddings(model):
