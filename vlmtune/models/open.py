@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmtune.errors import VlmtuneError
-from vlmtune.models.adapters.wrapping import WEIGHTS_FILE, adapter_tensors
+from vlmtune.models.adapters.wrapping import WEIGHTS_FILE, adapter_tensors, expected_warnings
 from vlmtune.models.load import VLM, load_vlm
 from vlmtune.models.processor import TOKENIZER_FILES, load_processor
 from vlmtune.recipe.load import load_resolved
@@ -169,19 +168,16 @@ def with_adapter(vlm: VLM, folder: Path, trust_remote_code: bool = False) -> VLM
     """
     tensors = _read_tensors(folder)
     _check_paths(vlm.model, tensors, folder)
-    with warnings.catch_warnings():
-        # An adapter's rank_pattern names tensors where PEFT looks for modules; it has its effect.
-        warnings.filterwarnings("ignore", message="The following rank_pattern keys")
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # checked below
-        try:
+    try:
+        with expected_warnings():
             model = PeftModel.from_pretrained(vlm.model, str(folder))
-        except (ValueError, KeyError, RuntimeError) as error:
-            raise VlmtuneError(
-                "the adapter does not fit its base model",
-                file=folder,
-                got=str(error).strip().splitlines()[0][:300],
-                do="use the base model, and the library versions, that it was trained with",
-            ) from error
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise VlmtuneError(
+            "the adapter does not fit its base model",
+            file=folder,
+            got=first_line(str(error)),
+            do="use the base model, and the library versions, that it was trained with",
+        ) from error
     _set_exact(adapter_tensors(model), tensors)
     _check_loaded(adapter_tensors(model), tensors, folder)
     model.eval().requires_grad_(False)

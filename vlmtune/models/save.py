@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmtune.models.load import VLM
+from vlmtune.models.source import quiet_transformers
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -28,10 +29,14 @@ def save_model(
         if key not in cast:
             cast[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         state[name] = cast[key]
-    before = model.config.dtype
-    model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
-    # save_pretrained notes the dtype in memory; the file's is the one that counts.
-    model.config.dtype = dtype
+    with quiet_transformers():
+        model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+    # save_pretrained notes the dtypes in memory; the file's are the ones that count.
+    configs = [model.config, *(getattr(model.config, name) for name in model.config.sub_configs)]
+    before = [config.dtype for config in configs]
+    for config in configs:
+        config.dtype = dtype
     model.config.save_pretrained(folder)
-    model.config.dtype = before
+    for config, own in zip(configs, before, strict=True):
+        config.dtype = own
     vlm.processor.save_pretrained(folder)

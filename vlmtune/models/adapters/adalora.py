@@ -24,10 +24,11 @@ from __future__ import annotations
 import copy
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import ProcessorMixin
 
 from vlmtune.errors import VlmtuneError
@@ -37,8 +38,10 @@ from vlmtune.models.adapters.wrapping import (
     ADAPTER,
     adapter_tensors,
     check_wrapped,
+    config_of,
     exact,
     load_tensors,
+    plain_number,
     trained_tensors,
     tuner_layers,
     wrap,
@@ -125,7 +128,7 @@ class AdaLoraAdapter:
 
     def _pruned_config(self) -> AdaLoraConfig:
         """PEFT shapes A, E and B by `rank_pattern`: the kept entries out of `init_r`."""
-        config = copy.deepcopy(self.model.peft_config[ADAPTER])
+        config: AdaLoraConfig = copy.deepcopy(config_of(self.model))
         config.rank_pattern = {
             f"{path}.lora_E": mask.tolist() + [False] * (config.init_r - mask.numel())
             for path, mask in self.allocator.masks.items()
@@ -143,7 +146,7 @@ class AdaLoraAdapter:
 
     def _as_lora(self) -> tuple[LoraConfig, dict[str, Tensor]]:
         """E folded into A; `alpha_pattern` keeps the scale at `alpha / (initial_rank + 1e-5)`."""
-        own = self.model.peft_config[ADAPTER]
+        own = config_of(self.model)
         scale = own.lora_alpha / (own.init_r + EPSILON)
         tensors = {n: t for n, t in adapter_tensors(self.model).items() if ".lora_" not in n}
         ranks: dict[str, int] = {}
@@ -184,7 +187,7 @@ def build_adalora(vlm: VLM, recipe: Recipe, *, total_steps: int) -> AdaLoraAdapt
         beta2=section.beta2,
         orth_reg_weight=section.orthogonal_weight,
         total_step=total_steps,
-        lora_alpha=recipe.alpha,
+        lora_alpha=plain_number(recipe.alpha),
         lora_dropout=recipe.dropout,
         target_modules=[t.path for t in plan.targets],
     )
@@ -236,7 +239,7 @@ def _final_budget(target: int, start: int) -> int:
     return start
 
 
-def _lower_ranks(layers: dict[str, nn.Module], plan: AdapterPlan, config: AdaLoraConfig) -> None:
+def _lower_ranks(layers: dict[str, Any], plan: AdapterPlan, config: AdaLoraConfig) -> None:
     """Give modules too small for `init_r` their limit; the scale stays `alpha / init_r`."""
     for target in plan.targets:
         layer = layers[target.path]
@@ -245,7 +248,7 @@ def _lower_ranks(layers: dict[str, nn.Module], plan: AdapterPlan, config: AdaLor
             layer.ranknum[ADAPTER].data.fill_(float(config.init_r))
 
 
-def _triplets(layer: nn.Module) -> Triplets:
+def _triplets(layer: Any) -> Triplets:
     return Triplets(
         a=layer.lora_A[ADAPTER],
         e=layer.lora_E[ADAPTER],

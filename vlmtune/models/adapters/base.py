@@ -40,8 +40,11 @@ class Adapter(Protocol):
     processes each holds the same tensors and, after the gradients are reduced, does the same.
     """
 
-    name: str
-    model: nn.Module
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def model(self) -> nn.Module: ...
 
     def penalty(self) -> Tensor | None:
         """A term added to the loss once per optimizer step, already weighted: float32, scalar."""

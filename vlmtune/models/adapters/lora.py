@@ -24,6 +24,7 @@ from vlmtune.models.adapters.wrapping import (
     check_wrapped,
     exact,
     load_tensors,
+    plain_number,
     trained_tensors,
     tuner_layers,
     wrap,
@@ -69,7 +70,7 @@ def build_lora(vlm: VLM, recipe: Recipe, *, total_steps: int) -> LoraAdapter:
     lowered = {exact(t.path): t.rank for t in plan.targets if t.rank != recipe.rank}
     config = LoraConfig(
         r=recipe.rank,
-        lora_alpha=_plain(recipe.alpha),
+        lora_alpha=plain_number(recipe.alpha),
         lora_dropout=recipe.dropout,
         target_modules=[t.path for t in plan.targets],
         rank_pattern=lowered,
@@ -82,11 +83,6 @@ def build_lora(vlm: VLM, recipe: Recipe, *, total_steps: int) -> LoraAdapter:
         _set_exact_magnitudes(model)
     _check_count(model, plan, use_dora=recipe.use_dora)
     return LoraAdapter(model, vlm.processor)
-
-
-def _plain(alpha: float) -> int | float:
-    """A whole alpha as an integer: some readers of `adapter_config.json` expect one."""
-    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def _set_exact_magnitudes(model: PeftModel) -> None:

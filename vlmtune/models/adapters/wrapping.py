@@ -7,10 +7,13 @@ float32) or `enable_input_require_grads` (it back-propagates through a frozen vi
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -37,6 +40,29 @@ def exact(path: str) -> str:
     return "^" + re.escape(path)
 
 
+def plain_number(value: float) -> Any:
+    """A whole number as an integer: some readers of `adapter_config.json` expect one."""
+    return int(value) if value == int(value) else value
+
+
+def config_of(model: PeftModel) -> Any:
+    """The PEFT config of the model's only adapter."""
+    return model.peft_config[ADAPTER]
+
+
+@contextlib.contextmanager
+def expected_warnings() -> Iterator[None]:
+    """PEFT's warnings that say nothing to the user, off."""
+    with warnings.catch_warnings():
+        # PEFT asks an old name of a transformers property.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        # A pruned adapter's rank_pattern names tensors where PEFT looks for modules; it works.
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys")
+        # What does not arrive in the model is an error of ours.
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        yield
+
+
 def wrap(vlm: VLM, config: LoraConfig, plan: AdapterPlan) -> PeftModel:
     """Put `config`'s adapter into `vlm.model` in place; its tensors are float32.
 
@@ -44,7 +70,8 @@ def wrap(vlm: VLM, config: LoraConfig, plan: AdapterPlan) -> PeftModel:
     """
     config.modules_to_save = list(plan.saved) or None
     config.ensure_weight_tying = plan.tied_head is not None
-    model = get_peft_model(vlm.model, config, adapter_name=ADAPTER)
+    with expected_warnings():
+        model = get_peft_model(vlm.model, config, adapter_name=ADAPTER)
     config.base_model_name_or_path = vlm.source
     config.revision = vlm.commit
     for parameter in model.parameters():
@@ -69,8 +96,8 @@ def check_wrapped(model: PeftModel, plan: AdapterPlan, *, ranks: Mapping[str, in
         assert not parameter.requires_grad or parameter.dtype == torch.float32, name
 
 
-def tuner_layers(model: PeftModel) -> dict[str, nn.Module]:
-    """The modules with an adapter by their path in the base model."""
+def tuner_layers(model: PeftModel) -> dict[str, Any]:
+    """The modules with an adapter (PEFT's layers) by their path in the base model."""
     base = model.get_base_model()
     return {name: m for name, m in base.named_modules() if isinstance(m, BaseTunerLayer)}
 
@@ -126,7 +153,7 @@ def write_adapter(
     # Tied tensors share memory, which a safetensors file cannot express: each gets its own.
     plain = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}
     save_file(plain, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    written = copy.deepcopy(model.peft_config[ADAPTER] if config is None else config)
+    written = copy.deepcopy(config_of(model) if config is None else config)
     written.inference_mode = True
     written.save_pretrained(str(folder))
 

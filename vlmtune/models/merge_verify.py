@@ -1,0 +1,205 @@
+"""Does a merged checkpoint answer as base + adapter do? Logits on samples, and where they differ.
+
+    base + adapter, float32            A
+    the same folded, float32           F    |F - A| <= float32's own error: nothing was lost
+    F rounded to the checkpoint dtype  R    |R - F| is what the rounding costs, measured
+    the checkpoint, loaded from disk   C    |C - A| <= 2 float32's error + |R - F|,
+                                            and nearer to A than to the base alone
+
+All of them are computed in float32 on the CPU. Letters: K compared positions of a sample, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
+
+from vlmtune.errors import CheckFailed
+from vlmtune.models.merge_probes import Probe, probe_logits
+from vlmtune.models.processor import load_processor
+from vlmtune.models.source import quiet_transformers
+
+FLOAT32_ERROR = 1e-4
+"""Of a logit, relative to the largest one (1 where that is smaller)."""
+
+MAX_KEPT = 4096
+"""Numbers kept of a weight, to compare the written one with."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was merged, and how far its logits are from base + adapter (largest over all).
+
+    `rounding` is the part that the checkpoint's dtype explains, `adapter_effect` how far the base
+    alone is away (None for a run without an adapter), `same_tokens_fraction` of the compared
+    positions have the same most likely token.
+    """
+
+    output: str
+    verified: bool
+    max_difference: float
+    tolerance: float
+    dtype: str
+    rounding: float
+    adapter_effect: float | None
+    same_tokens_fraction: float
+    num_samples: int
+    num_positions: int
+    worst_sample: str
+    worst_position: int
+
+
+class MergeFailed(CheckFailed):
+    """The merged model is not base + adapter; nothing was left at the output. Exits 1."""
+
+    def __init__(self, message: str, report: MergeReport, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.report = report
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Logits to hold the checkpoint against; each list has a (K, V) tensor per probe.
+
+    `expected`: samples of the weights that the adapter changes, by the closed formulas.
+    """
+
+    dtype: torch.dtype
+    probes: list[Probe]
+    adapted: list[Tensor]
+    base: list[Tensor] | None
+    expected: dict[str, Tensor]
+    rounding: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference of two sets of logits, and where it is."""
+
+    value: float
+    sample: str
+    position: int
+
+
+def verify_written(
+    folder: Path, reference: Reference, *, trust_remote_code: bool = False
+) -> MergeReport:
+    """Load a checkpoint with stock transformers and hold its logits against `reference`.
+
+    Raises MergeFailed where they are farther from base + adapter than the tolerance, or not nearer
+    to it than to the base alone.
+    """
+    with quiet_transformers():
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    load_processor(str(folder), trust_remote_code=trust_remote_code)
+    written = probe_logits(model, reference.probes)
+    return require(written, reference, model, what="the merged checkpoint")
+
+
+def require(
+    logits: list[Tensor], reference: Reference, model: nn.Module, *, what: str
+) -> MergeReport:
+    """The report on `logits` of `model`; raises MergeFailed unless they are base + adapter's."""
+    probes, adapted, base = reference.probes, reference.adapted, reference.base
+    worst = largest_difference(logits, adapted, probes)
+    effect = None if base is None else largest_difference(base, adapted, probes).value
+    is_lost = (
+        base is not None
+        and effect is not None
+        and effect > float32_tolerance(adapted)
+        and mean_difference(logits, adapted) >= 0.5 * mean_difference(base, adapted)
+    )
+    report = MergeReport(
+        output="",
+        verified=worst.value <= reference.tolerance and not is_lost,
+        max_difference=worst.value,
+        tolerance=reference.tolerance,
+        dtype=str(reference.dtype).removeprefix("torch."),
+        rounding=reference.rounding,
+        adapter_effect=effect,
+        same_tokens_fraction=argmax_agreement(logits, adapted),
+        num_samples=len(probes),
+        num_positions=sum(p.positions.numel() for p in probes),
+        worst_sample=worst.sample,
+        worst_position=worst.position,
+    )
+    if worst.value > reference.tolerance:
+        raise MergeFailed(
+            f"{what} does not answer as base + adapter: logits differ by {worst.value:.3g} in "
+            f"sample {worst.sample}, position {worst.position}" + _blame(model, reference),
+            report,
+            expected=f"at most {reference.tolerance:.3g}",
+        )
+    if is_lost:
+        raise MergeFailed(
+            f"{what} is not nearer to base + adapter than to the base alone: rounding to "
+            f"{report.dtype} loses the adapter",
+            report,
+            got=f"logits off by {worst.value:.3g}, where the adapter moves them by {effect:.3g}",
+            do="merge with --dtype float32",
+        )
+    return report
+
+
+def largest_difference(
+    first: Sequence[Tensor], second: Sequence[Tensor], probes: Sequence[Probe]
+) -> Difference:
+    """Where two sets of logits are farthest apart; a NaN counts as infinitely far."""
+    worst = Difference(-1.0, "", 0)
+    for a, b, probe in zip(first, second, probes, strict=True):
+        gaps = (a - b).abs().amax(dim=1).nan_to_num(nan=float("inf"))  # (K,)
+        at = int(gaps.argmax())
+        if float(gaps[at]) > worst.value:
+            worst = Difference(float(gaps[at]), probe.id, int(probe.positions[at]))
+    return worst
+
+
+def mean_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    return float(
+        torch.cat([(a - b).abs().flatten() for a, b in zip(first, second, strict=True)]).mean()
+    )
+
+
+def argmax_agreement(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """The fraction of positions with the same most likely token."""
+    equal = [a.argmax(1) == b.argmax(1) for a, b in zip(first, second, strict=True)]
+    return float(torch.cat(equal).float().mean())
+
+
+def float32_tolerance(logits: Sequence[Tensor]) -> float:
+    """What two orders of the same float32 sums may differ by, for logits of this size."""
+    return FLOAT32_ERROR * max(1.0, max(float(x.abs().max()) for x in logits))
+
+
+def weight_samples(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Evenly spaced numbers of every weight: enough to name a wrong module, small to keep."""
+    return {name: _spaced(weight).clone() for name, weight in weights}
+
+
+def _blame(model: nn.Module, reference: Reference) -> str:
+    """The module whose weight is farthest from W + change, relative to its size."""
+    state = dict(model.named_parameters(remove_duplicate=False))
+    errors = {
+        name: float((_spaced(state[name].detach().float()) - expected).norm() / expected.norm())
+        for name, expected in reference.expected.items()
+        if name in state
+    }
+    if not errors:
+        return ""
+    name = max(errors, key=lambda key: errors[key])
+    return f"; farthest from W + its change: {name}, by {errors[name]:.2%}"
+
+
+def _spaced(weight: Tensor) -> Tensor:
+    flat = weight.flatten()
+    return flat[:: max(1, flat.numel() // MAX_KEPT)]
