@@ -189,7 +189,7 @@ def train_language(
     for step in range(start, steps):
         progress = step / steps
         rows = _scenes_and_rows(builder, Random(f"{seed}/language/{step}"), progress, PICTURES)[2]
-        frozen = progress < 0.1
+        frozen = progress < 0.25
         _set_rate(optimizer, step, steps)
         with torch.set_grad_enabled(not frozen):
             features = image_features(model.model.visual, rows.patches)

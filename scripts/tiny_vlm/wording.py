@@ -22,7 +22,8 @@ class Question:
     answer: str
 
 
-# Shares at the start, from 20 % and from 45 % of the training on.
+# Shares at the start, and from 20, 45 and 62.5 % of the training on. What is left for the end is
+# what comes late: shapes among several things, places.
 CURRICULUM: list[tuple[float, dict[str, float]]] = [
     (
         0.0,
@@ -68,6 +69,22 @@ CURRICULUM: list[tuple[float, dict[str, float]]] = [
             "count": 4,
             "place": 5,
             "size": 3,
+        },
+    ),
+    (
+        0.625,
+        {
+            "name": 20,
+            "caption": 8,
+            "choose": 4,
+            "pick": 6,
+            "explained": 4,
+            "verify": 17,
+            "negated": 17,
+            "pair": 5,
+            "count": 6,
+            "place": 12,
+            "size": 5,
         },
     ),
 ]
