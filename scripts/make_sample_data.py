@@ -1,9 +1,9 @@
-"""Make the sample task beside the embedded default: invented words for what is in a picture.
+"""Make the sample task beside the embedded default: a sorting rule that nobody told the base.
 
     python scripts/make_sample_data.py --output data/sample
 
-Writes `train.jsonl`, `eval.jsonl` and `images/`. The words are those of "Velt", a language that
-does not exist, so that no base model knows them. No picture is on both sides.
+Writes `train.jsonl`, `eval.jsonl` and `images/`. In an imagined storeroom each shape has a shelf
+and each colour a drawer, whose names tell nothing about them. No picture is on both sides.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from typing import Any
 
 from PIL import Image
 from tiny_vlm.pictures import Thing, draw_scene
-from tiny_vlm.words import COLORS, SHAPES
+from tiny_vlm.words import SHAPES
 
-SHAPE_WORDS = dict(zip(SHAPES, "bolu tarn wik pesh gomp onda luma siv".split(), strict=True))
-COLOR_WORDS = dict(
-    zip(COLORS, "rav gril blon nok grut tizu brem yaf oshi purl pim".split(), strict=True)
-)
+# Words the base can say, in an order that no picture suggests: only the rule is new.
+PLACES = "one left two top three right four bottom".split()
+DRAWER_COLORS = ["red", "green", "blue", "black", "gray", "yellow", "orange", "pink"]
+SHAPE_WORDS = dict(zip(SHAPES, PLACES, strict=True))
+COLOR_WORDS = dict(zip(DRAWER_COLORS, reversed(PLACES), strict=True))
 QUESTIONS = {
     "shape": [
-        "What is this shape called in Velt?",
-        "Name the shape in Velt.",
-        "Which Velt word fits the shape?",
+        "Which shelf is this for?",
+        "On which shelf does the shape belong?",
+        "Name the shelf.",
     ],
     "color": [
-        "What is this color called in Velt?",
-        "Name the color in Velt.",
-        "Which Velt word fits the color?",
+        "Which drawer is this for?",
+        "In which drawer does the color belong?",
+        "Name the drawer.",
     ],
 }
 WORDS = {"shape": SHAPE_WORDS, "color": COLOR_WORDS}
@@ -46,7 +47,9 @@ def make_sample_data(output: Path, *, num_train: int, num_eval: int, seed: int) 
     images.mkdir(parents=True)
     train = [_question(random, images, f"train-{i:03d}", i) for i in range(num_train)]
     train += [_comparison(random, images, f"train-two-{i:02d}") for i in range(12)]
-    train += [_translation(f"train-text-{i:02d}", kind) for i, kind in enumerate(SHAPES + COLORS)]
+    train += [
+        _written(f"train-text-{i:02d}", word) for i, word in enumerate([*SHAPE_WORDS, *COLOR_WORDS])
+    ]
     random.shuffle(train)
     _write(output / "train.jsonl", train)
     evaluation = [_question(random, images, f"eval-{i:03d}", i) for i in range(num_eval)]
@@ -65,19 +68,22 @@ def _question(random: Random, images: Path, name: str, index: int) -> dict[str, 
 def _comparison(random: Random, images: Path, name: str) -> dict[str, Any]:
     first = _picture(random, images, f"{name}-a")
     second = _picture(random, images, f"{name}-b")
-    text = "Name both shapes in Velt."
+    text = "Name both shelves."
     content = [_image(f"{name}-a"), _image(f"{name}-b"), {"type": "text", "text": text}]
     answer = f"{SHAPE_WORDS[first.shape]} and {SHAPE_WORDS[second.shape]}"
     return _conversation(name, content, answer, question_type="two")
 
 
-def _translation(name: str, word: str) -> dict[str, Any]:
+def _written(name: str, word: str) -> dict[str, Any]:
+    place = "shelf" if word in SHAPE_WORDS else "drawer"
     answer = SHAPE_WORDS.get(word) or COLOR_WORDS[word]
-    return _conversation(name, f"What is '{word}' in Velt?", answer, question_type="text")
+    return _conversation(name, f"Which {place} is for {word}?", answer, question_type="text")
 
 
 def _picture(random: Random, images: Path, name: str) -> Thing:
-    scene = draw_scene(random, 1, smallest=8.0, grain_fraction=0.0)
+    scene = draw_scene(random, 1, smallest=9.0, grain_fraction=0.0)
+    while scene.things[0].color not in COLOR_WORDS:
+        scene = draw_scene(random, 1, smallest=9.0, grain_fraction=0.0)
     Image.fromarray(scene.pixels).save(images / f"{name}.png", optimize=True)
     return scene.things[0]
 
