@@ -54,7 +54,10 @@ def metrics_of_live(run: Path) -> list[str]:
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(make_recipe, method: str):
-    whole, killed = make_recipe("whole", **METHODS[method]), make_recipe("killed", **METHODS[method])
+    whole, killed = (
+        make_recipe("whole", **METHODS[method]),
+        make_recipe("killed", **METHODS[method]),
+    )
     train_once(whole)
     process = start_process(killed)
     run = killed.parent / "run"
@@ -110,7 +113,9 @@ def test_a_stop_signal_saves_and_exits(make_recipe, number: int, code: int):
 def test_an_occupied_folder_offers_the_ways_on(make_recipe):
     recipe = make_recipe("run", rank=4, train__max_steps=2)
     train_once(recipe)
-    with pytest.raises(VlmtuneError, match="occupied.*a finished run.*--resume auto.*--resume never"):
+    with pytest.raises(
+        VlmtuneError, match="occupied.*a finished run.*--resume auto.*--resume never"
+    ):
         train_once(recipe)
     before = (recipe.parent / "run" / "metrics.jsonl").read_text()
     again = train_once(recipe, resume="auto")
