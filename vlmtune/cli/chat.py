@@ -136,6 +136,7 @@ def _obey(dialogue: Dialogue, line: str) -> None:
     name, _, rest = line.partition(" ")
     path = rest.strip().strip("'\"")
     if name == "/image" and path:
+        _check_pictures([Path(path)])
         dialogue.add_image(Path(path))
         _say(f"shown with the next question: {path}")
     elif name == "/reset":

@@ -42,7 +42,8 @@ class Dialogue:
 
     def add_image(self, path: Path) -> None:
         """Show a picture with the next question. Raises VlmtuneError if it cannot be opened."""
-        image = Image(ref=str(path.expanduser().absolute()), base_dir=Path.cwd())
+        path = path.expanduser().absolute()
+        image = Image(ref=str(path), base_dir=path.parent)
         open_image(image, max_pixels=self._max_image_pixels)
         self.images.append(image)
 
@@ -82,6 +83,8 @@ class _Streamer(TextStreamer):
         self._on_text = on_text
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if not self.pieces:
+            text = text.lstrip()  # many tokenizers' first word starts with a space
         if text:
             self.pieces.append(text)
             self._on_text(text)

@@ -169,7 +169,11 @@ def question_of(conversation: Conversation) -> str:
 def picture_name(image: Image) -> str:
     """A picture's full path, or a digest where the data file itself holds the picture."""
     found = locate_image(image)
-    return str(found.absolute()) if isinstance(found, Path) else f"sha256:{sha256(found).hexdigest()[:16]}"
+    return (
+        str(found.absolute())
+        if isinstance(found, Path)
+        else f"sha256:{sha256(found).hexdigest()[:16]}"
+    )
 
 
 def write_report(

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from vlmtune.cli.app import app
+from vlmtune.models.adapters.registry import build_adapter
+from vlmtune.models.load import load_vlm
+from vlmtune.recipe.load import dump_recipe, load_recipe
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["eval", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def data(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four questions in a file of its own."""
+    file = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    lines = (sample_data / "eval.jsonl").read_text().splitlines()[:4]
+    file.write_text("\n".join(lines).replace('"images/', f'"{sample_data}/images/') + "\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_vlm: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run as training leaves it, with an untrained adapter."""
+    folder = tmp_path_factory.mktemp("runs") / "receipts"
+    folder.mkdir()
+    recipe_file = folder / "recipe.yaml"
+    recipe_file.write_text(
+        f"model: {tiny_vlm}\nlora_target: [q_proj]\nrank: 2\noutput_dir: {folder}\n"
+        f"image: {{max_pixels: 2304}}\ndata: {{train: {data}}}\n"
+        "eval: {max_new_tokens: 3, batch_size: 2}\n"
+    )
+    recipe = load_recipe(recipe_file).recipe
+    (folder / "recipe.resolved.yaml").write_text(dump_recipe(recipe))
+    vlm = load_vlm(str(tiny_vlm), dtype=torch.float32, device="cpu", image=recipe.image)
+    build_adapter(vlm, recipe, total_steps=1).save(folder / "adapter")
+    return folder
+
+
+def test_json_holds_the_figures_and_nothing_else_is_on_stdout(
+    tiny_vlm: Path, data: Path, tmp_path: Path
+) -> None:
+    code, stdout, stderr = run(
+        tiny_vlm, "--data", data, "--output", tmp_path, "--max-new-tokens", 3, "--json"
+    )
+    assert code == 0
+    result = json.loads(stdout)
+    assert (result["task"], result["num_samples"], result["kind"]) == ("vqa", 4, "model")
+    assert result["target"] == str(tiny_vlm)
+    interval = result["metrics"]["exact_match"]
+    assert 0 <= interval["low"] <= interval["value"] <= interval["high"] <= 1
+    assert set(result["slices"]) == {"shape", "color"}
+    rows = [json.loads(line) for line in Path(result["predictions"]).read_text().splitlines()]
+    assert len(rows) == 4
+    assert sum(row["score"] for row in rows) == interval["total"]
+    assert all(Path(row["images"][0]).is_file() for row in rows)
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written["metrics"] == result["metrics"]
+    assert "answered 4 of 4" in stderr
+
+
+def test_a_run_is_evaluated_with_its_settings_into_its_folder(run_folder: Path, data: Path) -> None:
+    code, stdout, stderr = run(run_folder, "--data", data, "--max-samples", 3)
+    assert code == 0
+    assert "exact_match" in stdout
+    assert "95 % interval" in stdout
+    assert "sized" not in stderr
+    folders = list((run_folder / "eval").iterdir())
+    assert [folder.name.startswith("questions-") for folder in folders] == [True]
+    metrics = json.loads((folders[0] / "metrics.json").read_text())
+    assert (metrics["max_new_tokens"], metrics["num_samples"]) == (3, 3)
+
+
+def test_another_pixel_budget_than_in_training_is_a_warning(
+    run_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    changed = tmp_path / "run"
+    shutil.copytree(run_folder, changed, ignore=shutil.ignore_patterns("eval"))
+    file = changed / "adapter" / "processor_config.json"
+    text = file.read_text()
+    assert "2304" in text
+    file.write_text(text.replace("2304", "4096"))
+    code, _, stderr = run(
+        changed, "--data", data, "--max-samples", 1, "--output", tmp_path / "out", "--quiet"
+    )
+    assert code == 0
+    assert "not sized as in training: image.max_pixels is 2304" in stderr
+    assert "4096 in its processor" in stderr
+
+
+def test_a_model_is_not_written_into(
+    tiny_vlm: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tiny_vlm.iterdir())
+    code, _, _ = run(tiny_vlm, "--data", data, "--max-samples", 1, "--max-new-tokens", 1)
+    assert code == 0
+    assert sorted(tiny_vlm.iterdir()) == before
+    assert next((tmp_path / "eval").iterdir()).name.startswith("tiny-vlm-questions-")
+
+
+ROW = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}'
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "expected"),
+    [
+        (None, [], "questions.jsonl"),
+        (f"{ROW}\n{{", [], "questions.jsonl:2: "),
+        (f"{ROW}\n" + '{"messages": []}', [], "questions.jsonl:2: "),
+        (
+            '{"messages": [{"role": "user", "content": "Hi"}]}',
+            [],
+            "questions.jsonl:1: ",
+        ),
+        (ROW, ["--task", "vqaa"], "did you mean 'vqa'"),
+        (ROW, ["--quantization-bit", "5"], "expected: 4, 8 or 16"),
+        (ROW, ["--max-samples", "0"], "--max-samples"),
+        (ROW, ["--dtype", "float8"], "--dtype"),
+        (ROW, ["--output", "questions.jsonl"], "cannot be written"),
+        (ROW, [], "missing-model"),
+    ],
+)
+def test_wrong_input_ends_with_2_and_names_the_place(
+    content: str | None,
+    arguments: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("questions.jsonl").write_text(content + "\n")
+    code, stdout, stderr = run("./missing-model", "--data", "questions.jsonl", *arguments)
+    assert code == 2
+    assert stdout == ""
+    assert expected in stderr
+    assert "Traceback" not in stderr
