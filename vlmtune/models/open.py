@@ -27,6 +27,7 @@ from vlmtune.errors import VlmtuneError
 from vlmtune.models.adapters.wrapping import WEIGHTS_FILE, adapter_tensors, expected_warnings
 from vlmtune.models.load import VLM, load_vlm
 from vlmtune.models.processor import TOKENIZER_FILES, load_processor
+from vlmtune.models.source import first_line
 from vlmtune.recipe.load import load_resolved
 from vlmtune.recipe.schema import Recipe
 
