@@ -22,7 +22,7 @@ from tiny_vlm.tower import train_tower
 from tiny_vlm.words import tokenizer_corpus
 
 TOWER_STEPS = 2200
-LANGUAGE_STEPS = 2400
+LANGUAGE_STEPS = 2000
 
 
 def make_tiny_vlm(output: Path, *, work: Path, scale: float, seed: int) -> None:
