@@ -43,11 +43,11 @@ def open_base(model: Path, **options: Any) -> VLM:
     return load_vlm(str(model), device="cpu", **options)
 
 
-def adapted(model: Path, *, total_steps: int = 4, **changes: Any) -> Adapter:
+def adapted(model: Path, *, total_steps: int = 4, size: float = 0.3, **changes: Any) -> Adapter:
     """An adapter on the model in a folder, with every trained number moved away from its start."""
     torch.manual_seed(0)
     adapter = build_adapter(open_base(model), recipe_for(model, **changes), total_steps=total_steps)
-    randomise(adapter.model)
+    randomise(adapter.model, size=size)
     return adapter
 
 

@@ -180,7 +180,8 @@ def with_adapter(vlm: VLM, folder: Path, trust_remote_code: bool = False) -> VLM
             do="use the base model, and the library versions, that it was trained with",
         ) from error
     _set_exact(adapter_tensors(model), tensors)
-    _check_loaded(adapter_tensors(model), tensors, folder)
+    carried = {n: t for n, t in model.state_dict().items() if ".base_layer." in n and n in tensors}
+    _check_loaded(adapter_tensors(model) | carried, tensors, folder)
     model.eval().requires_grad_(False)
     processor = vlm.processor
     if any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -225,7 +226,8 @@ def _module_of(name: str) -> str:
     path = name.removeprefix(PREFIX)
     if ".lora_" in path:
         return path.partition(".lora_")[0]
-    return path.rpartition(".")[0]
+    # An adapter on the embeddings or the head comes with their base weight.
+    return path.rpartition(".")[0].removesuffix(".base_layer")
 
 
 def _set_exact(loaded: dict[str, Tensor], file: dict[str, Tensor]) -> None:
