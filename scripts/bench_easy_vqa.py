@@ -163,7 +163,8 @@ measured on all {num_questions:,} test questions by exact match.
 - The blind guesser gives each question's text its most frequent answer in training. The gain over
   it is what a model sees in the picture; an adapter's is given as a share of full fine-tuning's.
 - The dataset's author reports 93.8 % for a small and 99.5 % for a larger convolutional network.
-- Peak memory is the training process's resident memory, libraries included.
+- The minutes hold the evaluations and checkpoints during training; peak memory is the training
+  process's resident memory, libraries included.
 - Made by: `{command}`. All figures: `easy_vqa.json`.
 """
 

@@ -80,6 +80,7 @@ def test_a_run_is_evaluated_with_its_settings_into_its_folder(run_folder: Path, 
     assert [folder.name.startswith("questions-") for folder in folders] == [True]
     metrics = json.loads((folders[0] / "metrics.json").read_text())
     assert (metrics["max_new_tokens"], metrics["num_samples"]) == (3, 3)
+    assert metrics["pixel_budget"] == [1024, 2304]
 
 
 def test_another_pixel_budget_than_in_training_is_a_warning(

@@ -88,6 +88,7 @@ def eval_command(
     conversations = conversations[:max_samples]
 
     from vlmtune.evaluation.runner import check_references, evaluate, write_report
+    from vlmtune.models.processor import pixel_budget
     from vlmtune.recipe.schema import EvalSection
 
     check_references(conversations)
@@ -117,6 +118,8 @@ def eval_command(
         "kind": opened.kind,
         "model_commit": opened.vlm.commit,
         "data": [str(file.absolute()) for file in data],
+        "dtype": str(opened.vlm.model.dtype).removeprefix("torch."),
+        "pixel_budget": pixel_budget(opened.vlm.processor),  # reports compare only at the same one
         "max_new_tokens": max_new_tokens,
         "seconds": time.monotonic() - started,
     }
