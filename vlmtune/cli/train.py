@@ -238,11 +238,15 @@ class Session:
         from accelerate.utils import gather_object
 
         from vlmtune.evaluation.runner import evaluate as score
-        from vlmtune.train.build import pad_token_id
+        from vlmtune.train.build import pad_token_id, usable
         from vlmtune.train.eval_loss import evaluation_loss
 
         section, accelerator = self.recipe.eval, self.accelerator
-        conversations = held_out[: section.max_samples]
+        conversations = usable(
+            held_out[: section.max_samples],
+            encoder=encoder,
+            skip=self.recipe.data.on_bad_sample == "skip",
+        )
         trained = dataclasses.replace(vlm, model=adapter.model)
 
         def evaluate() -> dict[str, float]:
@@ -272,7 +276,7 @@ class Session:
         return evaluate
 
 
-NOT_RUN = {
+NOT_RUN: dict[str, Any] = {
     "samples": 0,
     "loss": None,
     "samples_per_second": None,

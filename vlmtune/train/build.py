@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ from vlmtune.train.optim import build_optimizer, parameter_groups
 from vlmtune.train.probe import check_forward, freeze_unreached
 from vlmtune.train.runtime import DTYPES
 from vlmtune.train.skips import SkipLedger
+
+log = logging.getLogger("vlmtune")
 
 DEFAULT_EPOCHS = 3.0
 
@@ -165,6 +168,28 @@ def first_batch(
         "modules of the vision tower or the connector are trained, but no sample has a picture",
         do="leave them out of lora_target and modules_to_save",
     )
+
+
+def usable(
+    conversations: Sequence[Conversation], *, encoder: Encoder, skip: bool
+) -> list[Conversation]:
+    """The held-out conversations that can be encoded, tried before the first step.
+
+    Otherwise the first evaluation, hours later, would find the bad one. Raises its `SampleError`,
+    or, with `skip`, leaves it out and says how many were.
+    """
+    kept = []
+    for conversation in conversations:
+        try:
+            encoder.encode(conversation)
+            encoder.encode_prompt(conversation)
+        except SampleError as error:
+            if not skip:
+                raise
+            log.warning("not evaluated on: %s", error)
+            continue
+        kept.append(conversation)
+    return kept
 
 
 def build_trainee(
