@@ -12,6 +12,7 @@ import inspect
 import json as jsonlib
 import logging
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,7 @@ from typing import Annotated, TextIO
 
 import typer
 
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import SampleError, VlmtuneError
 
 INTERRUPTED = 130
 
@@ -68,7 +69,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             if debug:
                 traceback.print_exc(file=sys.stderr)
             if isinstance(error, VlmtuneError):
-                print(error, file=sys.stderr)
+                if not _is_told_elsewhere(error):
+                    print(error, file=sys.stderr)
                 raise typer.Exit(error.exit_code) from None
             print("interrupted", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
@@ -84,6 +86,12 @@ def _only_json_on_stdout() -> Iterator[None]:
             yield
     finally:
         _json_stream.reset(token)
+
+
+def _is_told_elsewhere(error: VlmtuneError) -> bool:
+    """Whether the main process of a launch says the same: all of them meet a wrong recipe, one
+    alone meets the bad sample of its share."""
+    return os.environ.get("RANK", "0") != "0" and not isinstance(error, SampleError)
 
 
 def setup_logging(quiet: bool) -> None:

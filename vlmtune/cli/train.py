@@ -238,7 +238,8 @@ class Session:
         from accelerate.utils import gather_object
 
         from vlmtune.evaluation.runner import evaluate as score
-        from vlmtune.train.build import pad_token_id, usable
+        from vlmtune.models.processor import pad_token_id
+        from vlmtune.train.build import usable
         from vlmtune.train.eval_loss import evaluation_loss
 
         section, accelerator = self.recipe.eval, self.accelerator
@@ -256,7 +257,7 @@ class Session:
                 encoder=encoder,
                 accelerator=accelerator,
                 micro_batch_tokens=self.recipe.train.micro_batch_tokens,
-                pad_token_id=pad_token_id(vlm),
+                pad_token_id=pad_token_id(vlm.processor),
                 media_layout=vlm.family.media_layout,
             )
             with accelerator.autocast():

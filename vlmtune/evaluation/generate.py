@@ -22,6 +22,7 @@ from vlmtune.data.collate import collate_prompts
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation, Sample
 from vlmtune.models.load import VLM
+from vlmtune.models.processor import pad_token_id
 
 WINDOW_BATCHES = 32
 
@@ -67,7 +68,7 @@ def prompt_inputs(vlm: VLM, prompts: Sequence[Sample]) -> dict[str, Tensor]:
     device."""
     inputs = collate_prompts(
         prompts,
-        pad_token_id=pad_token_id(vlm),
+        pad_token_id=pad_token_id(vlm.processor),
         media_layout=vlm.family.media_layout,
     )
     device = next(vlm.model.parameters()).device
@@ -92,15 +93,8 @@ def greedy_config(vlm: VLM, *, encoder: Encoder, max_new_tokens: int) -> Generat
         max_new_tokens=max_new_tokens,
         use_cache=True,
         eos_token_id=stop_token_ids(vlm, encoder),
-        pad_token_id=pad_token_id(vlm),
+        pad_token_id=pad_token_id(vlm.processor),
     )
-
-
-def pad_token_id(vlm: VLM) -> int:
-    """The tokenizer's padding token, or its end token where it has none."""
-    tokenizer = vlm.processor.tokenizer
-    chosen = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return int(chosen)
 
 
 def stop_token_ids(vlm: VLM, encoder: Encoder) -> list[int]:

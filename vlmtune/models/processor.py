@@ -135,3 +135,10 @@ def _check_complete(processor: object, source: str) -> None:
             expected="chat_template.jinja, chat_template.json or one in tokenizer_config.json",
             do="use the instruction-tuned model, or copy its chat template beside the tokenizer",
         )
+
+
+def pad_token_id(processor: ProcessorMixin) -> int:
+    """The tokenizer's padding token, or its end token where it has none; padding is masked."""
+    tokenizer = processor.tokenizer
+    chosen = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return int(chosen)

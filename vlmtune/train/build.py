@@ -26,6 +26,7 @@ from vlmtune.models.forward import (
     set_gradient_checkpointing,
 )
 from vlmtune.models.load import VLM
+from vlmtune.models.processor import pad_token_id
 from vlmtune.recipe.schema import Recipe
 from vlmtune.train.feed import FeedSettings, LeftOut, StepDataset, to_device
 from vlmtune.train.loop import Trainee
@@ -128,7 +129,7 @@ def build_dataset(
         epochs=epochs_of(recipe),
         batch_size=recipe.train.batch_size,
         micro_batch_tokens=recipe.train.micro_batch_tokens,
-        pad_token_id=pad_token_id(vlm),
+        pad_token_id=pad_token_id(vlm.processor),
         media_layout=vlm.family.media_layout,
         skip_bad_samples=recipe.data.on_bad_sample == "skip",
         drop_over_length=recipe.data.over_length == "drop",
@@ -136,12 +137,6 @@ def build_dataset(
         world_size=accelerator.num_processes,
     )
     return StepDataset(conversations, encoder, settings)
-
-
-def pad_token_id(vlm: VLM) -> int:
-    """The padding id; any id does where the tokenizer has none, as padding is masked."""
-    found = vlm.processor.tokenizer.pad_token_id
-    return 0 if found is None else int(found)
 
 
 def first_batch(
@@ -160,7 +155,7 @@ def first_batch(
                 break
             continue
         return collate(
-            [sample], pad_token_id=pad_token_id(vlm), media_layout=vlm.family.media_layout
+            [sample], pad_token_id=pad_token_id(vlm.processor), media_layout=vlm.family.media_layout
         )
     if problems:
         raise problems[0]

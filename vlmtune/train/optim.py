@@ -54,11 +54,12 @@ def parameter_groups(
 
     Vectors (biases, norms, DoRA's magnitudes) and the names in `no_decay` get no weight decay.
     """
+    part_rates: dict[str, float] = {**section.part_learning_rates}
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in named.items():
         part = part_of_name[name]
         decays = section.weight_decay > 0 and parameter.ndim > 1 and name not in no_decay
-        rate = dict(section.part_learning_rates).get(part, section.learning_rate)  # type: ignore[call-overload]
+        rate = part_rates.get(part, section.learning_rate)
         group = groups.setdefault(
             (part, decays),
             {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from vlmtune.errors import VlmtuneError
 from vlmtune.train.feed import LeftOut
@@ -50,12 +51,12 @@ class SkipLedger:
                 do=f"look at {self._path}, mend the data or raise data.max_bad_fraction",
             )
 
-    def as_list(self) -> list[dict[str, object]]:
+    def as_list(self) -> list[dict[str, Any]]:
         """For the checkpoint."""
         return [entry.as_dict() for entry in self._entries.values()]
 
-    def restore(self, entries: Iterable[dict[str, object]]) -> None:
+    def restore(self, entries: Iterable[dict[str, Any]]) -> None:
         """Back from a checkpoint, without writing again."""
         for entry in entries:
-            left_out = LeftOut(**entry)  # type: ignore[arg-type]
+            left_out = LeftOut(**entry)
             self._entries[left_out.id] = left_out
