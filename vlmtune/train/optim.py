@@ -54,7 +54,7 @@ def parameter_groups(
 
     Vectors (biases, norms, DoRA's magnitudes) and the names in `no_decay` get no weight decay.
     """
-    part_rates: dict[str, float] = {**section.part_learning_rates}
+    part_rates = {str(part): rate for part, rate in section.part_learning_rates.items()}
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in named.items():
         part = part_of_name[name]
