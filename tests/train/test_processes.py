@@ -13,6 +13,13 @@ import torch
 
 from tests.train.training import METHODS, adapter_of, copy_sample, metrics_of, write_recipe
 from tests.train.training import train_once as train_alone
+from vlmtune.data.source import load_conversations
+from vlmtune.models.forward import SupervisedForward
+from vlmtune.models.load import load_vlm
+from vlmtune.recipe.load import load_recipe
+from vlmtune.train.build import build_encoder
+from vlmtune.train.feed import FeedSettings, StepDataset
+from vlmtune.train.loss import summed_cross_entropy
 
 
 def train_in_two(recipe: Path, *arguments: str) -> str:
@@ -74,3 +81,36 @@ def test_two_processes_equal_one(make_recipe, method: str):
     assert adapters[0].keys() == adapters[1].keys()
     for name, tensor in adapters[0].items():
         assert torch.allclose(tensor, adapters[1][name], atol=1e-5), name
+
+
+def test_a_mean_of_the_processes_means_would_be_another_loss(make_recipe):
+    """The wrong variant: each process divides by its own count, DDP takes the mean."""
+    recipe = make_recipe("run", **METHODS["lora"])
+    train_alone(recipe)
+    loaded = load_recipe(recipe).recipe
+    conversations, _ = load_conversations([str(loaded.data.train)])
+    vlm = load_vlm(loaded.model, dtype=torch.float32)
+    forward = SupervisedForward(vlm.model, vlm.family).eval()
+    sums, counts = [], []
+    for rank in (0, 1):
+        settings = FeedSettings(
+            seed=loaded.seed,
+            epochs=None,
+            batch_size=3,
+            micro_batch_tokens=4000,
+            pad_token_id=0,
+            media_layout="flat",
+            skip_bad_samples=False,
+            drop_over_length=False,
+            rank=rank,
+            world_size=2,
+        )
+        (batch,) = StepDataset(conversations, build_encoder(loaded, vlm), settings)[1].micro_batches
+        with torch.no_grad():
+            logits = forward(batch.inputs, batch.supervised)
+        sums.append(summed_cross_entropy(logits, batch.targets).item())
+        counts.append(batch.targets.numel())
+    logged = metrics_of(recipe.parent / "run")[0]["loss"]  # an untrained adapter: the base's loss
+    assert sum(sums) / sum(counts) == pytest.approx(logged, rel=1e-5)
+    local_means = [s / c for s, c in zip(sums, counts)]
+    assert sum(local_means) / 2 != pytest.approx(logged, rel=1e-3)
