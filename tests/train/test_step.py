@@ -106,7 +106,7 @@ def test_bad_samples_are_listed_counted_and_limited(make_recipe, tmp_path: Path)
     data.write_text("\n".join(lines) + "\n")
     with pytest.raises(VlmtuneError, match=r"train.jsonl:4: too many bad samples: 1 of 32"):
         train_once(recipe)
-    summary = train_once(recipe, "data.max_bad_fraction=0.1", resume="never")
+    summary = train_once(recipe, "data.max_bad_fraction=0.1", resume="auto")
     assert summary["skipped"] == 1
     (line,) = (tmp_path / "run" / "run" / "skipped.jsonl").read_text().splitlines()
     assert "train.jsonl" in line and '"line": 4' in line

@@ -124,9 +124,9 @@ class Session:
         ledger = build.build_ledger(
             recipe, folder=self.folder, num_samples=len(conversations) + len(skipped)
         )
-        if start is not None:
-            ledger.restore(start.state.left_out)
-        ledger.add(build.left_out(skipped), write=self.accelerator.is_main_process)
+        is_main = self.accelerator.is_main_process
+        ledger.restore([] if start is None else start.state.left_out, write=is_main)
+        ledger.add(build.left_out(skipped), write=is_main)
         # The adapter's random start is the same on every process; dropout afterwards is not.
         build.seed_everything(recipe.seed, 0)
         adapter = build_adapter(vlm, recipe, total_steps=total_steps)

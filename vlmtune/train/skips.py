@@ -36,10 +36,8 @@ class SkipLedger:
         """Note what is new; raises `VlmtuneError` beyond the limit, on every process alike."""
         new = [e for e in entries if e.id not in self._entries]
         self._entries |= {e.id: e for e in new}
-        if write and new:
-            with self._path.open("a", encoding="utf-8") as file:
-                for e in new:
-                    file.write(json.dumps(e.as_dict(), ensure_ascii=False) + "\n")
+        if write:
+            self._append(new)
         if self.num_bad > self._limit:
             last = [e for e in new if e.is_bad][-1]
             raise VlmtuneError(
@@ -55,8 +53,16 @@ class SkipLedger:
         """For the checkpoint."""
         return [entry.as_dict() for entry in self._entries.values()]
 
-    def restore(self, entries: Iterable[dict[str, Any]]) -> None:
-        """Back from a checkpoint, without writing again."""
-        for entry in entries:
-            left_out = LeftOut(**entry)
-            self._entries[left_out.id] = left_out
+    def restore(self, entries: Iterable[dict[str, Any]], *, write: bool) -> None:
+        """Start from a checkpoint's entries (none for a new run); the file then lists just these,
+        not what an attempt after that checkpoint had added."""
+        self._entries = {str(entry["id"]): LeftOut(**entry) for entry in entries}
+        if write:
+            self._path.unlink(missing_ok=True)
+            self._append(self._entries.values())
+
+    def _append(self, entries: Iterable[LeftOut]) -> None:
+        lines = [json.dumps(e.as_dict(), ensure_ascii=False) + "\n" for e in entries]
+        if lines:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
