@@ -7,4 +7,4 @@ VENV=${VENV:-.venv-test}
 make_environment "[test,bench]"
 # One thread a process: the models are tiny, and threads of several processes only get in each
 # other's way.
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$VENV/bin/python" -m pytest -q -n "${WORKERS:-2}" "$@"
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$VENV/bin/python" -m pytest -q -n "${WORKERS:-2}" --dist worksteal "$@"

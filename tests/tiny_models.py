@@ -22,6 +22,9 @@ from transformers import (
     Qwen2VLProcessor,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
+    SmolVLMImageProcessor,
+    SmolVLMProcessor,
+    SmolVLMVideoProcessor,
 )
 
 from tests.data.processors import build_processor
@@ -46,10 +49,7 @@ MODEL_TYPES = tuple(PROCESSOR_KINDS)
 
 
 def build_tiny_processor(model_type: str) -> ProcessorMixin:
-    """The processor of a tiny model, pictures of at most 64 x 64 pixels.
-
-    SmolVLM gets Idefics3's: its own needs the num2words package and differs in videos only.
-    """
+    """The processor of a tiny model, pictures of at most 64 x 64 pixels."""
     processor = build_processor(PROCESSOR_KINDS[model_type])
     shared = {
         "image_processor": processor.image_processor,
@@ -62,6 +62,16 @@ def build_tiny_processor(model_type: str) -> ProcessorMixin:
         budget = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
         video = Qwen3VLVideoProcessor(size=budget, patch_size=8, merge_size=2)
         return Qwen3VLProcessor(video_processor=video, **shared)
+    if model_type == "smolvlm":
+        own = processor.image_processor
+        shared["image_processor"] = SmolVLMImageProcessor(
+            size=own.size, max_image_size=own.max_image_size
+        )
+        return SmolVLMProcessor(
+            video_processor=SmolVLMVideoProcessor(),
+            image_seq_len=processor.image_seq_len,
+            **shared,
+        )
     return processor
 
 
