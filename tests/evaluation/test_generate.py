@@ -50,9 +50,7 @@ def generate_logits(vlm: VLM, encoder: Encoder, inputs: dict[str, torch.Tensor])
     config = greedy_config(vlm, encoder=encoder, max_new_tokens=NUM_NEW)
     config.eos_token_id = []  # never stop: every row gives NUM_NEW rows of logits
     with evaluating(vlm.model):
-        output = vlm.model.generate(
-            **inputs, generation_config=config, output_logits=True, return_dict_in_generate=True
-        )
+        output = vlm.model.generate(**inputs, generation_config=config)
     return torch.stack(output.logits)
 
 
@@ -166,11 +164,10 @@ def test_decoding_is_greedy_whatever_the_checkpoint_says(
     inputs = prompt_inputs(vlm, prompts)
     config = greedy_config(vlm, encoder=encoder, max_new_tokens=NUM_NEW)
     config.eos_token_id = []
+    config.output_logits = config.return_dict_in_generate = True
     transformers_logging.enable_propagation()
     with evaluating(vlm.model), caplog.at_level(logging.WARNING):
-        output = vlm.model.generate(
-            **inputs, generation_config=config, output_logits=True, return_dict_in_generate=True
-        )
+        output = vlm.model.generate(**inputs, generation_config=config)
         checkpoints_own = vlm.model.generate(**inputs, max_new_tokens=NUM_NEW)
     transformers_logging.disable_propagation()
     new = output.sequences[:, inputs["input_ids"].shape[1] :]
