@@ -49,6 +49,7 @@ def generate_logits(vlm: VLM, encoder: Encoder, inputs: dict[str, torch.Tensor])
     """Logits of each generated token, (steps, B, V)."""
     config = greedy_config(vlm, encoder=encoder, max_new_tokens=NUM_NEW)
     config.eos_token_id = []  # never stop: every row gives NUM_NEW rows of logits
+    config.output_logits = config.return_dict_in_generate = True
     with evaluating(vlm.model):
         output = vlm.model.generate(**inputs, generation_config=config)
     return torch.stack(output.logits)
@@ -70,7 +71,9 @@ def test_left_padded_batches_give_the_logits_of_single_prompts(
 
 
 def test_right_padding_would_not(vlm: VLM, encoder: Encoder, prompts: list[Sample]) -> None:
-    batch = collate(prompts, pad_token_id=pad_token_id(vlm.processor), media_layout=vlm.family.media_layout)
+    batch = collate(
+        prompts, pad_token_id=pad_token_id(vlm.processor), media_layout=vlm.family.media_layout
+    )
     alone = one_by_one(vlm, encoder, prompts)
     wrong = generate_logits(vlm, encoder, batch.inputs)
     assert (wrong - alone).abs().max() > 1e-2
