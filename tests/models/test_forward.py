@@ -67,12 +67,19 @@ def test_padding_does_not_change_a_samples_logits(vlm: VLM, encoded):
         separate = torch.cat([forward(b.inputs, b.supervised) for b in alone])
     assert torch.allclose(padded, separate, atol=2e-5)
     assert torch.equal(together.targets, torch.cat([b.targets for b in alone]))
+    # The wrong variant: padding on the left that the mask does not hide.
+    length = together.supervised.shape[1]
+    shifts = (length - together.inputs["attention_mask"].sum(dim=1)).tolist()
+    assert max(shifts) > 0
+
+    def moved(rows: torch.Tensor) -> torch.Tensor:
+        return torch.stack([row.roll(by) for row, by in zip(rows, shifts, strict=True)])
+
+    inputs = {k: moved(v) if v.shape == (3, length) else v for k, v in together.inputs.items()}
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
     with torch.no_grad():
-        together.inputs["attention_mask"] = torch.ones_like(together.inputs["attention_mask"])
-        # The mask left out: right padding is harmless to causal attention, positions are not.
-        together.inputs["input_ids"] = together.inputs["input_ids"].roll(1, dims=1)
-        wrong = forward(together.inputs, together.supervised)
-    assert not torch.allclose(wrong, separate, atol=1e-2)
+        wrong = forward(inputs, moved(together.supervised))
+    assert not torch.allclose(wrong, separate, atol=1e-3)
 
 
 def test_a_text_only_batch_still_gives_every_vision_tensor_a_gradient(vlm: VLM, encoded):

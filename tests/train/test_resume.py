@@ -131,3 +131,40 @@ def test_a_changed_recipe_is_not_resumed(make_recipe):
     train_once(recipe)
     with pytest.raises(VlmtuneError, match=r"train.learning_rate changed.*0.001 -> 0.002"):
         train_once(recipe, "train.learning_rate=2e-3", resume="auto")
+
+
+def test_a_bad_target_leaves_no_folder_and_moves_no_run(make_recipe):
+    recipe = make_recipe("run", rank=4, train__max_steps=1)
+    wrong = "lora_target=[q_porj]"
+    with pytest.raises(VlmtuneError, match="q_porj"):
+        train_once(recipe, wrong)
+    assert not (recipe.parent / "run").exists()
+    train_once(recipe)
+    with pytest.raises(VlmtuneError, match="q_porj"):
+        train_once(recipe, wrong, resume="never")
+    assert not (recipe.parent / "run.previous-1").exists()
+
+
+def test_going_back_to_an_older_checkpoint_sets_the_newer_ones_aside(make_recipe):
+    recipe = make_recipe("run", rank=4, train__max_steps=6)
+    train_once(recipe)
+    run = recipe.parent / "run"
+    expected = adapter_of(run)
+    older, newer = complete_checkpoints(run / "checkpoints")
+    assert (older.name, newer.name) == ("step-000003", "step-000006")
+    train_once(recipe, "train.keep_checkpoints=1", resume=str(older))
+    assert [p.name for p in complete_checkpoints(run / "checkpoints")] == ["step-000006"]
+    assert (run / "checkpoints" / "superseded-step-000006").is_dir()
+    assert (run / "superseded-adapter").is_dir()
+    assert all(torch.equal(expected[k], v) for k, v in adapter_of(run).items())
+
+
+def test_a_kill_between_the_last_checkpoint_and_the_result_is_mended(make_recipe):
+    recipe = make_recipe("run", rank=4, train__max_steps=3)
+    train_once(recipe)
+    run = recipe.parent / "run"
+    expected = adapter_of(run)
+    (run / "adapter").rename(run / ".writing-adapter")
+    summary = train_once(recipe, resume="auto")
+    assert summary["steps"] == 3 and summary["samples"] == 0
+    assert all(torch.equal(expected[k], v) for k, v in adapter_of(run).items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import sys
 from pathlib import Path
@@ -111,22 +112,24 @@ class Session:
         conversations, skipped = load_conversations(
             build.as_list(recipe.data.train), on_bad_sample=policy
         )
-        held_out, _ = load_conversations(build.as_list(recipe.data.eval), on_bad_sample=policy)
+        held_out, unusable = load_conversations(
+            build.as_list(recipe.data.eval), on_bad_sample=policy
+        )
+        for bad in unusable:
+            logging.getLogger("vlmtune").warning("not evaluated on: %s", bad.reason)
         total_steps = build.total_steps_of(recipe, len(conversations))
         if start is not None and start.state.step == total_steps:
             finished = run_folder.finished_result(self.folder)
             if finished is not None:
                 return {"run": self.folder, "steps": total_steps, "result": finished} | NOT_RUN
-        vlm = self.load_model()
-        if not self.quiet:
-            _print_model(vlm, len(conversations))
-        self.prepare_folder(hashes, vlm.commit)
         ledger = build.build_ledger(
             recipe, folder=self.folder, num_samples=len(conversations) + len(skipped)
         )
-        is_main = self.accelerator.is_main_process
-        ledger.restore([] if start is None else start.state.left_out, write=is_main)
-        ledger.add(build.left_out(skipped), write=is_main)
+        ledger.restore([] if start is None else start.state.left_out)
+        ledger.add(build.left_out(skipped), write=False)
+        vlm = self.load_model()
+        if not self.quiet:
+            _print_model(vlm, len(conversations))
         # The adapter's random start is the same on every process; dropout afterwards is not.
         build.seed_everything(recipe.seed, 0)
         adapter = build_adapter(vlm, recipe, total_steps=total_steps)
@@ -150,6 +153,8 @@ class Session:
         if not self.quiet:
             _print_plan(self, vlm, adapter, trainee, total_steps, start)
         evaluate = self.evaluation(vlm, adapter, trainee, encoder, held_out)
+        # Only now: a recipe that fails on the way here leaves no folder and moves no old run.
+        self.prepare_folder(hashes, vlm.commit, ledger, start)
         result = self.train(trainee, dataset, total_steps, fingerprint, ledger, evaluate, start)
         saved = None
         if result.stopped_by is None:
@@ -176,8 +181,14 @@ class Session:
             parts=recipe.parts,
         )
 
-    def prepare_folder(self, hashes: dict[str, str], commit: str | None) -> None:
-        """Set an old run aside if asked to, and write what this run is; the main process does."""
+    def prepare_folder(
+        self,
+        hashes: dict[str, str],
+        commit: str | None,
+        ledger: SkipLedger,
+        start: Checkpoint | None,
+    ) -> None:
+        """Set aside what this run replaces, and write what it is; the main process does."""
         from vlmtune.recipe.load import dump_recipe
         from vlmtune.train import run_folder
         from vlmtune.train.runtime import describe_environment
@@ -193,6 +204,9 @@ class Session:
                 resolved_text=dump_recipe(self.recipe),
                 environment=environment | {"model_commit": commit, "data_sha256": hashes},
             )
+            if start is not None:
+                run_folder.set_aside_newer(self.folder, start.state.step)
+            ledger.write()
         self.accelerator.wait_for_everyone()
 
     def train(

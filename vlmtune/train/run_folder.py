@@ -84,6 +84,24 @@ def set_aside(folder: Path) -> Path | None:
     return target
 
 
+def set_aside_newer(folder: Path, step: int) -> None:
+    """Rename checkpoints after `step`, and the result they led to, to `superseded-…`.
+
+    A resume from an older checkpoint goes another way from there: left in place, the newer ones
+    would be the next `--resume auto`, and would push its own checkpoints out.
+    """
+    newer = [
+        path
+        for path in complete_checkpoints(folder / "checkpoints")
+        if int(path.name.removeprefix("step-")) > step
+    ]
+    result = finished_result(folder)
+    for path in [*newer, *([result] if newer and result else [])]:
+        target = path.with_name(f"superseded-{path.name}")
+        shutil.rmtree(target, ignore_errors=True)
+        path.rename(target)
+
+
 def write_records(
     folder: Path, *, recipe_text: str, resolved_text: str, environment: dict[str, Any]
 ) -> None:

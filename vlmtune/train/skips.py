@@ -46,20 +46,22 @@ class SkipLedger:
                 file=last.file,
                 line=last.line,
                 expected=f"at most {self._limit:.0f} (data.max_bad_fraction)",
-                do=f"look at {self._path}, mend the data or raise data.max_bad_fraction",
+                do="mend the data (data.on_bad_sample: error lists the bad rows) or raise "
+                "data.max_bad_fraction",
             )
 
     def as_list(self) -> list[dict[str, Any]]:
         """For the checkpoint."""
         return [entry.as_dict() for entry in self._entries.values()]
 
-    def restore(self, entries: Iterable[dict[str, Any]], *, write: bool) -> None:
-        """Start from a checkpoint's entries (none for a new run); the file then lists just these,
-        not what an attempt after that checkpoint had added."""
+    def restore(self, entries: Iterable[dict[str, Any]]) -> None:
+        """Start from a checkpoint's entries, without those of an attempt after it."""
         self._entries = {str(entry["id"]): LeftOut(**entry) for entry in entries}
-        if write:
-            self._path.unlink(missing_ok=True)
-            self._append(self._entries.values())
+
+    def write(self) -> None:
+        """Make the file list exactly what is known; afterwards `add` appends to it."""
+        self._path.unlink(missing_ok=True)
+        self._append(self._entries.values())
 
     def _append(self, entries: Iterable[LeftOut]) -> None:
         lines = [json.dumps(e.as_dict(), ensure_ascii=False) + "\n" for e in entries]

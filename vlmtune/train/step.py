@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from vlmtune.data.types import Batch
@@ -142,12 +143,14 @@ def _part_norms(
 
 
 def _raise_not_finite(what: str, step: int, micro_batches: Sequence[Batch], losses: Tensor) -> None:
+    """Every process gets here in the same step; the suspects of all are named (a collective)."""
     finite = torch.isfinite(losses).tolist()
     suspects = [b for b, ok in zip(micro_batches, finite, strict=True) if not ok]
-    ids = [name for b in (suspects or micro_batches) for name in b.sample_ids if name]
+    found = gather_object([name for b in suspects for name in b.sample_ids if name])
+    ids = found or gather_object([name for b in micro_batches for name in b.sample_ids if name])
     shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
     raise VlmtuneError(
         f"step {step}: the {what} is not finite; the weights were not updated",
-        got=f"samples of the micro-batch: {shown}" if suspects else f"samples of the step: {shown}",
+        got=f"samples of the micro-batch: {shown}" if found else f"samples of the step: {shown}",
         do="look at these samples; lower train.learning_rate or set train.max_grad_norm",
     )
