@@ -338,7 +338,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
     if summary["loss"] is None:
         print(f"already finished: {summary['result']}", file=sys.stderr)
         return
-    lines = [f"{summary['result']}: {summary['steps']} steps, loss {summary['loss']:.4f}"]
+    loss = f", loss {summary['loss']:.4f}" if summary["samples"] else ""
+    lines = [f"{summary['result']}: {summary['steps']} steps{loss}"]
     if summary["skipped"]:
         lines.append(
             f"{summary['skipped']} samples were not trained on: see "
