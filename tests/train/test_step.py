@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -110,3 +112,21 @@ def test_bad_samples_are_listed_counted_and_limited(make_recipe, tmp_path: Path)
     assert summary["skipped"] == 1
     (line,) = (tmp_path / "run" / "run" / "skipped.jsonl").read_text().splitlines()
     assert "train.jsonl" in line and '"line": 4' in line
+
+
+def test_too_long_samples_are_dropped_from_training_and_evaluation(make_recipe, tmp_path, caplog):
+    recipe = make_recipe("run", train__max_steps=8, data__over_length="drop")
+    data = tmp_path / "data" / "train.jsonl"
+    row = json.loads(data.read_text().splitlines()[0])
+    row["id"] = "the-long-one"
+    row["messages"][-1]["content"] = "word " * 300
+    data.write_text(data.read_text() + json.dumps(row) + "\n")
+    logging.getLogger("vlmtune").propagate = True
+    with caplog.at_level("WARNING", logger="vlmtune"):
+        summary = train_once(
+            recipe, "train.batch_size=33", "train.max_steps=1", f"data.eval={data}"
+        )
+    assert (summary["skipped"], summary["samples"]) == (1, 32)
+    assert "train.jsonl:33" in caplog.text and "too long" in caplog.text
+    with pytest.raises(VlmtuneError, match="train.jsonl:33: the sample is too long"):
+        train_once(recipe, "data.over_length=error", f"data.eval={data}", resume="never")

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from vlmtune.data.collate import collate
-from vlmtune.data.encode import Encoder
+from vlmtune.data.encode import Encoder, OverLength
 from vlmtune.data.packing import num_steps
 from vlmtune.data.source import Skipped, content_hash
 from vlmtune.data.types import Batch, Conversation
@@ -179,7 +179,8 @@ def usable(
             encoder.encode(conversation)
             encoder.encode_prompt(conversation)
         except SampleError as error:
-            if not skip:
+            # OverLength: the recipe says to drop what is too long, here as in training.
+            if not (skip or isinstance(error, OverLength)):
                 raise
             log.warning("not evaluated on: %s", error)
             continue
