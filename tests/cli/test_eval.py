@@ -63,7 +63,7 @@ def test_json_holds_the_figures_and_nothing_else_is_on_stdout(
     assert set(result["slices"]) == {"shape", "color"}
     rows = [json.loads(line) for line in Path(result["predictions"]).read_text().splitlines()]
     assert len(rows) == 4
-    assert sum(row["score"] for row in rows) == interval["total"]
+    assert sum(row["score"] for row in rows) == interval["value"] * interval["count"]
     assert all(Path(row["images"][0]).is_file() for row in rows)
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written["metrics"] == result["metrics"]

@@ -139,6 +139,7 @@ def test_the_report_holds_picture_question_answers_prediction_and_score(
         "question": "question 1?",
         "answer": "red",
         "answers": ["red"] * 4,
+        "options": [],
         "prediction": "Red",
         "score": 1.0,
         "scores": {"exact_match": 1.0, "vqa_accuracy": 1.0},

@@ -58,7 +58,7 @@ class Conversation:
     """One sample as written by the user; no tensors.
 
     `answers` are the reference answers of an evaluation sample (ten in VQAv2), `question_type`
-    the slice it counts in; both may be empty.
+    the slice it counts in, `options` the choices of a multiple-choice question; all may be empty.
     """
 
     id: str
@@ -66,6 +66,7 @@ class Conversation:
     source: Source
     answers: tuple[str, ...] = ()
     question_type: str | None = None
+    options: tuple[str, ...] = ()
 
     @property
     def images(self) -> tuple[Image, ...]:

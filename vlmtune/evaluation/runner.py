@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+
+import numpy as np
 
 from vlmtune.data.encode import Encoder
 from vlmtune.data.media import locate_image
 from vlmtune.data.types import Conversation, Image
 from vlmtune.errors import ErrorGroup, SampleError
 from vlmtune.evaluation.generate import generate_answers
-from vlmtune.evaluation.metrics.bootstrap import Interval, bootstrap_interval
+from vlmtune.evaluation.metrics.base import Answered, Metric, Statistics
+from vlmtune.evaluation.metrics.bootstrap import Interval, bootstrap_intervals
 from vlmtune.evaluation.metrics.registry import metrics_for
 from vlmtune.models.load import VLM
 
@@ -37,14 +40,15 @@ class Prediction:
     question: str
     answer: str | None
     answers: tuple[str, ...]
+    options: tuple[str, ...]
     prediction: str
     scores: dict[str, float]
     question_type: str | None
 
     @property
-    def score(self) -> float:
-        """The first metric's score."""
-        return next(iter(self.scores.values()))
+    def score(self) -> float | None:
+        """The first score that applies; None where no metric does."""
+        return next(iter(self.scores.values()), None)
 
 
 @dataclass(frozen=True)
@@ -99,40 +103,47 @@ def evaluate(
 
 
 def score_answers(
-    conversations: Sequence[Conversation], texts: Sequence[str], *, task: str, seed: int = 0
+    conversations: Sequence[Conversation],
+    texts: Sequence[str],
+    *,
+    task: str,
+    metrics: Sequence[str] = (),
+    seed: int = 0,
 ) -> EvalReport:
     """The report of `texts` as answers to `conversations`, without a model."""
-    metrics = metrics_for(task)
-    predictions = []
-    for conversation, text in zip(conversations, texts):
-        answer = reference_answer(conversation)
-        scored = {
-            name: metric(text, answer=answer, answers=conversation.answers)
-            for name, metric in metrics.items()
-        }
-        predictions.append(
-            Prediction(
-                id=conversation.id,
-                images=tuple(picture_name(image) for image in conversation.images),
-                question=question_of(conversation),
-                answer=answer,
-                answers=conversation.answers,
-                prediction=text,
-                scores={name: score for name, score in scored.items() if score is not None},
-                question_type=conversation.question_type,
-            )
+    chosen = metrics_for(task, metrics)
+    answered = [
+        Answered(text, reference_answer(conversation), conversation.answers, conversation.options)
+        for conversation, text in zip(conversations, texts, strict=True)
+    ]
+    statistics = {name: metric.statistics(answered) for name, metric in chosen.items()}
+    predictions = [
+        Prediction(
+            id=conversation.id,
+            images=tuple(picture_name(image) for image in conversation.images),
+            question=question_of(conversation),
+            answer=sample.answer,
+            answers=sample.answers,
+            options=sample.options,
+            prediction=sample.prediction,
+            scores={n: s.score for n, of in statistics.items() if (s := of[index]) is not None},
+            question_type=conversation.question_type,
         )
+        for index, (conversation, sample) in enumerate(zip(conversations, answered, strict=True))
+    ]
     kinds = sorted({p.question_type for p in predictions if p.question_type is not None})
+    slices = {None: range(len(predictions))} | {
+        kind: [i for i, p in enumerate(predictions) if p.question_type == kind] for kind in kinds
+    }
+    summaries: dict[str | None, dict[str, Interval]] = {
+        kind: _summarise(predictions, chosen, statistics, rows, seed=seed)
+        for kind, rows in slices.items()
+    }
     return EvalReport(
         task=task,
         num_samples=len(predictions),
-        metrics=_summarise(predictions, list(metrics), seed=seed),
-        slices={
-            kind: _summarise(
-                [p for p in predictions if p.question_type == kind], list(metrics), seed=seed
-            )
-            for kind in kinds
-        },
+        metrics=summaries[None],
+        slices={kind: summaries[kind] for kind in kinds},
         predictions=predictions,
     )
 
@@ -195,6 +206,7 @@ def prediction_row(prediction: Prediction) -> dict[str, object]:
         "question": prediction.question,
         "answer": prediction.answer,
         "answers": list(prediction.answers),
+        "options": list(prediction.options),
         "prediction": prediction.prediction,
         "score": prediction.score,
         "scores": prediction.scores,
@@ -215,16 +227,23 @@ def summary_row(report: EvalReport) -> dict[str, object]:
 
 
 def _summarise(
-    predictions: Sequence[Prediction], names: Sequence[str], *, seed: int
+    predictions: Sequence[Prediction],
+    metrics: Mapping[str, Metric],
+    statistics: Mapping[str, Sequence[Statistics | None]],
+    rows: Iterable[int],
+    *,
+    seed: int,
 ) -> dict[str, Interval]:
-    """The interval of each metric that applies to at least one prediction."""
-    summary = {}
-    for name in names:
-        scored = [p for p in predictions if name in p.scores]
+    """The figures over `rows` of each metric that applies to at least one of them."""
+    rows = list(rows)
+    summary: dict[str, Interval] = {}
+    for name, metric in metrics.items():
+        scored = [(row, s) for row in rows if (s := statistics[name][row]) is not None]
         if scored:
-            summary[name] = bootstrap_interval(
-                [p.scores[name] for p in scored],
-                clusters=[_cluster(p) for p in scored],
+            summary |= bootstrap_intervals(
+                np.array([s.sums for _, s in scored], dtype=np.float64),
+                figures=metric.figures,
+                clusters=[_cluster(predictions[row]) for row, _ in scored],
                 seed=seed,
             )
     return summary

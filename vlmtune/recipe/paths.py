@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from vlmtune.errors import VlmtuneError
 from vlmtune.recipe.explain import Place, Settings
+
+DATA_KEYS = (("data", "train"), ("data", "eval"), ("eval", "guard", "data"))
 
 
 def resolve_paths(settings: Settings, *, folder: Path) -> list[VlmtuneError]:
@@ -17,21 +20,25 @@ def resolve_paths(settings: Settings, *, folder: Path) -> list[VlmtuneError]:
     """
     errors: list[VlmtuneError] = []
     values = settings.values
-    model, data = values.get("model"), values.get("data")
+    model = values.get("model")
     if isinstance(model, str) and model:
         values["model"] = _resolve_model(model, settings, folder, errors)
-    if isinstance(data, dict):
-        for key in ("train", "eval"):
-            files = data.get(key)
-            if isinstance(files, str) and files:
-                data[key] = _resolve_file(files, settings.place(("data", key)), folder, errors)
-            if isinstance(files, list):
-                data[key] = [
-                    _resolve_file(file, settings.place(("data", key, at)), folder, errors)
-                    if isinstance(file, str) and file
-                    else file
-                    for at, file in enumerate(files)
-                ]
+    for *above, key in DATA_KEYS:
+        holder: Any = values
+        for name in above:
+            holder = holder.get(name) if isinstance(holder, dict) else None
+        if not isinstance(holder, dict):
+            continue
+        path, files = (*above, key), holder.get(key)
+        if isinstance(files, str) and files:
+            holder[key] = _resolve_file(files, settings.place(path), folder, errors)
+        if isinstance(files, list):
+            holder[key] = [
+                _resolve_file(file, settings.place((*path, at)), folder, errors)
+                if isinstance(file, str) and file
+                else file
+                for at, file in enumerate(files)
+            ]
     return errors
 
 

@@ -46,8 +46,25 @@ def unused_keys(recipe: Recipe) -> dict[str, tuple[str, str]]:
     if recipe.quantization_bit == 8:
         for key in ("quantization.double_quant", "quantization.compute_dtype"):
             unused[key] = ("quantization_bit: 8", "remove it")
+    if recipe.objective != "contrastive":
+        unused["contrastive"] = ("objective: next_token", "set contrastive, or remove it")
+    unused |= _unused_in_eval(recipe)
     if recipe.data.on_bad_sample == "error":
         unused["data.max_bad_fraction"] = ("data.on_bad_sample: error", "set skip, or remove it")
+    return unused
+
+
+def _unused_in_eval(recipe: Recipe) -> dict[str, tuple[str, str]]:
+    section = recipe.eval
+    unused: dict[str, tuple[str, str]] = {}
+    method = section.decoding.method
+    if method != "sample":
+        for key in ("temperature", "top_p", "top_k"):
+            unused[f"eval.decoding.{key}"] = (f"eval.decoding.method: {method}", "set sample")
+    if method != "beam":
+        unused["eval.decoding.num_beams"] = (f"eval.decoding.method: {method}", "set beam")
+    if section.best_metric is None:
+        unused["eval.patience"] = ("eval.best_metric: null", "name the metric to be patient with")
     return unused
 
 
@@ -76,6 +93,16 @@ def _unused(recipe: Recipe) -> Iterator[Conflict]:
 
 
 def _exclusive(recipe: Recipe) -> Iterator[Conflict]:
+    if recipe.eval.best_metric is not None and recipe.data.eval is None:
+        yield Conflict(
+            ("eval.best_metric", "data.eval"),
+            "eval.best_metric is measured on data.eval, which is not given",
+        )
+    if recipe.objective == "contrastive" and recipe.adalora is not None:
+        yield Conflict(
+            ("adalora", "objective"),
+            "adalora is not supported with objective: contrastive",
+        )
     if recipe.train.epochs is not None and recipe.train.max_steps is not None:
         yield Conflict(
             ("train.max_steps", "train.epochs"),

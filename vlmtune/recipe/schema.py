@@ -26,6 +26,7 @@ Names = Annotated[list[Name], Field(min_length=1)]
 Rate = Annotated[float, Field(gt=0)]
 PartName = Literal["vision", "connector", "language", "lm_head"]
 PART_NAMES: tuple[PartName, ...] = get_args(PartName)
+Task = Literal["vqa", "caption", "choice", "classification", "grounding", "retrieval"]
 
 
 class Section(BaseModel):
@@ -64,6 +65,17 @@ class AdaLoraSection(Section):
         default=0.1,
         ge=0,
         description="gamma: weight of the orthogonality penalty, added once per optimizer step.",
+    )
+
+
+class ContrastiveSection(Section):
+    """InfoNCE between picture and text embeddings (van den Oord et al. 2018, arXiv 1807.03748)."""
+
+    initial_temperature: float = Field(
+        default=0.05, gt=0, description="The similarities are divided by it; it is learned."
+    )
+    temperature_learning_rate: float = Field(
+        default=1e-2, gt=0, description="Peak learning rate of the logarithm of the temperature."
     )
 
 
@@ -208,10 +220,59 @@ class TrainSection(Section):
     keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints kept.")
 
 
-class EvalSection(Section):
-    """Evaluation by generated answers, during training and by `vlmtune eval`."""
+class DecodingSection(Section):
+    """How answers are generated in evaluation."""
 
-    task: Literal["vqa"] = Field(default="vqa", description="What is measured.")
+    method: Literal["greedy", "sample", "beam"] = Field(
+        default="greedy",
+        description="`sample`: each answer is drawn with a seed of its own, so that neither the "
+        "batch nor the number of processes changes it.",
+    )
+    temperature: float = Field(default=1.0, gt=0, description="`sample` only: divides the logits.")
+    top_p: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="`sample` only: from the likeliest tokens that together have this probability.",
+    )
+    top_k: int = Field(
+        default=0, ge=0, description="`sample` only: from this many likeliest tokens; 0: all."
+    )
+    num_beams: int = Field(default=4, ge=2, description="`beam` only: number of beams.")
+    stop: list[Name] = Field(
+        default=[], description="An answer ends before any of these texts, besides its end token."
+    )
+
+
+class GuardSection(Section):
+    """Present: a second set on which the model must not get worse (forgetting)."""
+
+    data: Name | Names = Field(description="File or files, relative to the recipe.")
+    task: Task = Field(default="vqa", description="What is measured on it.")
+    metric: Name | None = Field(
+        default=None, description="The metric that must not fall; null: the first of the task."
+    )
+    max_drop: float = Field(
+        default=0.02,
+        ge=0,
+        description="How far it may fall below its value before training, in the metric's unit "
+        "(0.02 is two points of an accuracy). Beyond: said at the end, and exit code 1.",
+    )
+    max_samples: int | None = Field(
+        default=None, ge=1, description="A fixed random choice of so many samples; null: all."
+    )
+
+
+class EvalSection(Section):
+    """Evaluation during training and by `vlmtune eval`."""
+
+    task: Task = Field(
+        default="vqa",
+        description="What is measured: `vqa`, `caption`, `choice` (rows with `options`), "
+        "`classification`, `grounding` (boxes as text) by generated answers; `retrieval` of texts "
+        "by pictures and pictures by texts.",
+    )
+    metrics: list[Name] = Field(default=[], description="Names of metrics; `[]`: the task's own.")
     max_new_tokens: int = Field(
         default=32, ge=1, description="Longest generated answer, in tokens."
     )
@@ -221,7 +282,42 @@ class EvalSection(Section):
     max_samples: int | None = Field(
         default=None,
         ge=1,
-        description="During training: only the first so many samples; null: all.",
+        description="During training: a fixed random choice of so many samples; null: all.",
+    )
+    before: bool = Field(
+        default=True,
+        description="Evaluate before the first step too: what the model could do already.",
+    )
+    best_metric: Name | None = Field(
+        default=None,
+        description="Keep the checkpoint at which this metric of `data.eval` was best, and make "
+        "it the result; `loss` counts as better where it is lower. Null: the last step's.",
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="With `best_metric`: stop after so many evaluations in a row without a new "
+        "best. Null: never.",
+    )
+    scorer: Literal["likelihood", "embedding"] = Field(
+        default="likelihood",
+        description="Retrieval: log p(text | picture) per token, or the cosine of the last hidden "
+        "states after `embedding_prompt`.",
+    )
+    subtract_prior: bool = Field(
+        default=True,
+        description="Retrieval by likelihood, picture to text: minus log p(text) without a "
+        "picture, so that a text is not ranked first for being common.",
+    )
+    embedding_prompt: Name = Field(
+        default="Summarize the above in one word:",
+        description="What follows a picture or a text whose embedding is taken, in retrieval by "
+        "embedding and with `objective: contrastive`.",
+    )
+    decoding: DecodingSection = DecodingSection()
+    guard: GuardSection | None = Field(
+        default=None,
+        description="A second set on which the model must not get worse.",
     )
 
 
@@ -261,6 +357,13 @@ class Recipe(Section):
         default=False,
         description="rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): scale by alpha / sqrt(rank).",
     )
+    objective: Literal["next_token", "contrastive"] = Field(
+        default="next_token",
+        description="`next_token`: the cross-entropy of the answers. `contrastive`: the picture "
+        "and the answer of each sample are embedded apart and told from those of the other "
+        "samples of the step (for retrieval by embedding); larger `train.batch_size`, more of "
+        "them. Memory is that of one micro-batch.",
+    )
     adalora: AdaLoraSection | None = Field(
         default=None, description="Present: AdaLoRA instead of LoRA; `rank` is then not used."
     )
@@ -276,6 +379,7 @@ class Recipe(Section):
     )
     output_dir: Name = Field(description="The run folder (relative to the working directory).")
     seed: int = Field(default=42, ge=0, le=2**32 - 1, description="Seed of every random choice.")
+    contrastive: ContrastiveSection = ContrastiveSection()
     quantization: QuantizationSection = QuantizationSection()
     image: ImageSection = ImageSection()
     data: DataSection

@@ -1,9 +1,20 @@
 import math
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import pytest
 
-from vlmtune.evaluation.metrics.bootstrap import bootstrap_interval
+from vlmtune.evaluation.metrics.base import Mean, divided
+from vlmtune.evaluation.metrics.bootstrap import Interval, bootstrap_intervals
+
+
+def bootstrap_interval(
+    scores: Sequence[float], *, clusters: Sequence[Hashable], seed: int
+) -> Interval:
+    """Of a mean."""
+    sums = np.array([(score, 1.0) for score in scores]).reshape(-1, 2)
+    mean = Mean("mean", lambda _: None)
+    return bootstrap_intervals(sums, figures=mean.figures, clusters=clusters, seed=seed)["mean"]
 
 
 def test_the_interval_of_independent_scores_is_the_binomial_one() -> None:
@@ -11,7 +22,7 @@ def test_the_interval_of_independent_scores_is_the_binomial_one() -> None:
     interval = bootstrap_interval(scores, clusters=range(400), seed=0)
     half = 1.96 * math.sqrt(0.75 * 0.25 / 400)
     assert interval.value == 0.75
-    assert (interval.total, interval.count) == (300.0, 400)
+    assert interval.count == 400
     assert interval.low == pytest.approx(0.75 - half, abs=0.006)
     assert interval.high == pytest.approx(0.75 + half, abs=0.006)
 
@@ -45,5 +56,26 @@ def test_the_interval_depends_on_the_seed_only() -> None:
 def test_one_picture_gives_no_width_and_no_scores_no_interval() -> None:
     interval = bootstrap_interval([1.0, 0.0], clusters=["a", "a"], seed=0)
     assert (interval.low, interval.value, interval.high) == (0.5, 0.5, 0.5)
-    with pytest.raises(ValueError, match="no scores"):
+    with pytest.raises(ValueError, match="no samples"):
         bootstrap_interval([], clusters=[], seed=0)
+
+
+def test_a_ratio_is_one_of_sums_and_leaves_out_resamples_without_a_denominator() -> None:
+    # Precision: true positives over positive predictions; the third picture has none.
+    sums = np.array([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]])
+    intervals = bootstrap_intervals(
+        sums,
+        figures=lambda s: {"precision": divided(s[..., 0], s[..., 1])},
+        clusters="abc",
+        seed=0,
+    )
+    assert intervals["precision"].value == 0.5
+    assert (intervals["precision"].low, intervals["precision"].high) == (0.0, 1.0)
+
+
+def test_a_figure_that_is_not_defined_is_left_out() -> None:
+    sums = np.zeros((3, 2))
+    figures = bootstrap_intervals(
+        sums, figures=lambda s: {"f1": divided(s[..., 0], s[..., 1])}, clusters="abc", seed=0
+    )
+    assert figures == {}

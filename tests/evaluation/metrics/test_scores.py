@@ -1,32 +1,33 @@
 import pytest
 
 from vlmtune.errors import VlmtuneError
+from vlmtune.evaluation.metrics.base import Answered
 from vlmtune.evaluation.metrics.exact_match import exact_match
-from vlmtune.evaluation.metrics.registry import METRICS, metrics_for
+from vlmtune.evaluation.metrics.registry import METRICS, TASKS, metrics_for
 from vlmtune.evaluation.metrics.vqa_accuracy import vqa_accuracy
 
 
 def test_exact_match_compares_normalized_answers() -> None:
-    assert exact_match("The Red.", answer="red", answers=()) == 1.0
-    assert exact_match("reddish", answer="red", answers=()) == 0.0
+    assert exact_match(Answered("The Red.", answer="red", answers=())) == 1.0
+    assert exact_match(Answered("reddish", answer="red", answers=())) == 0.0
 
 
 def test_exact_match_takes_the_assistants_turn_before_other_answers() -> None:
-    assert exact_match("blue", answer="red", answers=("blue",) * 10) == 0.0
+    assert exact_match(Answered("blue", answer="red", answers=("blue",) * 10)) == 0.0
 
 
 def test_exact_match_takes_the_consensus_of_the_answers() -> None:
     answers = ("red", "Red", "blue")
-    assert exact_match("red", answer=None, answers=answers) == 1.0
-    assert exact_match("blue", answer=None, answers=answers) == 0.0
+    assert exact_match(Answered("red", answer=None, answers=answers)) == 1.0
+    assert exact_match(Answered("blue", answer=None, answers=answers)) == 0.0
 
 
 def test_exact_match_takes_any_of_equally_frequent_answers() -> None:
-    assert exact_match("cab", answer=None, answers=("taxi", "cab")) == 1.0
+    assert exact_match(Answered("cab", answer=None, answers=("taxi", "cab"))) == 1.0
 
 
 def test_exact_match_needs_a_reference() -> None:
-    assert exact_match("red", answer=None, answers=()) is None
+    assert exact_match(Answered("red", answer=None, answers=())) is None
 
 
 def answers_of(num_red: int) -> tuple[str, ...]:
@@ -47,18 +48,25 @@ def answers_of(num_red: int) -> tuple[str, ...]:
 def test_vqa_accuracy_is_the_mean_over_ten_leave_one_out_sets(
     num_red: int, expected: float
 ) -> None:
-    score = vqa_accuracy("Red", answer=None, answers=answers_of(num_red))
+    score = vqa_accuracy(Answered("Red", answer=None, answers=answers_of(num_red)))
     assert score == pytest.approx(expected, abs=1e-12)
     naive = min(num_red / 3, 1.0)  # without leaving one out
     assert (naive == pytest.approx(expected, abs=1e-12)) == (num_red in (0, 4, 10))
 
 
 def test_vqa_accuracy_leaves_out_samples_with_too_few_answers() -> None:
-    assert vqa_accuracy("red", answer="red", answers=("red",) * 3) is None
-    assert vqa_accuracy("red", answer=None, answers=("red",) * 4) == 1.0
+    assert vqa_accuracy(Answered("red", answer="red", answers=("red",) * 3)) is None
+    assert vqa_accuracy(Answered("red", answer=None, answers=("red",) * 4)) == 1.0
 
 
 def test_an_unknown_task_names_the_nearest() -> None:
     with pytest.raises(VlmtuneError, match="did you mean 'vqa'"):
         metrics_for("vqaa")
-    assert list(metrics_for("vqa")) == list(METRICS["vqa"])
+    assert list(metrics_for("vqa")) == list(TASKS["vqa"])
+    with pytest.raises(VlmtuneError, match="did you mean 'exact_match'"):
+        metrics_for("vqa", ["exactmatch"])
+    assert list(metrics_for("vqa", ["vqa_accuracy"])) == ["vqa_accuracy"]
+
+
+def test_every_metric_of_a_task_is_there() -> None:
+    assert {name for names in TASKS.values() for name in names} <= METRICS.keys()

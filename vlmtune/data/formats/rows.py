@@ -12,7 +12,7 @@ from vlmtune.data.types import Conversation, Image, Part, Role, Source, Text, Tu
 from vlmtune.errors import SampleError
 
 KNOWN_KEYS = frozenset(
-    {"id", "messages", "conversations", "images", "image", "answers", "question_type"}
+    {"id", "messages", "conversations", "images", "image", "answers", "question_type", "options"}
 )
 PLACEHOLDER = "<image>"
 
@@ -178,18 +178,19 @@ def build_conversation(row: Row, turns: Sequence[Turn]) -> Conversation:
         id=row.id,
         turns=tuple(turns),
         source=row.source,
-        answers=_answers(row),
+        answers=_texts(row, "answers"),
         question_type=question_type,
+        options=_texts(row, "options"),
     )
 
 
-def _answers(row: Row) -> tuple[str, ...]:
-    answers = row.values.get("answers")
-    if answers is None:
+def _texts(row: Row, key: str) -> tuple[str, ...]:
+    texts = row.values.get(key)
+    if texts is None:
         return ()
-    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise row.error("answers cannot be used", got=describe(answers), expected="a list of texts")
-    return tuple(answers)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise row.error(f"{key} cannot be used", got=describe(texts), expected="a list of texts")
+    return tuple(texts)
 
 
 def _check_turns(row: Row, turns: Sequence[Turn]) -> None:

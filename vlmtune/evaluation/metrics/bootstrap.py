@@ -4,65 +4,94 @@ Questions on one picture stand or fall together; resampling single questions wou
 too narrow. So a resample draws pictures with replacement and takes all their questions
 (cluster bootstrap, Efron & Tibshirani 1993, chapter 13; the interval is the percentile one).
 
-Letters for shapes: R resamples, G pictures.
+Letters for shapes: N samples, K numbers of a sample's statistics, R resamples, G pictures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from vlmtune.evaluation.metrics.base import Floats
+
 NUM_RESAMPLES = 2000
 LEVEL = 0.95
+CHUNK_NUMBERS = 4_000_000
+"""Drawn numbers held at once: bounds the memory of (R, G) counts."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % interval; `total` is the sum of the scores, `count` their number."""
+    """A figure with its 95 % interval over `count` samples."""
 
     value: float
     low: float
     high: float
-    total: float
     count: int
 
     def as_dict(self) -> dict[str, float | int]:
-        return {
-            "value": self.value,
-            "low": self.low,
-            "high": self.high,
-            "total": self.total,
-            "count": self.count,
-        }
+        return asdict(self)
 
 
-def bootstrap_interval(
-    scores: Sequence[float],
+def bootstrap_intervals(
+    sums: Floats,
     *,
+    figures: Callable[[Floats], dict[str, Floats]],
     clusters: Sequence[Hashable],
     seed: int,
     num_resamples: int = NUM_RESAMPLES,
-) -> Interval:
-    """The mean of `scores` with its interval; `clusters[i]` names the picture of score i.
+) -> dict[str, Interval]:
+    """Each figure of `sums` (N, K) with its interval; `clusters[i]` names the picture of sample i.
 
-    Deterministic in `seed`. With a single picture the interval is the mean itself. Raises
-    ValueError without scores.
+    Deterministic in `seed`. With a single picture the interval is the figure itself. Resamples in
+    which a figure is not defined do not count for it; a figure that is not defined on the whole
+    set is left out. Raises ValueError without samples.
     """
-    if not scores:
-        raise ValueError("no scores: a mean of nothing has no interval")
+    if len(sums) == 0:
+        raise ValueError("no samples: a figure of nothing has no interval")
+    of_cluster = cluster_sums(sums, clusters)  # (G, K)
+    values = figures(of_cluster.sum(axis=0))
+    drawn: dict[str, list[Floats]] = {name: [] for name in values}
+    for weights in resample_weights(len(of_cluster), seed=seed, num_resamples=num_resamples):
+        for name, figure in figures(weights @ of_cluster).items():
+            drawn[name].append(figure)
+    intervals = {}
+    for name, value in values.items():
+        if np.isnan(value):
+            continue
+        low, high = interval_of(np.concatenate(drawn[name]), float(value))
+        intervals[name] = Interval(float(value), low, high, len(sums))
+    return intervals
+
+
+def interval_of(resampled: Floats, value: float) -> tuple[float, float]:
+    """The 95 % percentile interval of resampled figures (R,); `value` where none is defined."""
+    defined = resampled[~np.isnan(resampled)]
+    if len(defined) == 0:
+        return value, value
+    low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def cluster_sums(sums: Floats, clusters: Sequence[Hashable]) -> Floats:
+    """(N, K) statistics added up by cluster: (G, K), in order of first appearance."""
     numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
-    of_score = [numbers[cluster] for cluster in clusters]
-    sums = np.bincount(of_score, weights=scores)  # (G,)
-    counts = np.bincount(of_score)  # (G,)
+    of_cluster = np.zeros((len(numbers), sums.shape[1]))
+    np.add.at(of_cluster, [numbers[cluster] for cluster in clusters], sums)
+    return of_cluster
+
+
+def resample_weights(
+    num_clusters: int, *, seed: int, num_resamples: int = NUM_RESAMPLES
+) -> Iterator[Floats]:
+    """How often each cluster is drawn in each resample, in chunks of (r, G)."""
     generator = np.random.default_rng(seed)
-    means = np.empty(num_resamples)  # (R,)
-    for number in range(num_resamples):  # a row at a time: (R, G) would be gigabytes for 100k
-        drawn = generator.integers(0, len(sums), size=len(sums))
-        means[number] = sums[drawn].sum() / counts[drawn].sum()
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    total = float(sums.sum())
-    return Interval(
-        value=total / len(scores), low=float(low), high=float(high), total=total, count=len(scores)
-    )
+    chunk = max(1, CHUNK_NUMBERS // num_clusters)
+    for start in range(0, num_resamples, chunk):
+        rows = min(chunk, num_resamples - start)
+        drawn = generator.integers(0, num_clusters, size=(rows, num_clusters))
+        drawn += num_clusters * np.arange(rows)[:, None]
+        weights = np.bincount(drawn.ravel(), minlength=rows * num_clusters)
+        yield weights.reshape(rows, num_clusters).astype(np.float64)

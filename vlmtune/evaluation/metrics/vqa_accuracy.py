@@ -9,19 +9,20 @@ not even a unanimous answer would score 1, and the sample is left out of the met
 
 from __future__ import annotations
 
+from vlmtune.evaluation.metrics.base import Answered
 from vlmtune.evaluation.metrics.normalize import normalize_answer
 
 MIN_ANSWERS = 4
 
 
-def vqa_accuracy(prediction: str, *, answer: str | None, answers: tuple[str, ...]) -> float | None:
+def vqa_accuracy(sample: Answered) -> float | None:
     """Between 0.0 and 1.0; None where the sample has fewer than `MIN_ANSWERS` answers.
 
     `answer` is not used: the people's answers are the reference.
     """
-    if len(answers) < MIN_ANSWERS:
+    if len(sample.answers) < MIN_ANSWERS:
         return None
-    normalized = normalize_answer(prediction)
-    matches = [normalize_answer(given) == normalized for given in answers]
+    normalized = normalize_answer(sample.prediction)
+    matches = [normalize_answer(given) == normalized for given in sample.answers]
     total = sum(matches)
     return sum(min((total - is_match) / 3, 1.0) for is_match in matches) / len(matches)
