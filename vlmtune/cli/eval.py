@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,7 +30,7 @@ from vlmtune.errors import VlmtuneError
 
 if TYPE_CHECKING:
     from vlmtune.evaluation.metrics.bootstrap import Interval
-    from vlmtune.evaluation.runner import EvalReport
+    from vlmtune.evaluation.types import EvalReport
 
 
 @command
@@ -126,16 +126,10 @@ def eval_command(
     write_report(report, folder, about=about)
     predictions = folder / "predictions.jsonl"
     if json:
-        print_json(_summary(report, about) | {"predictions": str(predictions.absolute())})
+        print_json(about | report.summary() | {"predictions": str(predictions.absolute())})
     else:
         _print_table(report)
         print(f"predictions: {predictions}")
-
-
-def _summary(report: EvalReport, about: dict[str, Any]) -> dict[str, Any]:
-    from vlmtune.evaluation.runner import summary_row
-
-    return about | summary_row(report)
 
 
 def _default_folder(target: str, kind: str, data: list[Path], started_at: str) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
@@ -23,43 +22,13 @@ from vlmtune.evaluation.generate import generate_answers
 from vlmtune.evaluation.metrics.base import Answered, Metric, Statistics
 from vlmtune.evaluation.metrics.bootstrap import Interval, bootstrap_intervals
 from vlmtune.evaluation.metrics.registry import metrics_for
+from vlmtune.evaluation.types import EvalReport, Prediction
 from vlmtune.models.load import VLM
 
 MAX_ERRORS_SHOWN = 20
 
 Gather = Callable[[list[tuple[int, str]]], list[tuple[int, str]]]
 """The concatenation of every process's list, on every process (a collective)."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One answered question; `scores` holds the metrics that apply to it."""
-
-    id: str
-    images: tuple[str, ...]
-    question: str
-    answer: str | None
-    answers: tuple[str, ...]
-    options: tuple[str, ...]
-    prediction: str
-    scores: dict[str, float]
-    question_type: str | None
-
-    @property
-    def score(self) -> float | None:
-        """The first score that applies; None where no metric does."""
-        return next(iter(self.scores.values()), None)
-
-
-@dataclass(frozen=True)
-class EvalReport:
-    """`slices` maps a question type to its metrics; empty where no sample has one."""
-
-    task: str
-    num_samples: int
-    metrics: dict[str, Interval]
-    slices: dict[str, dict[str, Interval]]
-    predictions: list[Prediction]
 
 
 def evaluate(
@@ -193,37 +162,10 @@ def write_report(
     """`predictions.jsonl` (a line a sample) and `metrics.json` into `folder`; each file appears
     whole or not at all. `about` (what was evaluated, on what) goes into `metrics.json` too."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(prediction_row(p), ensure_ascii=False) for p in report.predictions]
+    lines = [json.dumps(p.as_row(), ensure_ascii=False) for p in report.predictions]
     _write_whole(folder / "predictions.jsonl", "".join(line + "\n" for line in lines))
-    summary = {**(about or {}), **summary_row(report)}
+    summary = {**(about or {}), **report.summary()}
     _write_whole(folder / "metrics.json", json.dumps(summary, indent=2) + "\n")
-
-
-def prediction_row(prediction: Prediction) -> dict[str, object]:
-    return {
-        "id": prediction.id,
-        "images": list(prediction.images),
-        "question": prediction.question,
-        "answer": prediction.answer,
-        "answers": list(prediction.answers),
-        "options": list(prediction.options),
-        "prediction": prediction.prediction,
-        "score": prediction.score,
-        "scores": prediction.scores,
-        "question_type": prediction.question_type,
-    }
-
-
-def summary_row(report: EvalReport) -> dict[str, object]:
-    return {
-        "task": report.task,
-        "num_samples": report.num_samples,
-        "metrics": {name: interval.as_dict() for name, interval in report.metrics.items()},
-        "slices": {
-            kind: {name: interval.as_dict() for name, interval in metrics.items()}
-            for kind, metrics in report.slices.items()
-        },
-    }
 
 
 def _summarise(
