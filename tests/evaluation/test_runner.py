@@ -18,6 +18,7 @@ from vlmtune.evaluation.runner import (
     write_report,
 )
 from vlmtune.models.load import VLM
+from vlmtune.recipe.schema import EvalSection
 
 
 def asked(
@@ -85,9 +86,10 @@ def test_a_sample_without_reference_is_an_error_with_its_line() -> None:
     check_references([asked(1), asked(2, None, answers=("red",))])
 
 
-def test_an_unknown_task_is_an_error(vlm: VLM, encoder: Encoder) -> None:
-    with pytest.raises(VlmtuneError, match="unknown task"):
-        evaluate(vlm, [asked(1)], encoder=encoder, task="quiz", max_new_tokens=1, batch_size=1)
+def test_an_unknown_metric_is_an_error(vlm: VLM, encoder: Encoder) -> None:
+    section = EvalSection(metrics=["exakt_match"])
+    with pytest.raises(VlmtuneError, match="unknown metric"):
+        evaluate(vlm, [asked(1)], encoder=encoder, section=section)
 
 
 def test_shares_of_two_processes_make_the_whole_report(
@@ -102,9 +104,7 @@ def test_shares_of_two_processes_make_the_whole_report(
             vlm,
             conversations,
             encoder=encoder,
-            task="vqa",
-            max_new_tokens=4,
-            batch_size=2,
+            section=EvalSection(max_new_tokens=4, batch_size=2),
             rank=rank,
             world_size=world_size,
             gather=gather,

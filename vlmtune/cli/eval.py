@@ -101,16 +101,20 @@ def eval_command(
     folder = output or _default_folder(target, opened.kind, data, started_at)
     _make_folder(folder)
     section = EvalSection() if opened.recipe is None else opened.recipe.eval
-    max_new_tokens = max_new_tokens or section.max_new_tokens
+    section = section.model_copy(
+        update={
+            "task": task,
+            "max_new_tokens": max_new_tokens or section.max_new_tokens,
+            "batch_size": batch_size or section.batch_size,
+        }
+    )
     started = time.monotonic()
     with _progress(len(conversations), quiet) as on_progress:
         report = evaluate(
             opened.vlm,
             conversations,
             encoder=answering_encoder(opened),
-            task=task,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size or section.batch_size,
+            section=section,
             on_progress=on_progress,
         )
     about = {
@@ -120,7 +124,7 @@ def eval_command(
         "data": [str(file.absolute()) for file in data],
         "dtype": str(opened.vlm.model.dtype).removeprefix("torch."),
         "pixel_budget": pixel_budget(opened.vlm.processor),  # reports compare only at the same one
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": section.max_new_tokens,
         "seconds": time.monotonic() - started,
     }
     write_report(report, folder, about=about)

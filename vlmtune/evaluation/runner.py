@@ -24,6 +24,7 @@ from vlmtune.evaluation.metrics.bootstrap import Interval, bootstrap_intervals
 from vlmtune.evaluation.metrics.registry import metrics_for
 from vlmtune.evaluation.types import EvalReport, Prediction
 from vlmtune.models.load import VLM
+from vlmtune.recipe.schema import EvalSection
 
 MAX_ERRORS_SHOWN = 20
 
@@ -36,31 +37,30 @@ def evaluate(
     conversations: Sequence[Conversation],
     *,
     encoder: Encoder,
-    task: str,
-    max_new_tokens: int,
-    batch_size: int,
+    section: EvalSection,
     seed: int = 0,
     on_progress: Callable[[int], None] | None = None,
     rank: int = 0,
     world_size: int = 1,
     gather: Gather | None = None,
 ) -> EvalReport:
-    """Answer and score every conversation; the report is the same on every process.
+    """Answer and score every conversation as `section` says; the report is the same on every
+    process.
 
     `seed` is the bootstrap's. With `world_size` processes each answers every `world_size`-th
     conversation and `gather` (a collective, called once) brings the answers together.
     `on_progress` counts this process's answers. Raises VlmtuneError for an unknown task,
     SampleError for a conversation without a reference answer or one that cannot be encoded.
     """
-    metrics_for(task)
+    metrics_for(section.task, section.metrics)
     check_references(conversations)
     share = range(rank, len(conversations), world_size)
     texts = generate_answers(
         vlm,
         [conversations[index] for index in share],
         encoder=encoder,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
+        max_new_tokens=section.max_new_tokens,
+        batch_size=section.batch_size,
         on_progress=on_progress,
     )
     answered = list(zip(share, texts))
@@ -68,7 +68,10 @@ def evaluate(
         assert gather is not None, "several processes need a way to bring answers together"
         answered = sorted(gather(answered))
     assert [index for index, _ in answered] == list(range(len(conversations)))
-    return score_answers(conversations, [text for _, text in answered], task=task, seed=seed)
+    texts = [text for _, text in answered]
+    return score_answers(
+        conversations, texts, task=section.task, metrics=section.metrics, seed=seed
+    )
 
 
 def score_answers(
