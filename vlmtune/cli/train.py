@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import sys
 from pathlib import Path
@@ -21,13 +20,13 @@ from vlmtune.cli.common import (
     print_json,
     setup_logging,
 )
+from vlmtune.cli.train_evaluation import build_evaluation, load_held_out, verdict_of_run
+from vlmtune.cli.train_summary import NOT_RUN, print_model, print_plan, print_summary, summary_of
+from vlmtune.errors import CheckFailed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from vlmtune.data.encode import Encoder
-    from vlmtune.data.types import Conversation
-    from vlmtune.models.adapters.base import Adapter
     from vlmtune.models.load import VLM
     from vlmtune.recipe.load import LoadedRecipe
     from vlmtune.recipe.schema import Recipe
@@ -75,9 +74,11 @@ def train_command(
     if is_main and json:
         print_json(summary)
     elif not quiet:
-        _print_summary(summary)
+        print_summary(summary)
     if summary["stopped_by"] is not None:
         raise typer.Exit(summary["stopped_by"])
+    if summary["guard"] is not None and summary["guard"]["has_fallen"]:
+        raise typer.Exit(CheckFailed.exit_code)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,35 +102,35 @@ class Session:
         """Load, build, train, save; what `--json` prints. Contains collectives."""
         from vlmtune.data.source import load_conversations
         from vlmtune.models.adapters.registry import build_adapter
+        from vlmtune.models.quantize import quantization_report
+        from vlmtune.models.summary import trained_rows
         from vlmtune.train import build, checkpoint, run_folder
+        from vlmtune.train.loop import is_finished
 
         recipe = self.recipe
         hashes = build.data_hashes_of(recipe)
         fingerprint = build.fingerprint_of(recipe, hashes)
         if start is not None:
             checkpoint.check_fingerprint(start.state.fingerprint, fingerprint, path=self.folder)
-        policy = recipe.data.on_bad_sample
         conversations, skipped = load_conversations(
-            build.as_list(recipe.data.train), on_bad_sample=policy
+            build.as_list(recipe.data.train), on_bad_sample=recipe.data.on_bad_sample
         )
-        held_out, unusable = load_conversations(
-            build.as_list(recipe.data.eval), on_bad_sample=policy
-        )
-        for bad in unusable:
-            logging.getLogger("vlmtune").warning("not evaluated on: %s", bad.reason)
+        held_out = load_held_out(recipe)
         total_steps = build.total_steps_of(recipe, len(conversations))
-        if start is not None and start.state.step == total_steps:
+        if start is not None and is_finished(start.state, recipe, total_steps):
             finished = run_folder.finished_result(self.folder)
             if finished is not None:
-                return {"run": self.folder, "steps": total_steps, "result": finished} | NOT_RUN
+                steps = start.state.step
+                return {"run": self.folder, "steps": steps, "result": finished} | NOT_RUN
         ledger = build.build_ledger(
             recipe, folder=self.folder, num_samples=len(conversations) + len(skipped)
         )
         ledger.restore([] if start is None else start.state.left_out)
         ledger.add(build.left_out(skipped), write=False)
         vlm = self.load_model()
+        linear_modules = quantization_report(vlm.model, vlm.family)
         if not self.quiet:
-            _print_model(vlm, len(conversations))
+            print_model(vlm, len(conversations), linear_modules)
         # The adapter's random start is the same on every process; dropout afterwards is not.
         build.seed_everything(recipe.seed, 0)
         adapter = build_adapter(vlm, recipe, total_steps=total_steps)
@@ -150,11 +151,22 @@ class Session:
             vlm=vlm,
             accelerator=self.accelerator,
         )
+        trained = trained_rows(adapter.model, vlm.family)
         if not self.quiet:
-            _print_plan(self, vlm, adapter, trainee, total_steps, start)
-        evaluate = self.evaluation(vlm, adapter, trainee, encoder, held_out)
+            print_plan(recipe, adapter.name, trained, trainee, total_steps, start, self.accelerator)
+        evaluate = build_evaluation(
+            recipe,
+            vlm=dataclasses.replace(vlm, model=adapter.model),
+            trainee=trainee,
+            encoder=encoder,
+            accelerator=self.accelerator,
+            held_out=held_out,
+            folder=self.folder,
+        )
         # Only now: a recipe that fails on the way here leaves no folder and moves no old run.
         self.prepare_folder(hashes, vlm.commit, ledger, start)
+        if self.accelerator.is_main_process:
+            run_folder.write_modules(self.folder, trained=trained, linear_modules=linear_modules)
         result = self.train(trainee, dataset, total_steps, fingerprint, ledger, evaluate, start)
         saved = None
         if result.stopped_by is None:
@@ -162,7 +174,14 @@ class Session:
             if self.accelerator.is_main_process:
                 run_folder.write_result(self.folder, saved.name, adapter.save)
             self.accelerator.wait_for_everyone()
-        return _summary(self.folder, saved, result, trainee)
+        summary = summary_of(self.folder, saved, result, trainee)
+        if saved is not None:
+            step = result.steps if result.best is None else result.best.step
+            verdict = verdict_of_run(recipe, self.folder, step=step)
+            summary["guard"] = None if verdict is None else verdict.as_dict()
+        if self.accelerator.is_main_process:
+            run_folder.write_summary(self.folder, summary)
+        return summary
 
     def load_model(self) -> VLM:
         from vlmtune.models.load import load_vlm
@@ -225,7 +244,7 @@ class Session:
         return train(
             trainee,
             section=self.recipe.train,
-            schedule=Schedule.of(self.recipe.train, total_steps),
+            schedule=Schedule.of(self.recipe.train, self.recipe.eval, total_steps),
             make_steps=lambda first, last: steps_from(
                 dataset, first=first, last=last, num_workers=self.recipe.data.num_workers
             ),
@@ -237,144 +256,3 @@ class Session:
             resume=start,
             quiet=self.quiet,
         )
-
-    def evaluation(
-        self,
-        vlm: VLM,
-        adapter: Adapter,
-        trainee: Trainee,
-        encoder: Encoder,
-        held_out: list[Conversation],
-    ) -> Evaluate | None:
-        """Loss and generated answers on held-out data, as the loop's callback; None without."""
-        if not held_out:
-            return None
-        from accelerate.utils import gather_object
-
-        from vlmtune.evaluation.runner import evaluate as score
-        from vlmtune.models.processor import pad_token_id
-        from vlmtune.train.build import usable
-        from vlmtune.train.eval_loss import evaluation_loss
-
-        section, accelerator = self.recipe.eval, self.accelerator
-        conversations = usable(
-            held_out[: section.max_samples],
-            encoder=encoder,
-            skip=self.recipe.data.on_bad_sample == "skip",
-        )
-        trained = dataclasses.replace(vlm, model=adapter.model)
-
-        def evaluate() -> dict[str, float]:
-            values = evaluation_loss(
-                accelerator.unwrap_model(trainee.forward),
-                conversations,
-                encoder=encoder,
-                accelerator=accelerator,
-                micro_batch_tokens=self.recipe.train.micro_batch_tokens,
-                pad_token_id=pad_token_id(vlm.processor),
-                media_layout=vlm.family.media_layout,
-            )
-            with accelerator.autocast():
-                report = score(
-                    trained,
-                    conversations,
-                    encoder=encoder,
-                    section=section,
-                    rank=accelerator.process_index,
-                    world_size=accelerator.num_processes,
-                    gather=gather_object,
-                )
-            return values | {name: metric.value for name, metric in report.metrics.items()}
-
-        return evaluate
-
-
-NOT_RUN: dict[str, Any] = {
-    "samples": 0,
-    "loss": None,
-    "samples_per_second": None,
-    "supervised_tokens_per_second": None,
-    "peak_memory_bytes": None,
-    "trainable_parameters": None,
-    "skipped": 0,
-    "notes": {},
-    "seconds": 0.0,
-    "stopped_by": None,
-}
-"""The figures of a session that found its run finished."""
-
-
-def _summary(
-    folder: Path, saved: Path | None, result: TrainResult, trainee: Trainee
-) -> dict[str, Any]:
-    seconds = max(result.seconds - result.paused_seconds, 1e-9)
-    return {
-        "run": folder,
-        "result": saved,
-        "steps": result.steps,
-        "samples": result.samples,
-        "loss": result.loss,
-        "samples_per_second": result.samples / seconds,
-        "supervised_tokens_per_second": result.supervised_tokens / seconds,
-        "peak_memory_bytes": result.peak_memory_bytes,
-        "trainable_parameters": sum(p.numel() for p in trainee.parameters.values()),
-        "skipped": result.skipped,
-        "notes": result.notes,
-        "seconds": result.seconds,
-        "stopped_by": result.stopped_by,
-    }
-
-
-def _print_summary(summary: dict[str, Any]) -> None:
-    if summary["stopped_by"] is not None:
-        print(
-            f"stopped after step {summary['steps']}; a checkpoint is in {summary['run']}; "
-            "go on with --resume auto",
-            file=sys.stderr,
-        )
-        return
-    if summary["loss"] is None:
-        print(f"already finished: {summary['result']}", file=sys.stderr)
-        return
-    loss = f", loss {summary['loss']:.4f}" if summary["samples"] else ""
-    lines = [f"{summary['result']}: {summary['steps']} steps{loss}"]
-    if summary["skipped"]:
-        lines.append(
-            f"{summary['skipped']} samples were not trained on: see "
-            f"{summary['run'] / 'skipped.jsonl'}"
-        )
-    lines += [f"{count} samples: {note}" for note, count in sorted(summary["notes"].items())]
-    print("\n".join(lines))
-
-
-def _print_model(vlm: VLM, num_samples: int) -> None:
-    """What was loaded, read off the model before an adapter adds layers, on stderr."""
-    from vlmtune.cli.tables import print_table
-    from vlmtune.models.quantize import quantization_report
-
-    print(f"{vlm.source} ({vlm.family.name}), {num_samples} samples", file=sys.stderr)
-    print_table("linear modules by bits", quantization_report(vlm.model, vlm.family))
-
-
-def _print_plan(
-    session: Session,
-    vlm: VLM,
-    adapter: Adapter,
-    trainee: Trainee,
-    total_steps: int,
-    start: Checkpoint | None,
-) -> None:
-    """What is about to happen, read off the built model, on stderr."""
-    from vlmtune.cli.tables import print_table
-    from vlmtune.models.summary import trained_rows
-
-    recipe = session.recipe
-    print_table(f"trained by {adapter.name}", trained_rows(adapter.model, vlm.family))
-    trained = sum(p.numel() for p in trainee.parameters.values())
-    first = "" if start is None else f", from step {start.state.step + 1}"
-    print(
-        f"{trained:,} trained parameters, {total_steps} steps of {recipe.train.batch_size} "
-        f"samples{first}, {session.accelerator.num_processes} process(es) on "
-        f"{session.accelerator.device}, {recipe.train.precision}",
-        file=sys.stderr,
-    )

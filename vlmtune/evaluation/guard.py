@@ -13,13 +13,11 @@ from pathlib import Path
 
 from vlmtune.errors import VlmtuneError, nearest
 from vlmtune.evaluation.metrics.registry import METRICS
+from vlmtune.recipe.figures import is_lower_better
 from vlmtune.recipe.schema import EvalSection
 
 BEFORE = Path("eval") / "guard-step-000000"
 """In a run folder: the guard's report before training."""
-
-LOWER_IS_BETTER = ("loss", "rank")
-"""What the names of such figures end with."""
 
 ROUNDING = 1e-9
 """A fall from 0.90 to 0.88 is one of 0.02, whatever binary fractions make of it."""
@@ -63,10 +61,6 @@ def guard_verdict(before: float, after: float, *, metric: str, max_drop: float) 
     loss, a rank) must not rise by more."""
     drop = after - before if is_lower_better(metric) else before - after
     return GuardVerdict(metric, before, after, drop, max_drop)
-
-
-def is_lower_better(metric: str) -> bool:
-    return metric.endswith(LOWER_IS_BETTER)
 
 
 def guard_section(section: EvalSection) -> EvalSection:

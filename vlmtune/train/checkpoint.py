@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlmtune.errors import VlmtuneError
+from vlmtune.train.best import Best
 
 WRITING = ".writing-"
 
@@ -40,6 +41,7 @@ class TrainState:
     num_processes: int
     fingerprint: dict[str, Any]
     left_out: list[dict[str, Any]]
+    best: Best | None = None
 
 
 @dataclass
@@ -67,12 +69,13 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write `folder/step-NNNNNN` and remove all but the `keep` newest. One process calls this.
+    """Write `folder/step-NNNNNN` and remove all but the `keep` newest and the best. One process
+    calls this.
 
     Raises `VlmtuneError` where the disk refuses; earlier checkpoints stay as they were.
     """
     step = checkpoint.state.step
-    final = folder / f"step-{step:06d}"
+    final = checkpoint_path(folder, step)
     writing = folder / f"{WRITING}{final.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,9 +101,17 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
             got=f"{shutil.disk_usage(folder.parent).free / 1e6:.0f} MB free",
             do="free space and run again with --resume auto; earlier checkpoints are intact",
         ) from error
+    best = checkpoint.state.best
+    kept = None if best is None else checkpoint_path(folder, best.step)
     for old in complete_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        if old != kept:
+            shutil.rmtree(old)
     return final
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies in the folder of checkpoints."""
+    return folder / f"step-{step:06d}"
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -113,13 +124,19 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint folder onto the CPU. Raises `VlmtuneError` where it is not one."""
     if not (path / "state.json").is_file():
         raise VlmtuneError("not a complete checkpoint", file=path, expected="…/step-NNNNNN")
-    state = TrainState(**json.loads((path / "state.json").read_text()))
+    state = _read_state(path)
     return Checkpoint(
         state=state,
         tensors=load_file(path / "tensors.safetensors"),
         optimizer=torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"),
         rng=torch.load(path / "rng.pt", weights_only=True, map_location="cpu"),
     )
+
+
+def _read_state(path: Path) -> TrainState:
+    values = json.loads((path / "state.json").read_text())
+    best = values.pop("best", None)
+    return TrainState(**values, best=None if best is None else Best(**best))
 
 
 def check_fingerprint(saved: Mapping[str, Any], now: Mapping[str, Any], *, path: Path) -> None:

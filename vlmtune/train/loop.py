@@ -1,6 +1,7 @@
 """The training loop.
 
-    for each optimizer step: fetch -> learning rate -> train_step -> log -> evaluate -> save
+    evaluate before -> for each optimizer step:
+        fetch -> learning rate -> train_step -> evaluate -> log -> save -> better still to come?
 
 Everything that decides a step's result is a pure function of (seed, step, data) or is in the
 checkpoint; that is why a resumed run equals an uninterrupted one.
@@ -21,10 +22,13 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from vlmtune.errors import VlmtuneError
-from vlmtune.recipe.schema import TrainSection
+from vlmtune.recipe.schema import EvalSection, Recipe, TrainSection
+from vlmtune.train.best import Best, is_over, updated
 from vlmtune.train.checkpoint import (
     Checkpoint,
     TrainState,
+    checkpoint_path,
+    load_checkpoint,
     random_state,
     restore_random_state,
     save_checkpoint,
@@ -37,7 +41,12 @@ from vlmtune.train.skips import SkipLedger
 from vlmtune.train.step import Method, StepResult, train_step
 from vlmtune.train.tracker import Tracker
 
-Evaluate = Callable[[], dict[str, float]]
+Progress = Callable[[int, int], None]
+"""Told how many of how many samples are done."""
+Evaluate = Callable[[int, Progress], dict[str, float]]
+"""The figures of an evaluation at an optimizer step, by name; a collective."""
+HELD_OUT = "eval_"
+"""How the names of figures on `data.eval` start."""
 
 
 class TrainedMethod(Method, Protocol):
@@ -50,20 +59,27 @@ class TrainedMethod(Method, Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
-    """All counts in optimizer steps."""
+    """All counts in optimizer steps, but `patience`, in evaluations. `best_metric` is the figure
+    by which the result is chosen, if any; `evaluates_before`: once before the first step too."""
 
     total_steps: int
     warmup_steps: int
     eval_every: int
     save_every: int
+    evaluates_before: bool
+    best_metric: str | None
+    patience: int | None
 
     @classmethod
-    def of(cls, section: TrainSection, total_steps: int) -> Schedule:
+    def of(cls, section: TrainSection, evaluation: EvalSection, total_steps: int) -> Schedule:
         return cls(
             total_steps=total_steps,
             warmup_steps=resolve_count(section.warmup, total_steps, whole=False),
             eval_every=resolve_count(section.eval_every, total_steps, whole=True),
             save_every=resolve_count(section.save_every, total_steps, whole=True),
+            evaluates_before=evaluation.before or evaluation.guard is not None,
+            best_metric=evaluation.best_metric,
+            patience=evaluation.patience,
         )
 
 
@@ -83,7 +99,9 @@ class TrainResult:
     """Figures of this session.
 
     `paused_seconds`: of `seconds`, those spent on evaluation and checkpoints. `notes`: samples that
-    were changed to fit, by what was done. `stopped_by`: the exit code of a stop by signal.
+    were changed to fit, by what was done. `stopped_by`: the exit code of a stop by signal. `best`:
+    the best evaluation, where the recipe names a metric to choose by; the trained tensors are then
+    those of its step.
     """
 
     steps: int
@@ -96,6 +114,7 @@ class TrainResult:
     skipped: int = 0
     notes: dict[str, int] = field(default_factory=dict)
     stopped_by: int | None = None
+    best: Best | None = None
 
 
 @dataclass
@@ -110,6 +129,11 @@ class _Window:
     num_images: int = 0
     wait_seconds: float = 0.0
     num_scaler_skips: int = 0
+
+
+def is_finished(state: TrainState, recipe: Recipe, total_steps: int) -> bool:
+    """Whether a run in this state has no step left to do."""
+    return state.step == total_steps or is_over(state.best, recipe.eval.patience)
 
 
 def train(
@@ -131,9 +155,9 @@ def train(
     `make_steps(first, last)` yields this process's data. `evaluate` is a collective and returns the
     metrics to log. Raises `VlmtuneError` for a non-finite loss, too many bad samples, a full disk.
     """
-    first = 1
+    first, best = 1, None
     if resume is not None:
-        first = resume.state.step + 1
+        first, best = resume.state.step + 1, resume.state.best
         restore(trainee, resume, accelerator)
     main = accelerator.is_main_process
     result = TrainResult(steps=first - 1, skipped=skips.num_left_out)
@@ -150,8 +174,14 @@ def train(
             active=main,
         ) as tracker,
     ):
-        steps = make_steps(first, schedule.total_steps)
-        for step in range(first, schedule.total_steps + 1):
+        if evaluate is not None and schedule.evaluates_before and first == 1:
+            tracker.log(0, _evaluated(evaluate, trainee.forward, 0, tracker))
+            result.paused_seconds = time.monotonic() - begin
+            window = _Window()
+        # A run that had stopped for want of anything better has no step left to do.
+        last = first - 1 if is_over(best, schedule.patience) else schedule.total_steps
+        steps = make_steps(first, last)
+        for step in range(first, last + 1):
             waited = time.monotonic()
             data = next(steps)
             window.wait_seconds += time.monotonic() - waited
@@ -194,19 +224,35 @@ def train(
                 window = _Window()
             paused = time.monotonic()
             if evaluate is not None and (step % schedule.eval_every == 0 or is_last):
-                line |= _evaluated(evaluate, trainee.forward)
+                values = _evaluated(evaluate, trainee.forward, step, tracker)
+                line |= values
+                best = _best_after(best, schedule.best_metric, step, values)
             if line:
                 tracker.log(step, line)
-            if step % schedule.save_every == 0 or is_last or done.stop:
-                _save(
-                    trainee, step, accelerator, folder, fingerprint, skips, section.keep_checkpoints
+            is_best = best is not None and best.step == step
+            over = is_over(best, schedule.patience)
+            if step % schedule.save_every == 0 or is_last or done.stop or is_best or over:
+                state = TrainState(
+                    step, accelerator.num_processes, fingerprint, skips.as_list(), best
                 )
+                _save(trainee, state, accelerator, folder, section.keep_checkpoints)
             if done.stop and not is_last:
                 result.stopped_by = stop.exit_code
+                break
+            if over and not is_last:
+                tracker.say(
+                    f"stopping after step {step}: no better {schedule.best_metric} in "
+                    f"{schedule.patience} evaluations"
+                )
                 break
             # Evaluating and saving are no part of the training speed.
             window.started += time.monotonic() - paused
             result.paused_seconds += time.monotonic() - paused
+    if best is not None and result.stopped_by is None:
+        result.best = best
+        if best.step != result.steps:
+            chosen = load_checkpoint(checkpoint_path(folder / "checkpoints", best.step))
+            trainee.method.load_state_dict(chosen.tensors)
     result.seconds = time.monotonic() - begin
     result.skipped = skips.num_left_out
     result.notes = dict(Counter(note for note, _ in set(gather_object(sorted(notes)))))
@@ -252,29 +298,36 @@ def _line(
     return line
 
 
-def _evaluated(evaluate: Evaluate, forward: nn.Module) -> dict[str, float]:
+def _evaluated(
+    evaluate: Evaluate, forward: nn.Module, step: int, tracker: Tracker
+) -> dict[str, float]:
+    """The figures at `step`; modes and random state are as before."""
+    before = random_state()
     forward.eval()
     try:
-        return {f"eval_{name}": value for name, value in evaluate().items()}
+        return evaluate(step, tracker.evaluating)
     finally:
         forward.train()
+        restore_random_state(before)
+
+
+def _best_after(
+    best: Best | None, metric: str | None, step: int, values: Mapping[str, float]
+) -> Best | None:
+    if metric is None:
+        return None
+    own = {n.removeprefix(HELD_OUT): v for n, v in values.items() if n.startswith(HELD_OUT)}
+    return updated(best, metric=metric, step=step, values=own)
 
 
 def _save(
-    trainee: Trainee,
-    step: int,
-    accelerator: Accelerator,
-    folder: Path,
-    fingerprint: dict[str, Any],
-    skips: SkipLedger,
-    keep: int,
+    trainee: Trainee, state: TrainState, accelerator: Accelerator, folder: Path, keep: int
 ) -> None:
     rng = gather_object([random_state()])
     if accelerator.is_main_process:
         optimizer: dict[str, Any] = {"optimizer": trainee.optimizer.state_dict()}
         if accelerator.scaler is not None:
             optimizer["scaler"] = accelerator.scaler.state_dict()
-        state = TrainState(step, accelerator.num_processes, fingerprint, skips.as_list())
         checkpoint = Checkpoint(state, trainee.method.state_dict(), optimizer, rng)
         save_checkpoint(folder / "checkpoints", checkpoint, keep=keep)
     accelerator.wait_for_everyone()

@@ -3,7 +3,10 @@
 recipe.yaml            as given
 recipe.resolved.yaml   every key, paths absolute
 environment.json       versions, hardware, the base model's commit, the data's hashes
+modules.json           what is trained and what is quantised, read off the built model
 metrics.jsonl  skipped.jsonl  tensorboard/
+eval/step-000100/      figures and answers on held-out data; step-000000: before training
+summary.json           what came of it, written at the end
 checkpoints/           see checkpoint.py
 adapter/ or model/     the result, written beside and renamed
 """
@@ -12,11 +15,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vlmtune.errors import VlmtuneError
+from vlmtune.models.quantize import BitsRow
+from vlmtune.models.summary import TrainedRow
 from vlmtune.train.checkpoint import (
     Checkpoint,
     complete_checkpoints,
@@ -117,6 +123,23 @@ def write_records(
             file=folder,
             do="set output_dir to a folder you may write to",
         ) from error
+
+
+def write_modules(
+    folder: Path, *, trained: Sequence[TrainedRow], linear_modules: Sequence[BitsRow]
+) -> None:
+    """`modules.json`: the tables that are shown at the start."""
+    values = {
+        "trainable_parameters": sum(row.trainable_parameters for row in trained),
+        "trained": [asdict(row) for row in trained],
+        "linear_modules_by_bits": [asdict(row) for row in linear_modules],
+    }
+    (folder / "modules.json").write_text(json.dumps(values, indent=1) + "\n")
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """`summary.json`: the figures of a finished or stopped session."""
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1, default=str) + "\n")
 
 
 def write_result(folder: Path, name: str, save: Callable[[Path], None]) -> Path:

@@ -67,6 +67,11 @@ class Tracker:
             status = f"loss {loss:.4f}  {samples_per_second:.1f} samples/s"
             self._bar.update(self._task, completed=step, status=status)
 
+    def evaluating(self, done: int, total: int) -> None:
+        """Show how far an evaluation is on the progress bar; costs nothing in a pipe."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, status=f"evaluating {done}/{total}")
+
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Append a line to `metrics.jsonl` and the numbers in it to TensorBoard."""
         if not self.active:
@@ -84,23 +89,24 @@ class Tracker:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _line(self, step: int, values: dict[str, Any]) -> str:
-        done = step - self._first_step + 1
-        left = (time.monotonic() - self._start) / done * (self.total_steps - step)
         shown = [f"step {step}/{self.total_steps}"]
-        for name, form in (
-            ("loss", "{:.4f}"),
-            ("orthogonal_penalty", "{:.4f}"),
-            ("grad_norm", "{:.3f}"),
-            ("samples_per_second", "{:.1f}"),
-            ("eval_loss", "{:.4f}"),
-            ("eval_exact_match", "{:.3f}"),
-        ):
+        forms = {
+            "loss": "{:.4f}",
+            "orthogonal_penalty": "{:.4f}",
+            "grad_norm": "{:.3f}",
+            "samples_per_second": "{:.1f}",
+        } | {name: "{:.4f}" for name in values if name.startswith(("eval_", "guard_"))}
+        for name, form in forms.items():
             value = values.get(name)
             if name == "grad_norm" and isinstance(value, dict):
                 value = value["total"]
             if isinstance(value, (int, float)):
                 shown.append(f"{name} {form.format(value)}")
-        return "  ".join([*shown, f"left {left / 60:.1f} min"])
+        if step >= self._first_step:
+            done = step - self._first_step + 1
+            left = (time.monotonic() - self._start) / done * (self.total_steps - step)
+            shown.append(f"left {left / 60:.1f} min")
+        return "  ".join(shown)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -115,13 +121,14 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def drop_lines_from(path: Path, first_step: int) -> None:
-    """Remove logged steps that a resumed run is about to do again, and a half-written last line."""
+    """Remove logged steps that a run is about to do again, and a half-written last line; the
+    evaluation before the first step (step 0) too where it starts anew."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] < first_step:
+            if max(1, json.loads(line)["step"]) < first_step:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             continue

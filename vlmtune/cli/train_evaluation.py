@@ -1,0 +1,206 @@
+"""Evaluation during training: loss and figures on held-out data, and the guard's figures.
+
+data.eval       -> fixed subset -> loss, answers -> eval_loss, eval_exact_match, …
+                                                 -> RUN/eval/step-000100/
+eval.guard.data -> fixed subset -> answers       -> guard_exact_match, …
+                                                 -> RUN/eval/guard-step-000100/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+    from vlmtune.data.encode import Encoder
+    from vlmtune.data.types import Conversation
+    from vlmtune.evaluation.guard import GuardVerdict
+    from vlmtune.evaluation.types import EvalReport
+    from vlmtune.models.load import VLM
+    from vlmtune.recipe.schema import EvalSection, Recipe
+    from vlmtune.train.loop import Progress, Trainee
+
+logger = logging.getLogger("vlmtune")
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """What is evaluated during training; either may be empty."""
+
+    samples: list[Conversation]
+    guard: list[Conversation]
+
+
+def load_held_out(recipe: Recipe) -> HeldOut:
+    """The fixed subsets of `data.eval` and `eval.guard.data`. Raises VlmtuneError for bad rows;
+    with `data.on_bad_sample: skip` they are named and left out."""
+    from vlmtune.data.source import load_conversations
+    from vlmtune.evaluation.subset import fixed_subset
+    from vlmtune.train.build import as_list
+
+    def load(files: str | list[str] | None, num: int | None) -> list[Conversation]:
+        found, bad = load_conversations(as_list(files), on_bad_sample=recipe.data.on_bad_sample)
+        for row in bad:
+            logger.warning("not evaluated on: %s", row.reason)
+        return fixed_subset(found, num, seed=recipe.seed)
+
+    guard = recipe.eval.guard
+    return HeldOut(
+        load(recipe.data.eval, recipe.eval.max_samples),
+        [] if guard is None else load(guard.data, guard.max_samples),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingEvaluation:
+    """The loop's `evaluate`: figures of the model as it is at a step. A collective."""
+
+    recipe: Recipe
+    vlm: VLM
+    forward: Callable[[], nn.Module]
+    encoder: Encoder
+    accelerator: Accelerator
+    held_out: HeldOut
+    folder: Path
+
+    def __call__(self, step: int, on_progress: Progress) -> dict[str, float]:
+        from vlmtune.evaluation.guard import guard_section, guarded_metric
+
+        values: dict[str, float] = {}
+        if self.held_out.samples and (step > 0 or self.recipe.eval.before):
+            values |= {f"eval_{name}": value for name, value in self._losses().items()}
+            report = self._report(
+                self.held_out.samples,
+                self.recipe.eval,
+                step=step,
+                name=f"step-{step:06d}",
+                files=self.recipe.data.eval,
+                on_progress=on_progress,
+            )
+            values |= {f"eval_{name}": m.value for name, m in report.metrics.items()}
+        if self.held_out.guard and self.recipe.eval.guard is not None:
+            report = self._report(
+                self.held_out.guard,
+                guard_section(self.recipe.eval),
+                step=step,
+                name=f"guard-step-{step:06d}",
+                files=self.recipe.eval.guard.data,
+                on_progress=on_progress,
+            )
+            guarded_metric(report.metrics, self.recipe.eval.guard.metric)  # now, not at the end
+            values |= {f"guard_{name}": m.value for name, m in report.metrics.items()}
+        return values
+
+    def _losses(self) -> dict[str, float]:
+        from vlmtune.models.processor import pad_token_id
+        from vlmtune.train.eval_loss import evaluation_loss
+
+        return evaluation_loss(
+            self.forward(),
+            self.held_out.samples,
+            encoder=self.encoder,
+            accelerator=self.accelerator,
+            micro_batch_tokens=self.recipe.train.micro_batch_tokens,
+            pad_token_id=pad_token_id(self.vlm.processor),
+            media_layout=self.vlm.family.media_layout,
+        )
+
+    def _report(
+        self,
+        conversations: Sequence[Conversation],
+        section: EvalSection,
+        *,
+        step: int,
+        name: str,
+        files: str | list[str] | None,
+        on_progress: Progress,
+    ) -> EvalReport:
+        from accelerate.utils import gather_object
+
+        from vlmtune.evaluation.runner import evaluate, write_report
+        from vlmtune.models.processor import pixel_budget
+        from vlmtune.train.build import as_list
+
+        accelerator = self.accelerator
+        share = len(conversations) // accelerator.num_processes
+        with accelerator.autocast():
+            report = evaluate(
+                self.vlm,
+                conversations,
+                encoder=self.encoder,
+                section=section,
+                seed=self.recipe.seed,
+                on_progress=lambda done: on_progress(done, share),
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+                gather=gather_object,
+            )
+        if accelerator.is_main_process:
+            about: dict[str, Any] = {
+                "target": str(self.folder),
+                "kind": "run",
+                "step": step,
+                "data": as_list(files),
+                "pixel_budget": pixel_budget(self.vlm.processor),
+                "max_new_tokens": section.max_new_tokens,
+            }
+            write_report(report, self.folder / "eval" / name, about=about)
+        return report
+
+
+def build_evaluation(
+    recipe: Recipe,
+    *,
+    vlm: VLM,
+    trainee: Trainee,
+    encoder: Encoder,
+    accelerator: Accelerator,
+    held_out: HeldOut,
+    folder: Path,
+) -> TrainingEvaluation | None:
+    """The evaluation of `trainee`, tried on every sample's encoding first; None without data.
+    `vlm` has the trained model."""
+    from vlmtune.train.build import usable
+
+    if not (held_out.samples or held_out.guard):
+        return None
+    skip = recipe.data.on_bad_sample == "skip"
+    held_out = HeldOut(
+        usable(held_out.samples, encoder=encoder, skip=skip),
+        usable(held_out.guard, encoder=encoder, skip=skip),
+    )
+    return TrainingEvaluation(
+        recipe=recipe,
+        vlm=vlm,
+        forward=lambda: accelerator.unwrap_model(trainee.forward),
+        encoder=encoder,
+        accelerator=accelerator,
+        held_out=held_out,
+        folder=folder,
+    )
+
+
+def verdict_of_run(recipe: Recipe, folder: Path, *, step: int) -> GuardVerdict | None:
+    """Whether the guard's figure at `step` fell too far below the one before training; None where
+    there is no guard, or one of the two was never measured (said in a warning)."""
+    from vlmtune.evaluation.guard import BEFORE, guard_verdict, guarded_metric, read_figures
+
+    guard = recipe.eval.guard
+    if guard is None:
+        return None
+    before = read_figures(folder / BEFORE)
+    after = read_figures(folder / "eval" / f"guard-step-{step:06d}")
+    if before is None or after is None:
+        logger.warning(
+            "the guard could not be checked: it was not measured %s",
+            "before training" if before is None else "at the end",
+        )
+        return None
+    name = guarded_metric(after, guard.metric)
+    return guard_verdict(before[name], after[name], metric=name, max_drop=guard.max_drop)

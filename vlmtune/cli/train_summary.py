@@ -1,0 +1,121 @@
+"""What `vlmtune train` says: what was loaded, what is about to happen, and what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from vlmtune.models.load import VLM
+    from vlmtune.models.summary import TrainedRow
+    from vlmtune.recipe.schema import Recipe
+    from vlmtune.train.checkpoint import Checkpoint
+    from vlmtune.train.loop import Trainee, TrainResult
+
+NOT_RUN: dict[str, Any] = {
+    "samples": 0,
+    "loss": None,
+    "samples_per_second": None,
+    "supervised_tokens_per_second": None,
+    "peak_memory_bytes": None,
+    "trainable_parameters": None,
+    "skipped": 0,
+    "notes": {},
+    "seconds": 0.0,
+    "stopped_by": None,
+    "best": None,
+    "guard": None,
+}
+"""The figures of a session that found its run finished."""
+
+
+def summary_of(
+    folder: Path, saved: Path | None, result: TrainResult, trainee: Trainee
+) -> dict[str, Any]:
+    """What `--json` prints and `summary.json` keeps."""
+    seconds = max(result.seconds - result.paused_seconds, 1e-9)
+    return {
+        "run": folder,
+        "result": saved,
+        "steps": result.steps,
+        "samples": result.samples,
+        "loss": result.loss,
+        "samples_per_second": result.samples / seconds,
+        "supervised_tokens_per_second": result.supervised_tokens / seconds,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "trainable_parameters": sum(p.numel() for p in trainee.parameters.values()),
+        "skipped": result.skipped,
+        "notes": result.notes,
+        "seconds": result.seconds,
+        "stopped_by": result.stopped_by,
+        "best": None if result.best is None else dataclasses.asdict(result.best),
+        "guard": None,
+    }
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    if summary["stopped_by"] is not None:
+        print(
+            f"stopped after step {summary['steps']}; a checkpoint is in {summary['run']}; "
+            "go on with --resume auto",
+            file=sys.stderr,
+        )
+        return
+    if summary["loss"] is None:
+        print(f"already finished: {summary['result']}", file=sys.stderr)
+        return
+    loss = f", loss {summary['loss']:.4f}" if summary["samples"] else ""
+    lines = [f"{summary['result']}: {summary['steps']} steps{loss}"]
+    if summary["best"] is not None:
+        best = summary["best"]
+        lines.append(f"the result is step {best['step']}'s: {best['metric']} {best['value']:.4f}")
+    if summary["skipped"]:
+        lines.append(
+            f"{summary['skipped']} samples were not trained on: see "
+            f"{summary['run'] / 'skipped.jsonl'}"
+        )
+    lines += [f"{count} samples: {note}" for note, count in sorted(summary["notes"].items())]
+    if summary["guard"] is not None:
+        guard = summary["guard"]
+        verdict = "forgotten: the guard's" if guard["has_fallen"] else "the guard's"
+        lines.append(
+            f"{verdict} {guard['metric']} went from {guard['before']:.4f} to {guard['after']:.4f}, "
+            f"allowed is a drop of {guard['max_drop']:g}"
+        )
+    print("\n".join(lines))
+
+
+def print_model(vlm: VLM, num_samples: int, linear_modules: Sequence[Any]) -> None:
+    """What was loaded, read off the model before an adapter adds layers, on stderr."""
+    from vlmtune.cli.tables import print_table
+
+    print(f"{vlm.source} ({vlm.family.name}), {num_samples} samples", file=sys.stderr)
+    print_table("linear modules by bits", linear_modules)
+
+
+def print_plan(
+    recipe: Recipe,
+    method: str,
+    trained: Sequence[TrainedRow],
+    trainee: Trainee,
+    total_steps: int,
+    start: Checkpoint | None,
+    accelerator: Accelerator,
+) -> None:
+    """What is about to happen, read off the built model, on stderr."""
+    from vlmtune.cli.tables import print_table
+
+    print_table(f"trained by {method}", trained)
+    num_trained = sum(p.numel() for p in trainee.parameters.values())
+    first = "" if start is None else f", from step {start.state.step + 1}"
+    print(
+        f"{num_trained:,} trained parameters, {total_steps} steps of {recipe.train.batch_size} "
+        f"samples{first}, {accelerator.num_processes} process(es) on "
+        f"{accelerator.device}, {recipe.train.precision}",
+        file=sys.stderr,
+    )
