@@ -2,8 +2,10 @@
 
     python scripts/make_sample_data.py --output data/sample
 
-Writes `train.jsonl`, `eval.jsonl` and `images/`. In an imagined storeroom each shape has a shelf
-and each colour a drawer, whose names tell nothing about them. No picture is on both sides.
+Writes `train.jsonl`, `eval.jsonl`, `captions_train.jsonl`, `captions_eval.jsonl` and `images/`. In
+an imagined storeroom each shape has a shelf and each colour a drawer, whose names tell nothing
+about them. A caption is a picture's label with both; `captions_eval.jsonl` has one picture a label,
+each with two captions, so that a caption belongs to one picture only. No picture is on both sides.
 """
 
 from __future__ import annotations
@@ -37,29 +39,56 @@ QUESTIONS = {
     ],
 }
 WORDS = {"shape": SHAPE_WORDS, "color": COLOR_WORDS}
+CAPTIONS = ("shelf {shelf}, drawer {drawer}", "drawer {drawer} on shelf {shelf}")
+CAPTION_PROMPT = "Write the label."
 
 
 def make_sample_data(output: Path, *, num_train: int, num_eval: int, seed: int) -> None:
     """Write both files and their pictures; the same seed gives the same bytes."""
     random = Random(seed)
+    things: dict[str, Thing] = {}
     images = output / "images"
     shutil.rmtree(images, ignore_errors=True)
     images.mkdir(parents=True)
-    train = [_question(random, images, f"train-{i:03d}", i) for i in range(num_train)]
+    train = [_question(random, images, f"train-{i:03d}", i, things) for i in range(num_train)]
     train += [_comparison(random, images, f"train-two-{i:02d}") for i in range(12)]
     train += [
         _written(f"train-text-{i:02d}", word) for i, word in enumerate([*SHAPE_WORDS, *COLOR_WORDS])
     ]
     random.shuffle(train)
     _write(output / "train.jsonl", train)
-    evaluation = [_question(random, images, f"eval-{i:03d}", i) for i in range(num_eval)]
+    evaluation = [_question(random, images, f"eval-{i:03d}", i, things) for i in range(num_eval)]
     _write(output / "eval.jsonl", evaluation)
+    trained = {name: thing for name, thing in things.items() if name.startswith("train-")}
+    _write(output / "captions_train.jsonl", _captions(trained))
+    held_out = {name: thing for name, thing in things.items() if name.startswith("eval-")}
+    # The last picture of each label stands for it.
+    of_label = {(thing.shape, thing.color): name for name, thing in held_out.items()}
+    chosen = {name: held_out[name] for name in sorted(of_label.values())}
+    _write(output / "captions_eval.jsonl", _captions(chosen))
 
 
-def _question(random: Random, images: Path, name: str, index: int) -> dict[str, Any]:
-    """One picture, one question; shapes and colours take turns."""
+def _captions(things: dict[str, Thing]) -> list[dict[str, Any]]:
+    """Both captions of each picture, a row each."""
+    rows = []
+    for name, thing in things.items():
+        label = {"shelf": SHAPE_WORDS[thing.shape], "drawer": COLOR_WORDS[thing.color]}
+        for number, wording in enumerate(CAPTIONS):
+            content = [_image(name), {"type": "text", "text": CAPTION_PROMPT}]
+            turns = [
+                {"role": "user", "content": content},
+                {"role": "assistant", "content": wording.format(**label)},
+            ]
+            rows.append({"id": f"{name}-caption-{number}", "messages": turns})
+    return rows
+
+
+def _question(
+    random: Random, images: Path, name: str, index: int, things: dict[str, Thing]
+) -> dict[str, Any]:
+    """One picture, one question; shapes and colours take turns. What is seen goes to `things`."""
     kind = ("shape", "color")[index % 2]
-    thing = _picture(random, images, name)
+    thing = things[name] = _picture(random, images, name)
     text = random.choice(QUESTIONS[kind])
     content = [_image(name), {"type": "text", "text": text}]
     return _conversation(name, content, WORDS[kind][getattr(thing, kind)], question_type=kind)
