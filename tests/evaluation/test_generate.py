@@ -11,15 +11,10 @@ from transformers.utils import logging as transformers_logging
 from vlmtune.data.collate import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation, Sample
-from vlmtune.evaluation.generate import (
-    evaluating,
-    generate_answers,
-    greedy_config,
-    pad_token_id,
-    prompt_inputs,
-    stop_token_ids,
-)
+from vlmtune.evaluation.decoding import greedy_config, stop_token_ids
+from vlmtune.evaluation.generate import evaluating, generate_answers, prompt_inputs
 from vlmtune.models.load import VLM
+from vlmtune.models.processor import pad_token_id
 
 NUM_NEW = 6
 
@@ -192,19 +187,22 @@ def test_answers_end_at_the_end_of_a_turn(vlm: VLM, encoder: Encoder) -> None:
         vlm.model.generation_config.eos_token_id = own
 
 
-def test_progress_counts_answers(
+def test_each_batch_reports_its_answers_by_number(
     vlm: VLM, encoder: Encoder, conversations: list[Conversation]
 ) -> None:
-    seen: list[int] = []
-    generate_answers(
+    seen: list[dict[int, str]] = []
+    texts = generate_answers(
         vlm,
         conversations,
         encoder=encoder,
         max_new_tokens=1,
         batch_size=4,
-        on_progress=seen.append,
+        numbers=[10, 20, 30, 40, 50, 60],
+        on_answers=lambda answers: seen.append(dict(answers)),
     )
-    assert seen == [4, 6]
+    assert [len(batch) for batch in seen] == [4, 2]
+    by_number = seen[0] | seen[1]
+    assert [by_number[number] for number in (10, 20, 30, 40, 50, 60)] == texts
 
 
 def test_no_conversation_gives_no_answer(answer: Answer) -> None:

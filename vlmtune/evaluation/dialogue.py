@@ -15,7 +15,8 @@ from transformers import TextStreamer
 from vlmtune.data.encode import Encoder
 from vlmtune.data.media import open_image
 from vlmtune.data.types import Conversation, Image, Part, Source, Text, Turn
-from vlmtune.evaluation.generate import evaluating, greedy_config, prompt_inputs
+from vlmtune.evaluation.decoding import greedy_config
+from vlmtune.evaluation.generate import evaluating, prompt_inputs
 from vlmtune.models.load import VLM
 
 

@@ -1,4 +1,4 @@
-"""Answers by batched greedy decoding.
+"""Answers by batched decoding.
 
     conversations -> windows of WINDOW_BATCHES batches -> prompts, sorted by length in a window
                   -> left-padded batches -> generate -> text, in the order of the input
@@ -11,20 +11,30 @@ pictures take.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import StoppingCriteriaList
 
 from vlmtune.data.collate import collate_prompts
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation, Sample
+from vlmtune.evaluation.decoding import (
+    StopTexts,
+    cut_before,
+    decode_answers,
+    decoding_config,
+    sampling_processors,
+)
 from vlmtune.models.load import VLM
 from vlmtune.models.processor import pad_token_id
+from vlmtune.recipe.schema import DecodingSection
 
 WINDOW_BATCHES = 32
+GREEDY = DecodingSection()
 
 Item = TypeVar("Item")
 
@@ -36,30 +46,34 @@ def generate_answers(
     encoder: Encoder,
     max_new_tokens: int,
     batch_size: int,
-    on_progress: Callable[[int], None] | None = None,
+    decoding: DecodingSection = GREEDY,
+    seed: int = 0,
+    numbers: Sequence[int] | None = None,
+    on_answers: Callable[[Mapping[int, str]], None] | None = None,
 ) -> list[str]:
-    """The model's greedy answer to each conversation's prompt, in the order given.
+    """The model's answer to each conversation's prompt, in the order given.
 
-    The prompt is everything up to, not including, a final assistant turn. `on_progress` is called
-    with the number of answers so far. Every module's training mode is restored afterwards. No
-    collective: with several processes, each passes its share. Raises SampleError for a
-    conversation that cannot be encoded.
+    The prompt is everything up to, not including, a final assistant turn. `numbers` are the
+    conversations' places in a larger set, by default 0, 1, …: with `seed` they decide what is drawn
+    where `decoding` samples. `on_answers` gets the answers of each batch by these numbers. Every
+    module's training mode is restored afterwards. No collective: with several processes, each
+    passes its share. Raises SampleError for a conversation that cannot be encoded.
     """
-    config = greedy_config(vlm, encoder=encoder, max_new_tokens=max_new_tokens)
+    decode = _Decode(vlm, encoder, decoding, max_new_tokens, seed)
+    numbers = range(len(conversations)) if numbers is None else numbers
     answers = [""] * len(conversations)
-    num_done = 0
     with evaluating(vlm.model):
         for window in _chunks(range(len(conversations)), WINDOW_BATCHES * batch_size):
             prompts = {index: encoder.encode_prompt(conversations[index]) for index in window}
             # Longest first: a batch that does not fit in memory shows at once.
             order = sorted(window, key=lambda index: -prompts[index].num_tokens)
             for batch in _chunks(order, batch_size):
-                texts = _answer_batch(vlm, [prompts.pop(index) for index in batch], config)
+                batch_numbers = [numbers[index] for index in batch]
+                texts = decode([prompts.pop(index) for index in batch], batch_numbers)
                 for index, text in zip(batch, texts):
                     answers[index] = text
-                num_done += len(batch)
-                if on_progress is not None:
-                    on_progress(num_done)
+                if on_answers is not None:
+                    on_answers(dict(zip(batch_numbers, texts)))
     return answers
 
 
@@ -73,41 +87,6 @@ def prompt_inputs(vlm: VLM, prompts: Sequence[Sample]) -> dict[str, Tensor]:
     )
     device = next(vlm.model.parameters()).device
     return {name: tensor.to(device) for name, tensor in inputs.items()}
-
-
-def greedy_config(vlm: VLM, *, encoder: Encoder, max_new_tokens: int) -> GenerationConfig:
-    """Plain greedy decoding, whatever the checkpoint's generation config says.
-
-    Every field is set: what is left out is filled in from the checkpoint, where a temperature or a
-    repetition penalty would make answers random or different from the argmax.
-    """
-    return GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        typical_p=1.0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        max_new_tokens=max_new_tokens,
-        use_cache=True,
-        eos_token_id=stop_token_ids(vlm, encoder),
-        pad_token_id=pad_token_id(vlm.processor),
-    )
-
-
-def stop_token_ids(vlm: VLM, encoder: Encoder) -> list[int]:
-    """Where an answer ends: the checkpoint's and the tokenizer's end tokens, and the token that
-    ends an assistant turn in the chat template.
-
-    The last is what fine-tuning supervises; a base checkpoint often names only its end of text, and
-    would run on through further turns of its own.
-    """
-    configured = vlm.model.generation_config.eos_token_id
-    stops = [vlm.processor.tokenizer.eos_token_id, encoder.end_token_id]
-    stops += configured if isinstance(configured, list) else [configured]
-    return sorted({int(stop) for stop in stops if stop is not None})
 
 
 @contextlib.contextmanager
@@ -124,12 +103,37 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _answer_batch(vlm: VLM, prompts: Sequence[Sample], config: GenerationConfig) -> list[str]:
-    inputs = prompt_inputs(vlm, prompts)
-    output = vlm.model.generate(**inputs, generation_config=config)
-    new_ids = output[:, inputs["input_ids"].shape[1] :]
-    texts = vlm.processor.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
-    return [text.strip() for text in texts]
+@dataclass(frozen=True)
+class _Decode:
+    """Prompts and their numbers to texts, a batch at a time."""
+
+    vlm: VLM
+    encoder: Encoder
+    decoding: DecodingSection
+    max_new_tokens: int
+    seed: int
+
+    def __call__(self, prompts: Sequence[Sample], numbers: Sequence[int]) -> list[str]:
+        tokenizer = self.vlm.processor.tokenizer
+        inputs = prompt_inputs(self.vlm, prompts)
+        prompt_length = inputs["input_ids"].shape[1]
+        extras: dict[str, object] = {}
+        if self.decoding.method == "sample":
+            extras["logits_processor"] = sampling_processors(
+                self.decoding, seed=self.seed, samples=numbers, prompt_length=prompt_length
+            )
+        if self.decoding.stop:
+            stop = StopTexts(self.decoding.stop, tokenizer=tokenizer, prompt_length=prompt_length)
+            extras["stopping_criteria"] = StoppingCriteriaList([stop])
+        config = decoding_config(
+            self.vlm,
+            encoder=self.encoder,
+            decoding=self.decoding,
+            max_new_tokens=self.max_new_tokens,
+        )
+        output = self.vlm.model.generate(**inputs, generation_config=config, **extras)
+        texts = decode_answers(tokenizer, output[:, prompt_length:])
+        return [cut_before(text, self.decoding.stop).strip() for text in texts]
 
 
 def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

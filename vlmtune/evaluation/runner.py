@@ -11,13 +11,15 @@ import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vlmtune.data.encode import Encoder
 from vlmtune.data.media import locate_image
 from vlmtune.data.types import Conversation, Image
-from vlmtune.errors import ErrorGroup, SampleError
+from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
+from vlmtune.evaluation.answers import KeptAnswers
 from vlmtune.evaluation.generate import generate_answers
 from vlmtune.evaluation.metrics.base import Answered, Metric, Statistics
 from vlmtune.evaluation.metrics.bootstrap import Interval, bootstrap_intervals
@@ -28,7 +30,7 @@ from vlmtune.recipe.schema import EvalSection
 
 MAX_ERRORS_SHOWN = 20
 
-Gather = Callable[[list[tuple[int, str]]], list[tuple[int, str]]]
+Gather = Callable[[list[Any]], list[Any]]
 """The concatenation of every process's list, on every process (a collective)."""
 
 
@@ -43,35 +45,92 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     gather: Gather | None = None,
+    kept: KeptAnswers | None = None,
 ) -> EvalReport:
     """Answer and score every conversation as `section` says; the report is the same on every
     process.
 
-    `seed` is the bootstrap's. With `world_size` processes each answers every `world_size`-th
-    conversation and `gather` (a collective, called once) brings the answers together.
-    `on_progress` counts this process's answers. Raises VlmtuneError for an unknown task,
-    SampleError for a conversation without a reference answer or one that cannot be encoded.
+    `seed` is that of sampled answers and of the bootstrap; the other arguments are those of
+    `answer_all`. Raises VlmtuneError for an unknown task or metric, SampleError for a conversation
+    without a reference answer or one that cannot be encoded.
     """
     metrics_for(section.task, section.metrics)
     check_references(conversations)
-    share = range(rank, len(conversations), world_size)
-    texts = generate_answers(
+    texts = answer_all(
         vlm,
-        [conversations[index] for index in share],
+        conversations,
         encoder=encoder,
-        max_new_tokens=section.max_new_tokens,
-        batch_size=section.batch_size,
+        section=section,
+        seed=seed,
         on_progress=on_progress,
+        rank=rank,
+        world_size=world_size,
+        gather=gather,
+        kept=kept,
     )
-    answered = list(zip(share, texts))
-    if world_size > 1:
-        assert gather is not None, "several processes need a way to bring answers together"
-        answered = sorted(gather(answered))
-    assert [index for index, _ in answered] == list(range(len(conversations)))
-    texts = [text for _, text in answered]
     return score_answers(
         conversations, texts, task=section.task, metrics=section.metrics, seed=seed
     )
+
+
+def answer_all(
+    vlm: VLM,
+    conversations: Sequence[Conversation],
+    *,
+    encoder: Encoder,
+    section: EvalSection,
+    seed: int = 0,
+    on_progress: Callable[[int], None] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Gather | None = None,
+    kept: KeptAnswers | None = None,
+) -> list[str]:
+    """The answer to every conversation, on every process.
+
+    With `world_size` processes each answers every `world_size`-th conversation and `gather` (a
+    collective, called once) brings the answers together, and the errors: all processes raise what
+    one of them met. `kept` are answers of an earlier start, which are not generated again, and
+    where new ones are kept. `on_progress` counts this process's answers, first the kept ones.
+    """
+    share = range(rank, len(conversations), world_size)
+    answered = {n: kept.texts[n] for n in share if kept is not None and n in kept.texts}
+    missing = [number for number in share if number not in answered]
+
+    def note(texts: Mapping[int, str]) -> None:
+        answered.update(texts)
+        if kept is not None:
+            kept.append(texts)
+        if on_progress is not None:
+            on_progress(len(answered))
+
+    errors: list[VlmtuneError] = []
+    note({})
+    try:
+        generate_answers(
+            vlm,
+            [conversations[number] for number in missing],
+            encoder=encoder,
+            max_new_tokens=section.max_new_tokens,
+            batch_size=section.batch_size,
+            decoding=section.decoding,
+            seed=seed,
+            numbers=missing,
+            on_answers=note,
+        )
+    except VlmtuneError as error:
+        if world_size == 1:
+            raise
+        errors.append(error)
+    if world_size > 1:
+        assert gather is not None, "several processes need a way to bring answers together"
+        gathered = gather([*errors, *answered.items()])
+        errors = [item for item in gathered if isinstance(item, VlmtuneError)]
+        answered = dict(item for item in gathered if not isinstance(item, VlmtuneError))
+    if errors:
+        raise ErrorGroup(errors)
+    assert len(answered) == len(conversations)
+    return [answered[number] for number in range(len(conversations))]
 
 
 def score_answers(
