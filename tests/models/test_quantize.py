@@ -165,12 +165,24 @@ def test_settings_that_differ_from_the_recipe_are_found(folder):
         )
 
 
-def test_layers_that_nf4_cannot_repack_take_the_ordinary_path_on_a_cpu():
-    model = torch.nn.Sequential(bnb.nn.Linear4bit(96, 64), bnb.nn.Linear4bit(128, 64))
-    for layer in model:
-        layer.support_avx512bf16_for_cpu = True  # as on a CPU with bf16 instructions
+@pytest.mark.parametrize("in_features", [64, 96])
+def test_nf4_computes_alike_in_training_and_evaluation_and_keeps_its_gradient(in_features: int):
+    # On a CPU with bf16 instructions bitsandbytes' own eval path would do neither.
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear4bit(
+        in_features, 32, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=False
+    )
+    model = torch.nn.Sequential(layer).to("cpu")
     finish_quantized(model)
-    assert [layer.support_avx512bf16_for_cpu for layer in model] == [False, True]
+    x = torch.randn(4, in_features)
+    expected = model.train()(x)
+    model.eval()
+    with torch.no_grad():
+        assert torch.allclose(model(x), expected, atol=1e-6)
+    x.requires_grad_()
+    model(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().max() > 0
 
 
 def test_nf4_moves_the_logits_a_little_and_keeps_the_rest_exact(folder):

@@ -123,13 +123,14 @@ def check_skip_leaves_head(model: nn.Module, skip_paths: Sequence[str]) -> None:
 def finish_quantized(model: nn.Module) -> None:
     """Settings on the loaded layers that have no argument at load time.
 
-    On a CPU with bf16 instructions, NF4's eval forward repacks the weight and fails where
-    `in_features` is not a multiple of 64; those layers take the ordinary path.
+    On a CPU with bf16 instructions, NF4's eval forward repacks the weight for a kernel of its own.
+    That one computes in bfloat16 whatever `compute_dtype` says, has no gradient (the look before
+    training needs one), and fails where `in_features` is not a multiple of 64: it is not used.
     LLM.int8() logs its cast to float16 once per product; it is said once, here.
     """
     num_8bit = 0
     for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit) and module.in_features % 64:
+        if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
         num_8bit += bits_of(module) == 8
     if num_8bit:
