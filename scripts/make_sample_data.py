@@ -39,8 +39,8 @@ QUESTIONS = {
     ],
 }
 WORDS = {"shape": SHAPE_WORDS, "color": COLOR_WORDS}
-CAPTIONS = ("shelf {shelf}, drawer {drawer}", "drawer {drawer} on shelf {shelf}")
-CAPTION_PROMPT = "Write the label."
+CAPTIONS = ("{shelf} and {drawer}", "it is {shelf}, so {drawer}")
+CAPTION_PROMPT = "Write a label: shelf and drawer."
 
 
 def make_sample_data(output: Path, *, num_train: int, num_eval: int, seed: int) -> None:

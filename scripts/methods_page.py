@@ -1,0 +1,200 @@
+"""The tables of `bench_methods.py`: means over seeds, as a share of full fine-tuning's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+METHODS = {
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+    "qlora": "QLoRA",
+    "dora": "DoRA",
+    "qdora": "QDoRA",
+    "adalora": "AdaLoRA",
+    "qadalora": "AdaLoRA on NF4",
+}
+FIGURES = {
+    "vqa": {"exact_match": "exact match"},
+    "retrieval": {
+        "text_to_picture_r1": "R@1, picture for a text",
+        "picture_to_text_r1": "R@1, text for a picture",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run of one method. `train` is empty for what was not trained, `evaluation` for what was
+    only measured for memory."""
+
+    part: str
+    method: str
+    seed: int | None
+    train: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+
+    def interval(self, figure: str) -> Mapping[str, float]:
+        found: Mapping[str, float] = self.evaluation["metrics"][figure]
+        return found
+
+    def figures(self) -> dict[str, Any]:
+        """Without the folders it was made in."""
+        kept = ("num_samples", "metrics", "slices", "seconds")
+        return {
+            "part": self.part,
+            "method": self.method,
+            "seed": self.seed,
+            "train": {k: v for k, v in self.train.items() if isinstance(v, (int, float))},
+            "evaluation": {k: self.evaluation[k] for k in kept if k in self.evaluation},
+        }
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *rows))
+
+
+def score_cell(own: Sequence[Result], figure: str) -> str:
+    """The mean over seeds and the hull of the seeds' 95 % intervals."""
+    intervals = [result.interval(figure) for result in own]
+    value = mean(interval["value"] for interval in intervals)
+    low = min(interval["low"] for interval in intervals)
+    high = max(interval["high"] for interval in intervals)
+    return f"{percent(value)} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def share_of_full(
+    own: Sequence[Result], full: Sequence[Result], figure: str, *, floor: float = 0.0
+) -> float | None:
+    """The mean score above `floor` as a fraction of full fine-tuning's."""
+    if not own or not full:
+        return None
+    gain = mean(r.interval(figure)["value"] for r in own) - floor
+    full_gain = mean(r.interval(figure)["value"] for r in full) - floor
+    return gain / full_gain if full_gain > 0 else None
+
+
+def score_table(results: Sequence[Result], part: str, floor: Mapping[str, float]) -> str:
+    """A row a method: each figure, its share of full fine-tuning's (and of the gain over `floor`
+    where one is known), trained parameters, time."""
+    header = ["method"]
+    for figure, name in FIGURES[part].items():
+        header += [f"{name} (95 % interval)", "of full's"]
+        header += ["gain over blind, of full's"] if figure in floor else []
+    header += ["trained parameters", "training, minutes"]
+    full = [r for r in results if (r.part, r.method) == (part, "full")]
+    rows = []
+    for method, name in {"base": "base model", **METHODS}.items():
+        own = [r for r in results if (r.part, r.method) == (part, method)]
+        if not own:
+            continue
+        row = [name]
+        for figure in FIGURES[part]:
+            row += [score_cell(own, figure), _share(own, full, figure, 0.0)]
+            row += [_share(own, full, figure, floor[figure])] if figure in floor else []
+        rows.append([*row, *_costs(own)])
+    return markdown_table(header, rows)
+
+
+def _share(own: Sequence[Result], full: Sequence[Result], figure: str, floor: float) -> str:
+    share = share_of_full(own, full, figure, floor=floor)
+    return "" if share is None or not own[0].train else percent(share)
+
+
+def _costs(own: Sequence[Result]) -> tuple[str, str]:
+    if not own[0].train:
+        return "", ""
+    minutes = mean(result.train["seconds"] for result in own) / 60
+    return f"{own[0].train['trainable_parameters']:,}", f"{minutes:.1f}"
+
+
+def memory_table(results: Sequence[Result], baseline: int) -> str:
+    """A row a method: peak memory of the process, and above the libraries' own; shares of full."""
+    own = {r.method: r for r in results if r.part == "memory"}
+    full = own["full"].train["peak_memory_bytes"] if "full" in own else None
+    rows = []
+    for method, name in METHODS.items():
+        if method not in own:
+            continue
+        train = own[method].train
+        peak = train["peak_memory_bytes"]
+        rows.append(
+            (
+                name,
+                f"{peak / 1e9:.2f}",
+                "" if full is None else percent(peak / full),
+                f"{(peak - baseline) / 1e9:.2f}",
+                "" if full is None else percent((peak - baseline) / (full - baseline)),
+                f"{train['trainable_parameters']:,}",
+                f"{train['samples_per_second']:.1f}",
+            )
+        )
+    header = (
+        "method",
+        "peak memory, GB",
+        "of full's",
+        "above the libraries, GB",
+        "of full's",
+        "trained parameters",
+        "samples/s",
+    )
+    return markdown_table(header, rows)
+
+
+def tables(results: Sequence[Result], about: Mapping[str, Any]) -> str:
+    """Every table for which there are results, with its heading and how to read it."""
+    seeds = ", ".join(map(str, sorted({r.seed for r in results if r.seed is not None})))
+    sections = []
+    if any(r.part == "vqa" for r in results):
+        floor = {"exact_match": about["blind"]["total"]}
+        sections.append(
+            f"## Visual question answering: easy-VQA\n\n{lengths(results, 'vqa')}; seeds {seeds}.\n"
+            f"The blind guesser, which gives each question's text its most frequent answer in "
+            f"training, scores {percent(floor['exact_match'])}.\n\n"
+            + score_table(results, "vqa", floor)
+        )
+    if any(r.part == "retrieval" for r in results):
+        sections.append(
+            f"## Retrieval: labels of data/sample\n\n{lengths(results, 'retrieval')}; seeds "
+            f"{seeds}. Chance is 1.6 % for a text and 3.2 % for a picture (63 pictures, two "
+            "labels each). Scored by likelihood.\n\n" + score_table(results, "retrieval", {})
+        )
+    if any(r.part == "memory" for r in results):
+        baseline = about["baseline_memory_bytes"]
+        sections.append(
+            "## Memory: a language part of 205 million parameters, random weights\n\n"
+            "Peak resident memory of the training process over four steps with gradient "
+            f"checkpointing; {baseline / 1e9:.2f} GB of it are the libraries, idle.\n\n"
+            + memory_table(results, baseline)
+        )
+    return "\n\n".join(sections)
+
+
+def lengths(results: Sequence[Result], part: str) -> str:
+    """`250 steps of 64 samples, 9,673 test samples`."""
+    trained = [r.train for r in results if r.part == part and r.train]
+    steps = {f"{t['steps']} steps of {t['samples'] // t['steps']}" for t in trained}
+    tested = max(r.evaluation["num_samples"] for r in results if r.part == part)
+    return f"{', '.join(sorted(steps))} samples for every method, {tested:,} test samples"
+
+
+def page(results: Sequence[Result], about: Mapping[str, Any]) -> str:
+    """`docs/methods.md`."""
+    return f"""# Methods compared
+
+The embedded default (3.4 million parameters), the same recipe, steps and data for every method;
+only the method's keys differ (`scripts/bench_methods.py` has them).
+
+{tables(results, about)}
+
+- Hardware: {about["hardware"]}. The machine may be shared: minutes compare only roughly.
+- Figures are means over the seeds, intervals the hull of the seeds' bootstraps over test pictures.
+- Made by `{about["command"]}`; all figures: `methods.json`.
+"""
