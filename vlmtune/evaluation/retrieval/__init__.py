@@ -1,0 +1,1 @@
+"""Retrieval of texts by pictures and of pictures by texts."""

@@ -1,0 +1,244 @@
+"""Ranks of every query in both directions, from a score matrix that comes in blocks of rows.
+
+    blocks, first pass  -> picture to text: done within a row
+                        -> text to picture: each text's best relevant score
+    blocks, second pass -> text to picture: how many pictures score above it, how many the same
+
+Memory is one block and numbers per query. The rank of a query is that of its best-ranked relevant
+item, so a picture with five captions is right at K if any of them is among the first K, and each
+caption is a query of its own (the rule for Flickr30k and COCO: Karpathy & Fei-Fei 2015, arXiv
+1412.2306, section 4.1; five captions as in Faghri et al. 2018, arXiv 1707.05612).
+
+Deviations:
+- Ties. The usual code sorts, so that an item of the same score comes before or after the right one
+  by its position, and a scorer that says nothing can look perfect. Here tied items stand in random
+  order: R@K is a probability, rank and reciprocal rank are expectations under it.
+- The median of an even number of ranks is the mean of the two in the middle; the usual code rounds
+  it down.
+
+Letters for shapes: b pictures of a block, M texts, N pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmtune.errors import VlmtuneError
+
+CUTOFFS = (1, 5, 10)
+NUM_TOP = 5
+
+Integers = NDArray[np.int64]
+Scores = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Scores (b, M) of the texts for the pictures numbered `pictures` (b,); higher is better.
+
+    `prior` (M,) is subtracted where texts are ranked for a picture, not where pictures are ranked
+    for a text.
+    """
+
+    pictures: Integers
+    scores: Scores
+    prior: Scores | None = None
+
+    @property
+    def to_texts(self) -> Scores:
+        return self.scores if self.prior is None else self.scores - self.prior
+
+    def check(self) -> None:
+        """Raise VlmtuneError for a score that is not a number: it has no rank."""
+        wrong = np.isnan(self.to_texts).any(axis=1)
+        if wrong.any():
+            raise VlmtuneError(
+                "a retrieval score is not a number (NaN)",
+                got=f"picture number {int(self.pictures[wrong][0])} of the set",
+                do="look for overflow: evaluate with --dtype float32, or train at a lower rate",
+            )
+
+
+Blocks = Callable[[], Iterable[Block]]
+"""The blocks of this process, each time anew and the same."""
+
+Gather = Callable[[list[Any]], list[Any]]
+"""The concatenation of every process's list, on every process (a collective)."""
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """Which texts are right for which picture: `texts_of[picture]`, never empty."""
+
+    texts_of: tuple[tuple[int, ...], ...]
+    num_texts: int
+
+    @property
+    def num_pictures(self) -> int:
+        return len(self.texts_of)
+
+    @cached_property
+    def pictures_of(self) -> tuple[tuple[int, ...], ...]:
+        of_text: list[list[int]] = [[] for _ in range(self.num_texts)]
+        for picture, texts in enumerate(self.texts_of):
+            for text in texts:
+                of_text[text].append(picture)
+        return tuple(tuple(pictures) for pictures in of_text)
+
+    def mask(self, pictures: Integers) -> NDArray[np.bool_]:
+        """(b, M): whether a text is right for a picture."""
+        mask = np.zeros((len(pictures), self.num_texts), dtype=bool)
+        for row, picture in enumerate(pictures):
+            mask[row, list(self.texts_of[picture])] = True
+        return mask
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A query's result. `recalls` are the probabilities of a relevant item among the first 1, 5
+    and 10; `top` are the best items with their scores."""
+
+    recalls: tuple[float, ...]
+    rank: float
+    reciprocal_rank: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Rankings:
+    """`texts[picture]` is the picture's query for texts, `pictures[text]` the text's for
+    pictures."""
+
+    texts: tuple[Ranked, ...]
+    pictures: tuple[Ranked, ...]
+
+
+def rank_blocks(blocks: Blocks, relevance: Relevance, *, gather: Gather = list) -> Rankings:
+    """The ranks of all queries from every process's blocks, on every process.
+
+    Two collectives with several processes; together their blocks hold each picture once.
+    """
+    ranked: dict[int, Ranked] = {}
+    best = np.full(relevance.num_texts, -np.inf, dtype=np.float32)  # (M,)
+    for block in blocks():
+        relevant = relevance.mask(block.pictures)  # (b, M)
+        ranked |= dict(_rank_texts(block, relevant))
+        np.maximum(best, np.where(relevant, block.scores, -np.inf).max(axis=0), out=best)
+    gathered = gather([(ranked, best)])
+    ranked = {picture: rank for part, _ in gathered for picture, rank in part.items()}
+    assert len(ranked) == relevance.num_pictures, "a picture without a row of scores"
+    best = np.max([part for _, part in gathered], axis=0)
+    tallies = gather([_tally(blocks(), relevance, best)])
+    counts = np.sum([part for part, _ in tallies], axis=0)  # (3, M)
+    top = _Top.merged([part for _, part in tallies])
+    pictures = [
+        _ranked(*(int(count) for count in counts[:, text]), top=top.of(text))
+        for text in range(relevance.num_texts)
+    ]
+    return Rankings(tuple(ranked[n] for n in range(len(ranked))), tuple(pictures))
+
+
+def rank_with_ties(
+    num_above: int, num_relevant: int, num_irrelevant: int
+) -> tuple[tuple[float, ...], float, float]:
+    """Recalls at `CUTOFFS`, expected rank and expected reciprocal rank of the first of
+    `num_relevant` items that stand in random order with `num_irrelevant` others, behind
+    `num_above`.
+
+    With X others before the first relevant one, P(X >= k + 1) = P(X >= k) * (m - k) / (m + r - k).
+    """
+    m, r = num_irrelevant, num_relevant
+    assert r > 0, "a query without a relevant item has no rank"
+    if m == 0:
+        rank = num_above + 1
+        return tuple(float(rank <= cutoff) for cutoff in CUTOFFS), float(rank), 1 / rank
+    steps = np.arange(m, dtype=np.float64)
+    at_least = np.concatenate([[1.0], np.cumprod((m - steps) / (m + r - steps)), [0.0]])  # (m + 2,)
+    recalls = tuple(
+        float(1 - at_least[min(max(cutoff - num_above, 0), m + 1)]) for cutoff in CUTOFFS
+    )
+    exactly = at_least[:-1] - at_least[1:]  # (m + 1,)
+    reciprocal = float((exactly / (num_above + 1 + np.arange(m + 1))).sum())
+    return recalls, num_above + 1 + m / (r + 1), reciprocal
+
+
+def _rank_texts(block: Block, relevant: NDArray[np.bool_]) -> Iterator[tuple[int, Ranked]]:
+    scores = block.to_texts
+    best = np.where(relevant, scores, -np.inf).max(axis=1, keepdims=True)  # (b, 1)
+    tied = scores == best
+    counts = np.stack(
+        [
+            (scores > best).sum(axis=1),
+            (tied & relevant).sum(axis=1),
+            (tied & ~relevant).sum(axis=1),
+        ]
+    )  # (3, b)
+    for row, picture in enumerate(block.pictures):
+        above, right, wrong = (int(count) for count in counts[:, row])
+        yield int(picture), _ranked(above, right, wrong, top=_best_of_row(scores[row]))
+
+
+def _best_of_row(scores: Scores) -> tuple[tuple[int, float], ...]:
+    """The best items of a row, the first of equals first; without sorting the whole row."""
+    kept = min(NUM_TOP, len(scores))
+    threshold = np.partition(scores, -kept)[-kept]
+    candidates = np.flatnonzero(scores >= threshold)
+    order = candidates[np.argsort(-scores[candidates], kind="stable")[:kept]]
+    return tuple((int(item), float(scores[item])) for item in order)
+
+
+def _tally(blocks: Iterable[Block], relevance: Relevance, best: Scores) -> tuple[Integers, _Top]:
+    """Per text: pictures above its best relevant score, right ones at it, wrong ones at it (3, M);
+    and its best pictures."""
+    counts = np.zeros((3, relevance.num_texts), dtype=np.int64)
+    top = _Top.empty(relevance.num_texts)
+    for block in blocks:
+        relevant = relevance.mask(block.pictures)
+        tied = block.scores == best
+        counts[0] += (block.scores > best).sum(axis=0)
+        counts[1] += (tied & relevant).sum(axis=0)
+        counts[2] += (tied & ~relevant).sum(axis=0)
+        items = np.repeat(block.pictures[:, None], relevance.num_texts, axis=1)
+        top = _Top.merged([top, _Top(items, block.scores)])
+    return counts, top
+
+
+@dataclass(frozen=True)
+class _Top:
+    """The best items of many queries at once, (up to `NUM_TOP`, M)."""
+
+    items: Integers
+    scores: Scores
+
+    @classmethod
+    def empty(cls, num_queries: int) -> _Top:
+        return cls(
+            np.zeros((0, num_queries), dtype=np.int64), np.zeros((0, num_queries), np.float32)
+        )
+
+    @classmethod
+    def merged(cls, parts: Sequence[_Top]) -> _Top:
+        """The best of all parts; of equals the one with the lower number, in whatever order."""
+        items = np.concatenate([part.items for part in parts])
+        scores = np.concatenate([part.scores for part in parts])
+        order = np.lexsort((items, -scores), axis=0)[:NUM_TOP]
+        return cls(np.take_along_axis(items, order, 0), np.take_along_axis(scores, order, 0))
+
+    def of(self, query: int) -> tuple[tuple[int, float], ...]:
+        return tuple(
+            (int(item), float(score))
+            for item, score in zip(self.items[:, query], self.scores[:, query])
+        )
+
+
+def _ranked(
+    num_above: int, num_relevant: int, num_irrelevant: int, *, top: tuple[tuple[int, float], ...]
+) -> Ranked:
+    recalls, rank, reciprocal = rank_with_ties(num_above, num_relevant, num_irrelevant)
+    return Ranked(recalls, rank, reciprocal, top)
