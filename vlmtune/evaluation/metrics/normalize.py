@@ -7,9 +7,12 @@ https://visualqa.org/evaluation.html. The steps, on predictions and references a
     -> number words to digits -> articles away -> missing apostrophes of contractions
 
 Deviations from the reference script (GT-Vision-Lab/VQA, `vqaEval.py`):
-- It normalises only where the ten answers differ; here always, as the protocol's text says.
+- It normalises references only where the ten answers differ, and then only their punctuation, as
+  the data set's answers come in lower case; here always and wholly, as the protocol's text says.
 - It turns `somebody'd` into `somebodyd`, the pair written the wrong way round; here the other way.
 - It strips at most 32 periods of an answer; here all.
+- Of an answer that is nothing but articles or punctuation it leaves nothing, so that an empty
+  answer equals the letter "A"; here its articles or marks stay.
 - Its entries `Im`, `Ive`, `Id've`, `let's` and `she's` can never have an effect (answers are lower
   case by then, the last two map to themselves) and are left out.
 """
@@ -57,9 +60,10 @@ CONTRACTIONS = {
 
 def normalize_answer(text: str) -> str:
     """`text` as the VQA protocol compares it."""
-    text = _strip_punctuation(re.sub(r"[\n\t]", " ", text).strip())
-    words = [NUMBER_WORDS.get(word, word) for word in text.lower().split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+    text = re.sub(r"[\n\t]", " ", text).strip()
+    words = [NUMBER_WORDS.get(word, word) for word in _strip_punctuation(text).lower().split()]
+    kept = [CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES]
+    return " ".join(kept or words) or text.lower()
 
 
 def _strip_punctuation(text: str) -> str:
