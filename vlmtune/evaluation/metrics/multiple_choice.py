@@ -1,0 +1,157 @@
+"""Multiple choice: which of the options a generated answer names, by letter or by text.
+
+There is no one rule. MMMU (arXiv 2311.16502), whose script is the nearest to this one, guesses at
+random where it finds no option and takes the last of several; MMBench (arXiv 2307.06281) asks a
+language model. The rule here, in this order, on the answer without a lead like "The answer is":
+
+    1. the whole answer is an option's text -> that option
+    2. letters marked as letters ("(B)", "B) …", "B.", "**B**", "option B", or nothing but the
+       letter): the one that they all are
+    3. capital letters that stand alone, and options' texts that occur as whole words (of texts
+       inside one another the longer): the one option that they all are
+
+An answer that names none or several options is wrong and counts in `choice_unparsed`; nothing is
+guessed. So is one whose letter is followed by the text of another option. A small letter counts
+only where it is marked; "A" before a noun is the article unless it is marked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from string import ascii_uppercase
+
+from vlmtune.evaluation.metrics.base import Answered, Floats, Statistics, divided
+
+_LEAD = re.compile(
+    r"^(?:so,?\s+|therefore,?\s+)?(?:the\s+|my\s+)?(?:(?:correct|right|best|final)\s+)?"
+    r"(?:answer|option|choice)\b(?:\s+(?:is|would\s+be))?\s*:?\s*",
+    re.IGNORECASE,
+)
+_WHOLE = re.compile(r"[\s(\[*\"']*([A-Za-z])[\s)\].:,*\"']*")
+_LABEL = re.compile(r"[(\[*]*([A-Za-z])(?:[)\].:*]+(?=\s)|,?\n|\s+[-–—])\s*(.+)", re.DOTALL)
+_MARKED = re.compile(
+    r"\(([A-Za-z])\) | \[([A-Za-z])\] | \*\*\(?([A-Za-z])[).:]?\*\*"
+    r"| (?<!\w)([A-Za-z])\)(?=\s|$)"
+    r"| (?i:\b(?:answer|option|choice)(?:\s+is)?)\s*:?\s+\(?([A-Z])(?![\w'])",
+    re.VERBOSE,
+)
+_ALONE = re.compile(
+    r"(?<![\w'])(?:[B-HJ-Z](?![\w'-])|[AI](?=\W*$|[.,;:]|\s(?:and|or|is|because|since)\b))"
+)
+_ARTICLE = re.compile(r"^(?:an?|the)\s+(?=\S)")
+_MARKS = " \t.,:;!?\"'()[]*`"
+
+
+def statistics(samples: Sequence[Answered]) -> list[Statistics | None]:
+    """Right answers, answers that name none or several options, answers."""
+    return [_statistics_of(sample) for sample in samples]
+
+
+def figures(sums: Floats) -> dict[str, Floats]:
+    return {
+        "choice_accuracy": divided(sums[..., 0], sums[..., 2]),
+        "choice_unparsed": divided(sums[..., 1], sums[..., 2]),
+    }
+
+
+def option_index(reference: str, options: Sequence[str]) -> int | None:
+    """Which option `reference` is: an option's text or its letter (text first, where options are
+    letters themselves). None where it is neither, or the text of several."""
+    by_text = _index_of_text(reference, option_texts(options))
+    if by_text is not None:
+        return by_text
+    letter = _WHOLE.fullmatch(reference)
+    return None if letter is None else _index_of_letter(letter[1], len(options))
+
+
+def reference_options(sample: Answered) -> set[int]:
+    """The options that are right; empty without options or where no reference is one of them."""
+    accepted = sample.answers if sample.answer is None else (sample.answer,)
+    found = {option_index(reference, sample.options) for reference in accepted}
+    return {index for index in found if index is not None}
+
+
+def parse_choice(answer: str, options: Sequence[str]) -> int | None:
+    """The one option that `answer` names; None where it names none or several."""
+    texts = option_texts(options)
+    for whole in (answer, said := _LEAD.sub("", answer.strip())):
+        by_text = _index_of_text(whole, texts)
+        if by_text is not None:
+            return by_text
+    label = _WHOLE.fullmatch(said) or _LABEL.match(said)
+    marked = {letter for found in _MARKED.findall(answer) for letter in found if letter}
+    named = _indices(marked | ({label[1]} if label else set()), len(options))
+    if named and label and label.lastindex == 2:
+        also = _index_of_text(label[2], texts)
+        named |= set() if also is None else {also}
+    if not named:
+        named, rest = _take_texts(said, texts)
+        named |= _indices(set(_ALONE.findall(rest)), len(options))
+    return named.pop() if len(named) == 1 else None
+
+
+def option_texts(options: Sequence[str]) -> list[str]:
+    """The options as they are compared, without their own labels if all have them ("A. cat")."""
+    labels = [_LABEL.match(option.strip()) for option in options]
+    if all(
+        label is not None and label[1].upper() == letter
+        for label, letter in zip(labels, ascii_uppercase)
+    ):
+        options = [label[2] for label in labels if label is not None]
+    return [_plain(option) for option in options]
+
+
+def _statistics_of(sample: Answered) -> Statistics | None:
+    right = reference_options(sample)
+    if not right:
+        return None
+    chosen = parse_choice(sample.prediction, sample.options)
+    is_right = float(chosen in right)
+    return Statistics(is_right, (is_right, float(chosen is None), 1.0))
+
+
+def _index_of_text(text: str, texts: Sequence[str]) -> int | None:
+    """The one of `texts` that is `text`, with or without an article before it."""
+    plain = _plain(text)
+    for wanted in (plain, _ARTICLE.sub("", plain)):
+        if wanted and texts.count(wanted) == 1:
+            return texts.index(wanted)
+    return None
+
+
+def _take_texts(text: str, texts: Sequence[str]) -> tuple[set[int], str]:
+    """Which of `texts` occur in `text` as whole words, and `text` with "_" in their places."""
+    wanted = sorted((option for option in texts if _is_sought(option)), key=len, reverse=True)
+    if not wanted:
+        return set(), text
+    found: set[str] = set()
+
+    def take(match: re.Match[str]) -> str:
+        found.add(_plain(match[0]))
+        return "_"
+
+    pattern = rf"(?<!\w)(?:{'|'.join(map(re.escape, wanted))})(?!\w)"
+    rest = re.sub(pattern, take, " ".join(text.split()), flags=re.IGNORECASE)
+    return {index for index, option in enumerate(texts) if option in found}, rest
+
+
+def _is_sought(option: str) -> bool:
+    """A single letter is looked for as a letter, not as a text."""
+    return bool(option) and not (len(option) == 1 and option.isalpha())
+
+
+def _indices(letters: set[str], num_options: int) -> set[int]:
+    found = {_index_of_letter(letter, num_options) for letter in letters}
+    return {index for index in found if index is not None}
+
+
+def _index_of_letter(letter: str, num_options: int) -> int | None:
+    index = ascii_uppercase.index(letter.upper())
+    return index if index < num_options else None
+
+
+def _plain(text: str) -> str:
+    """Lower case, single spaces, no marks around; a text of nothing but marks stays as it is."""
+    text = " ".join(text.casefold().split())
+    return text.strip(_MARKS) or text
