@@ -63,7 +63,10 @@ def test_vqa_accuracy_counts_only_samples_with_answers() -> None:
 
 
 def test_a_metric_that_applies_to_no_sample_is_not_reported() -> None:
-    assert set(score_answers([asked(1)], ["red"], task="vqa").metrics) == {"exact_match"}
+    assert set(score_answers([asked(1)], ["red"], task="vqa").metrics) == {
+        "exact_match",
+        "token_f1",
+    }
 
 
 def test_intervals_resample_pictures(tmp_path: Path) -> None:
@@ -142,7 +145,7 @@ def test_the_report_holds_picture_question_answers_prediction_and_score(
         "options": [],
         "prediction": "Red",
         "score": 1.0,
-        "scores": {"exact_match": 1.0, "vqa_accuracy": 1.0},
+        "scores": {"exact_match": 1.0, "vqa_accuracy": 1.0, "token_f1": 1.0},
         "question_type": "color",
     }
     assert rows[1]["prediction"] == "blé"

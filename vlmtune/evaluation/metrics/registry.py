@@ -1,28 +1,61 @@
-"""The metrics by name, and which a task reports. A new metric is one file and one line here."""
+"""The metrics by name, and which a task reports. A new metric is one file and one line here.
+
+A metric is a `Mean` of a score per sample, or a module with `statistics` and `figures`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from vlmtune.errors import VlmtuneError, nearest
+from vlmtune.evaluation.metrics import (
+    bleu,
+    cider,
+    classification,
+    grounding,
+    multiple_choice,
+    yes_no,
+)
+from vlmtune.evaluation.metrics.anls import anls
 from vlmtune.evaluation.metrics.base import Mean, Metric
 from vlmtune.evaluation.metrics.exact_match import exact_match
+from vlmtune.evaluation.metrics.relaxed_accuracy import relaxed_accuracy
+from vlmtune.evaluation.metrics.rouge_l import rouge_l
+from vlmtune.evaluation.metrics.token_f1 import token_f1
 from vlmtune.evaluation.metrics.vqa_accuracy import vqa_accuracy
 
 METRICS: dict[str, Metric] = {
     "exact_match": Mean("exact_match", exact_match),
     "vqa_accuracy": Mean("vqa_accuracy", vqa_accuracy),
+    "token_f1": Mean("token_f1", token_f1),
+    "anls": Mean("anls", anls),
+    "relaxed_accuracy": Mean("relaxed_accuracy", relaxed_accuracy),
+    "yes_no": yes_no,
+    "multiple_choice": multiple_choice,
+    "classification": classification,
+    "grounding": grounding,
+    "cider": cider,
+    "bleu": bleu,
+    "rouge_l": Mean("rouge_l", rouge_l),
 }
 
 # The first metric that applies to a sample gives its `score` in predictions.jsonl.
 TASKS: dict[str, tuple[str, ...]] = {
-    "vqa": ("exact_match", "vqa_accuracy"),
-    "caption": ("exact_match",),
-    "choice": ("exact_match",),
-    "classification": ("exact_match",),
-    "grounding": ("exact_match",),
+    "vqa": ("exact_match", "vqa_accuracy", "token_f1", "yes_no"),
+    "caption": ("cider", "bleu", "rouge_l"),
+    "choice": ("multiple_choice",),
+    "classification": ("classification",),
+    "grounding": ("grounding",),
     "retrieval": (),
 }
+
+NOT_FRACTIONS = ("cider", "rank", "loss")
+"""How the names of figures end that are no share of 1, and are shown without a percent sign."""
+
+
+def is_fraction(figure: str) -> bool:
+    """Whether `figure` lies between 0 and 1."""
+    return not figure.endswith(NOT_FRACTIONS)
 
 
 def metrics_for(task: str, names: Sequence[str] = ()) -> dict[str, Metric]:
