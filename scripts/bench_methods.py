@@ -55,9 +55,11 @@ assert OVERRIDES.keys() == METHODS.keys()
 
 @dataclass(frozen=True)
 class Part:
-    """A task: the recipe that every method varies, and how its result is measured."""
+    """A task: the recipe that every method varies, for how many steps, and how its result is
+    measured."""
 
     recipe: Path
+    max_steps: int
     data: Path
     evaluation: tuple[str, ...]
 
@@ -65,6 +67,7 @@ class Part:
 PARTS = {
     "vqa": Part(
         ROOT / "configs" / "easy_vqa_lora.yaml",
+        120,
         ROOT / "data" / "easy_vqa" / "test.jsonl",
         (
             "--task",
@@ -79,6 +82,7 @@ PARTS = {
     ),
     "retrieval": Part(
         ROOT / "configs" / "captions_lora.yaml",
+        200,
         ROOT / "data" / "sample" / "captions_eval.jsonl",
         ("--task", "retrieval", "--scorer", "likelihood"),
     ),
@@ -103,8 +107,7 @@ def train_method(part: str, method: str, seed: int, options: argparse.Namespace)
     # Evaluations and checkpoints during training would only blur its time.
     overrides = [f"output_dir={folder}", f"seed={seed}", "data.eval=null", "train.save_every=1.0"]
     overrides += OVERRIDES[method]
-    if options.max_steps is not None:
-        overrides.append(f"train.max_steps={options.max_steps}")
+    overrides.append(f"train.max_steps={options.max_steps or task.max_steps}")
     settings = {"recipe": task.recipe.read_text(), "overrides": overrides}
     # `never`: a run that was interrupted starts over, so that its time is the whole run's.
     return remembered(
@@ -248,7 +251,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--parts", nargs="+", choices=known, default=list(known))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
-    parser.add_argument("--max-steps", type=int, help="instead of the recipes' number")
+    parser.add_argument("--max-steps", type=int, help="instead of each part's own number")
     parser.add_argument("--max-samples", type=int, help="only the first so many test rows")
     parser.add_argument("--memory-precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "methods")

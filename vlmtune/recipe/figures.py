@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LOWER_IS_BETTER = ("loss", "rank")
+LOWER_IS_BETTER = ("loss", "rank", "unparsed")
 """How the names of figures end that are better where they are lower (`median_rank`)."""
 
 
