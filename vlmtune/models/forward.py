@@ -9,7 +9,7 @@ B rows, T tokens of the longest row, S supervised tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft import PeftModel
@@ -49,11 +49,7 @@ class SupervisedForward(nn.Module):
                     f"the model class {type(base).__name__} has no `{name}`",
                     expected="a transformers …ForConditionalGeneration with `model` and `lm_head`",
                 )
-        self._media_names = [
-            name
-            for name, parameter in base.named_parameters()
-            if parameter.requires_grad and part_of(name, family) in MEDIA_PARTS
-        ]
+        self._media_names = trained_media_names(base, family)
 
     def forward(self, inputs: Mapping[str, Tensor], supervised: Tensor) -> Tensor:
         base = base_of(self.model)
@@ -61,13 +57,23 @@ class SupervisedForward(nn.Module):
         hidden = base.model(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
         logits = base.lm_head(hidden[supervised]).float()  # (S, V)
         if self._media_names and not has_media(inputs):
-            logits = logits + self._zero()
+            logits = logits + media_zero(base, self._media_names)
         return logits
 
-    def _zero(self) -> Tensor:
-        base = base_of(self.model)
-        tensors = [base.get_parameter(name) for name in self._media_names]
-        return torch.stack([t.flatten()[0].float() for t in tensors]).sum() * 0.0
+
+def trained_media_names(base: nn.Module, family: Family) -> list[str]:
+    """The trained tensors of the vision tower and the connector, by name."""
+    return [
+        name
+        for name, parameter in base.named_parameters()
+        if parameter.requires_grad and part_of(name, family) in MEDIA_PARTS
+    ]
+
+
+def media_zero(base: nn.Module, names: Sequence[str]) -> Tensor:
+    """0, as a function of the tensors called `names`: they stay in the graph."""
+    tensors = [base.get_parameter(name) for name in names]
+    return torch.stack([t.flatten()[0].float() for t in tensors]).sum() * 0.0
 
 
 def has_media(inputs: Mapping[str, Tensor]) -> bool:

@@ -1,0 +1,41 @@
+"""Pictures and texts as points on one sphere: the hidden state after a prompt, normalised.
+
+    inputs (B, T) -> backbone -> hidden states (B, T, D) -> each row's last token (B, D) -> length 1
+
+What the last token of a prompt ("Summarize the above in one word:") is about to say is the
+embedding (Jiang et al. 2024, arXiv 2407.12580). Letters: B rows, T tokens of the longest row, D
+width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlmtune.models.family import Family
+from vlmtune.models.forward import base_of, has_media, media_zero, trained_media_names
+
+
+class EmbeddingForward(nn.Module):
+    """The model behind `forward(inputs, last) -> embeddings (B, D)`, float32, of length 1.
+
+    Rows are padded on the right; `last` (B,) are the positions of their last tokens. A batch
+    without a picture touches the trained vision tensors with weight zero, as `SupervisedForward`.
+    """
+
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        super().__init__()
+        self.model = model
+        self._media_names = trained_media_names(base_of(model), family)
+
+    def forward(self, inputs: Mapping[str, Tensor], last: Tensor) -> Tensor:
+        base = base_of(self.model)
+        hidden = base.model(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
+        rows = torch.arange(len(last), device=hidden.device)
+        embeddings = F.normalize(hidden[rows, last].float(), dim=-1)  # (B, D)
+        if self._media_names and not has_media(inputs):
+            embeddings = embeddings + media_zero(base, self._media_names)
+        return embeddings
