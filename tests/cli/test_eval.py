@@ -5,47 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from typer.testing import CliRunner
 
-from vlmtune.cli.app import app
-from vlmtune.models.adapters.registry import build_adapter
-from vlmtune.models.load import load_vlm
-from vlmtune.recipe.load import dump_recipe, load_recipe
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, ["eval", *map(str, arguments)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
-
-
-@pytest.fixture(scope="module")
-def data(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four questions in a file of its own."""
-    file = tmp_path_factory.mktemp("data") / "questions.jsonl"
-    lines = (sample_data / "eval.jsonl").read_text().splitlines()[:4]
-    file.write_text("\n".join(lines).replace('"images/', f'"{sample_data}/images/') + "\n")
-    return file
-
-
-@pytest.fixture(scope="module")
-def run_folder(tiny_vlm: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run as training leaves it, with an untrained adapter."""
-    folder = tmp_path_factory.mktemp("runs") / "receipts"
-    folder.mkdir()
-    recipe_file = folder / "recipe.yaml"
-    recipe_file.write_text(
-        f"model: {tiny_vlm}\nlora_target: [q_proj]\nrank: 2\noutput_dir: {folder}\n"
-        f"image: {{max_pixels: 2304}}\ndata: {{train: {data}}}\n"
-        "eval: {max_new_tokens: 3, batch_size: 2}\n"
-    )
-    recipe = load_recipe(recipe_file).recipe
-    (folder / "recipe.resolved.yaml").write_text(dump_recipe(recipe))
-    vlm = load_vlm(str(tiny_vlm), dtype=torch.float32, device="cpu", image=recipe.image)
-    build_adapter(vlm, recipe, total_steps=1).save(folder / "adapter")
-    return folder
+from tests.cli.evaluating import run_eval as run
 
 
 def test_json_holds_the_figures_and_nothing_else_is_on_stdout(

@@ -1,13 +1,13 @@
-"""`vlmtune eval TARGET --data FILE`: answer every question of a file and score the answers."""
+"""`vlmtune eval TARGET … --data FILE`: answer every question of a file and score the answers.
+
+options -> Request (eval_request.py): a run's recipe under the options (eval_section.py), data
+        -> eval_target.py, a target at a time; eval_compare.py for several
+"""
 
 from __future__ import annotations
 
-import contextlib
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,60 +17,120 @@ from vlmtune.cli.common import (
     QuietOption,
     command,
     print_json,
+    setup_logging,
 )
-from vlmtune.cli.target import (
-    DtypeOption,
-    QuantizationOption,
-    TargetArgument,
-    TrustOption,
-    answering_encoder,
-    open_for_answers,
-)
-from vlmtune.errors import VlmtuneError
+from vlmtune.cli.eval_request import Request
+from vlmtune.cli.eval_tables import guard_line
+from vlmtune.cli.processes import is_main_process, joined_processes
+from vlmtune.cli.target import DtypeOption, QuantizationOption, TrustOption
+from vlmtune.errors import CheckFailed
 
-if TYPE_CHECKING:
-    from vlmtune.evaluation.metrics.bootstrap import Interval
-    from vlmtune.evaluation.types import EvalReport
+
+def _option(name: str, help: str, **settings: Any) -> Any:
+    return typer.Option(name, help=help, show_default=False, **settings)
 
 
 @command
 def eval_command(
-    target: TargetArgument,
-    data: Annotated[
-        list[Path],
-        typer.Option("--data", metavar="FILE", help="JSONL or JSON; give it again for more files."),
-    ],
-    task: Annotated[str, typer.Option("--task", help="What is measured: vqa.")] = "vqa",
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            metavar="DIR",
-            help="Folder for predictions.jsonl and metrics.json. Default: RUN/eval/DATA-TIME for a "
-            "run, eval/TARGET-DATA-TIME here for anything else.",
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TARGET…",
+            help="Run folders, adapter folders, models (folder or hub id), or folders of finished "
+            "evaluations. Several are compared with the first.",
             show_default=False,
         ),
+    ],
+    data: Annotated[
+        list[Path] | None,
+        _option("--data", "JSONL or JSON; give it again for more files.", metavar="FILE"),
+    ] = None,
+    task: Annotated[
+        str | None,
+        _option(
+            "--task",
+            "vqa, caption, choice, classification, grounding or retrieval. Default: the run's, "
+            "else vqa.",
+        ),
+    ] = None,
+    metrics: Annotated[
+        str | None, _option("--metrics", "Names, with commas. Default: the task's own.")
+    ] = None,
+    scorer: Annotated[
+        Literal["likelihood", "embedding"] | None,
+        _option("--scorer", "Retrieval: how a text and a picture are scored."),
+    ] = None,
+    subtract_prior: Annotated[
+        bool | None,
+        _option(
+            "--subtract-prior/--no-subtract-prior",
+            "Retrieval by likelihood: whether log p(text) without a picture is subtracted.",
+        ),
+    ] = None,
+    embedding_prompt: Annotated[
+        str | None,
+        _option("--embedding-prompt", "Retrieval by embedding: what follows a picture or a text."),
+    ] = None,
+    decoding: Annotated[
+        Literal["greedy", "sample", "beam"] | None,
+        _option("--decoding", "How answers are generated. Default: the run's, else greedy."),
+    ] = None,
+    temperature: Annotated[
+        float | None, _option("--temperature", "With sample: divides the logits.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        _option("--top-p", "With sample: likeliest tokens of this probability together."),
+    ] = None,
+    top_k: Annotated[
+        int | None, _option("--top-k", "With sample: so many likeliest tokens; 0: all.")
+    ] = None,
+    num_beams: Annotated[int | None, _option("--num-beams", "With beam: number of beams.")] = None,
+    stop: Annotated[
+        list[str] | None,
+        _option("--stop", "An answer ends before this text; give it again for more."),
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(
-            "--max-new-tokens",
-            min=1,
-            help="Longest answer, in tokens. Default: the run's.",
-            show_default=False,
-        ),
+        _option("--max-new-tokens", "Longest answer, in tokens. Default: the run's.", min=1),
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(
-            "--batch-size",
-            min=1,
-            help="Questions answered at once. Default: the run's.",
-            show_default=False,
-        ),
+        _option("--batch-size", "Questions answered at once. Default: the run's.", min=1),
     ] = None,
     max_samples: Annotated[
-        int | None, typer.Option("--max-samples", min=1, help="Only the first so many samples.")
+        int | None, _option("--max-samples", "Only the first so many samples.", min=1)
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed", min=0, max=2**32 - 1, help="Of sampled answers and of the bootstrap."
+        ),
+    ] = 0,
+    blind: Annotated[
+        bool,
+        typer.Option("--blind", help="Also what guessers score that never see the picture."),
+    ] = False,
+    train: Annotated[
+        list[Path] | None,
+        _option(
+            "--train",
+            "With --blind: the training data to guess from. Default: the run's.",
+            metavar="FILE",
+        ),
+    ] = None,
+    no_guard: Annotated[
+        bool, typer.Option("--no-guard", help="Leave out the run's eval.guard.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        _option(
+            "--output",
+            "Folder for the report. Default: RUN/eval/DATA-TIME for a run, eval/TARGET-DATA-TIME "
+            "here for anything else, eval/compare-DATA-TIME for several targets. An evaluation "
+            "that was stopped goes on with the same command.",
+            metavar="DIR",
+        ),
     ] = None,
     dtype: DtypeOption = "auto",
     quantization_bit: QuantizationOption = None,
@@ -79,128 +139,51 @@ def eval_command(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Measure a run, an adapter or a model on a data file."""
-    from vlmtune.data.source import load_conversations
-    from vlmtune.evaluation.metrics.registry import metrics_for
-
-    metrics_for(task)
-    conversations, _ = load_conversations(data)
-    conversations = conversations[:max_samples]
-
-    from vlmtune.evaluation.runner import check_references, evaluate, write_report
-    from vlmtune.models.processor import pixel_budget
-    from vlmtune.recipe.schema import EvalSection
-
-    check_references(conversations)
-    started_at = time.strftime("%Y%m%d-%H%M%S")
-    if output is not None:
-        _make_folder(output)
-    opened = open_for_answers(
-        target, dtype=dtype, quantization_bit=quantization_bit, trust_remote_code=trust_remote_code
-    )
-    folder = output or _default_folder(target, opened.kind, data, started_at)
-    _make_folder(folder)
-    section = EvalSection() if opened.recipe is None else opened.recipe.eval
-    section = section.model_copy(
-        update={
-            "task": task,
-            "max_new_tokens": max_new_tokens or section.max_new_tokens,
-            "batch_size": batch_size or section.batch_size,
-        }
-    )
-    started = time.monotonic()
-    with _progress(len(conversations), quiet) as on_progress:
-        report = evaluate(
-            opened.vlm,
-            conversations,
-            encoder=answering_encoder(opened),
-            section=section,
-            on_progress=on_progress,
-        )
-    about = {
-        "target": target,
-        "kind": opened.kind,
-        "model_commit": opened.vlm.commit,
-        "data": [str(file.absolute()) for file in data],
-        "dtype": str(opened.vlm.model.dtype).removeprefix("torch."),
-        "pixel_budget": pixel_budget(opened.vlm.processor),  # reports compare only at the same one
-        "max_new_tokens": section.max_new_tokens,
-        "seconds": time.monotonic() - started,
+    """Measure runs, adapters or models on a data file; compare several."""
+    quiet = quiet or not is_main_process()
+    setup_logging(quiet)
+    given = {
+        "task": task,
+        "metrics": None if metrics is None else [name.strip() for name in metrics.split(",")],
+        "scorer": scorer,
+        "subtract_prior": subtract_prior,
+        "embedding_prompt": embedding_prompt,
+        "method": decoding,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "num_beams": num_beams,
+        "stop": stop,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
     }
-    write_report(report, folder, about=about)
-    predictions = folder / "predictions.jsonl"
-    if json:
-        print_json(about | report.summary() | {"predictions": str(predictions.absolute())})
-    else:
-        _print_table(report)
-        print(f"predictions: {predictions}")
-
-
-def _default_folder(target: str, kind: str, data: list[Path], started_at: str) -> Path:
-    stem = f"{data[0].stem}-{started_at}"
-    if kind == "run":
-        return Path(target) / "eval" / stem
-    # A model or adapter folder is for loading and serving; reports do not belong in it.
-    name = target.rstrip("/").rpartition("/")[2]
-    return Path("eval") / f"{name}-{stem}"
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".probe").touch()
-        (folder / ".probe").unlink()
-    except OSError as error:
-        raise VlmtuneError(
-            f"the output folder cannot be written: {error.strerror}",
-            file=folder,
-            do="give another folder with --output",
-        ) from error
-
-
-@contextlib.contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[Callable[[int], None] | None]:
-    """A bar in a terminal, a line every tenth in a pipe, nothing with `--quiet`."""
-    if quiet:
-        yield None
-    elif sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        columns = (MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task("answers", total=total)
-            yield lambda done: bar.update(task, completed=done)
-    else:
-        shown = 0
-
-        def line(done: int) -> None:
-            nonlocal shown
-            if done * 10 // total > shown:
-                shown = done * 10 // total
-                print(f"answered {done} of {total}", file=sys.stderr)
-
-        yield line
-
-
-def _print_table(report: EvalReport) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{report.task}, {report.num_samples} samples")
-    table.add_column("question type")
-    table.add_column("metric")
-    for heading in ("value", "95 % interval", "n"):
-        table.add_column(heading, justify="right")
-    for name, interval in report.metrics.items():
-        table.add_row("all", name, *_cells(interval))
-    for kind, metrics in report.slices.items():
-        for name, interval in metrics.items():
-            table.add_row(kind, name, *_cells(interval))
-    Console().print(table)
-
-
-def _cells(interval: Interval) -> tuple[str, str, str]:
-    value, low, high = (f"{100 * x:.2f}" for x in (interval.value, interval.low, interval.high))
-    return f"{value} %", f"{low} to {high}", str(interval.count)
+    request = Request(
+        targets=targets,
+        data=data or [],
+        options={key: value for key, value in given.items() if value is not None},
+        max_samples=max_samples,
+        blind=blind,
+        train=train or [],
+        output=output,
+    )
+    with joined_processes() as processes:
+        plan = request.plan(
+            processes,
+            seed=seed,
+            with_guard=not no_guard,
+            dtype=dtype,
+            quantization_bit=quantization_bit,
+            trust_remote_code=trust_remote_code,
+            quiet=quiet,
+        )
+        result = request.run(plan, as_json=json)
+    if processes.is_main and json:
+        print_json(result)
+    evaluated = result.get("targets", [result])
+    fallen = [
+        f"{one['target']}: {guard_line(one['guard'])}"
+        for one in evaluated
+        if one["target"] not in request.finished and one.get("guard", {}).get("has_fallen")
+    ]
+    if fallen:
+        raise CheckFailed("; ".join(fallen))

@@ -10,6 +10,8 @@ import typer
 from vlmtune.errors import VlmtuneError
 
 if TYPE_CHECKING:
+    import torch
+
     from vlmtune.data.encode import Encoder
     from vlmtune.models.open import OpenTarget
 
@@ -44,7 +46,12 @@ TrustOption = Annotated[
 
 
 def open_for_answers(
-    target: str, *, dtype: str, quantization_bit: int | None, trust_remote_code: bool
+    target: str,
+    *,
+    dtype: str,
+    quantization_bit: int | None,
+    trust_remote_code: bool,
+    device: torch.device | None = None,
 ) -> OpenTarget:
     """Open TARGET for generation; a warning where its pixel budget is not the recipe's.
 
@@ -60,6 +67,7 @@ def open_for_answers(
     opened = open_target(
         target,
         dtype=inference_dtype(dtype),
+        device=device,
         quantization_bit=quantization_bit,
         trust_remote_code=trust_remote_code,
     )

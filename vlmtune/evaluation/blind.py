@@ -14,10 +14,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import PIL.Image
+from PIL import ExifTags
 
-from vlmtune.data.media import open_image
+from vlmtune.data.media import locate_image
 from vlmtune.data.types import Conversation, Image, Part, Turn
 from vlmtune.errors import VlmtuneError
 from vlmtune.evaluation.runner import question_of
@@ -43,12 +45,10 @@ def majority_answers(training: Sequence[Conversation], asked: Sequence[Conversat
     return [count.most_common(1)[0][0] for count in counts]
 
 
-def blanked(conversation: Conversation, *, max_pixels: int) -> Conversation:
-    """The conversation with each picture mid-grey. Raises VlmtuneError for a picture that cannot be
-    opened."""
+def blanked(conversation: Conversation) -> Conversation:
+    """The conversation with each picture mid-grey."""
     turns = tuple(
-        Turn(turn.role, tuple(_blank(part, max_pixels=max_pixels) for part in turn.parts))
-        for turn in conversation.turns
+        Turn(turn.role, tuple(_blank(part) for part in turn.parts)) for turn in conversation.turns
     )
     return replace(conversation, turns=turns)
 
@@ -63,10 +63,14 @@ def _exchanges(conversation: Conversation) -> Iterator[tuple[str, str]]:
         yield turns[-1].text.strip(), Counter(conversation.answers).most_common(1)[0][0]
 
 
-def _blank(part: Part, *, max_pixels: int) -> Part:
+def _blank(part: Part) -> Part:
     if not isinstance(part, Image):
         return part
-    width, height = open_image(part, max_pixels=max_pixels).size  # upright, as the model sees it
+    found = locate_image(part)
+    with PIL.Image.open(found if isinstance(found, Path) else io.BytesIO(found)) as picture:
+        width, height = picture.size
+        if picture.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # turned by a quarter
+            width, height = height, width
     return Image(_grey_picture(width, height), part.base_dir)
 
 

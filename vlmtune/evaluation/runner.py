@@ -46,19 +46,21 @@ def evaluate(
     world_size: int = 1,
     gather: Gather | None = None,
     kept: KeptAnswers | None = None,
+    shown: Sequence[Conversation] | None = None,
 ) -> EvalReport:
     """Answer and score every conversation as `section` says; the report is the same on every
     process.
 
-    `seed` is that of sampled answers and of the bootstrap; the other arguments are those of
-    `answer_all`. Raises VlmtuneError for an unknown task or metric, SampleError for a conversation
-    without a reference answer or one that cannot be encoded.
+    `shown` are the conversations as the model sees them where that is not how they are scored and
+    reported (blank pictures). `seed` is that of sampled answers and of the bootstrap; the other
+    arguments are those of `answer_all`. Raises VlmtuneError for an unknown task or metric,
+    SampleError for a conversation without a reference answer or one that cannot be encoded.
     """
     metrics_for(section.task, section.metrics)
     check_references(conversations)
     texts = answer_all(
         vlm,
-        conversations,
+        conversations if shown is None else shown,
         encoder=encoder,
         section=section,
         seed=seed,
@@ -225,9 +227,9 @@ def write_report(
     whole or not at all. `about` (what was evaluated, on what) goes into `metrics.json` too."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(p.as_row(), ensure_ascii=False) for p in report.predictions]
-    _write_whole(folder / "predictions.jsonl", "".join(line + "\n" for line in lines))
+    write_whole(folder / "predictions.jsonl", "".join(line + "\n" for line in lines))
     summary = {**(about or {}), **report.summary()}
-    _write_whole(folder / "metrics.json", json.dumps(summary, indent=2) + "\n")
+    write_whole(folder / "metrics.json", json.dumps(summary, indent=2) + "\n")
 
 
 def _summarise(
@@ -258,7 +260,8 @@ def _cluster(prediction: Prediction) -> Hashable:
     return prediction.images or (prediction.id,)
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
     unfinished = path.with_name(path.name + ".part")
     with unfinished.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -1,0 +1,44 @@
+"""`vlmtune eval` in this process, and what it is run on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from typer.testing import CliRunner
+
+from vlmtune.cli.app import app
+from vlmtune.models.adapters.registry import build_adapter
+from vlmtune.models.load import load_vlm
+from vlmtune.recipe.load import dump_recipe, load_recipe
+
+
+def run_eval(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr."""
+    result = CliRunner().invoke(app, ["eval", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def write_questions(file: Path, sample_data: Path, num: int) -> Path:
+    """The first `num` questions of the sample data, in a file of their own."""
+    lines = (sample_data / "eval.jsonl").read_text().splitlines()[:num]
+    file.write_text("\n".join(lines).replace('"images/', f'"{sample_data}/images/') + "\n")
+    return file
+
+
+def write_run(folder: Path, tiny_vlm: Path, data: Path, evaluation: str) -> Path:
+    """A finished run as training leaves it, with an untrained adapter; `evaluation` is the value of
+    `eval` in its recipe."""
+    folder.mkdir(parents=True)
+    recipe_file = folder / "recipe.yaml"
+    recipe_file.write_text(
+        f"model: {tiny_vlm}\nlora_target: [q_proj]\nrank: 2\noutput_dir: {folder}\n"
+        f"image: {{max_pixels: 2304}}\ndata: {{train: {data}}}\neval: {evaluation}\n"
+    )
+    recipe = load_recipe(recipe_file).recipe
+    (folder / "recipe.resolved.yaml").write_text(dump_recipe(recipe))
+    vlm = load_vlm(str(tiny_vlm), dtype=torch.float32, device="cpu", image=recipe.image)
+    build_adapter(vlm, recipe, total_steps=1).save(folder / "adapter")
+    return folder

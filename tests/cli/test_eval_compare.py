@@ -1,0 +1,159 @@
+"""Several targets: evaluated on the same samples, compared with the first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.evaluating import run_eval, write_run
+
+
+def doctored(folder: Path, source: Path, answers: dict[str, str]) -> Path:
+    """A finished evaluation like `source` with other answers to some samples."""
+    folder.mkdir()
+    rows = [json.loads(line) for line in (source / "predictions.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["prediction"] = answers.get(row["id"], row["prediction"])
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metrics.json").write_text((source / "metrics.json").read_text())
+    return folder
+
+
+@pytest.fixture
+def finished(tiny_vlm: Path, data: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "finished"
+    code, _, stderr = run_eval(tiny_vlm, "--data", data, "--output", folder, "--quiet")
+    assert code == 0, stderr
+    return folder
+
+
+def test_targets_are_evaluated_and_compared(
+    tiny_vlm: Path, run_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    code, stdout, stderr = run_eval(
+        tiny_vlm, run_folder, "--data", data, "--output", output, "--json"
+    )
+    assert code == 0, stderr
+    result = json.loads(stdout)
+    assert [one["target"] for one in result["targets"]] == [str(tiny_vlm), str(run_folder)]
+    # Both as the run's recipe says.
+    assert [one["max_new_tokens"] for one in result["targets"]] == [3, 3]
+    (comparison,) = result["comparison"]["comparisons"]
+    assert (comparison["target"], comparison["against"]) == ("receipts", "tiny-vlm")
+    difference = comparison["metrics"]["exact_match"]
+    assert difference["low"] <= difference["difference"] <= difference["high"]
+    assert comparison["mcnemar"]["exact_match"]["p_value"] == 1.0
+    written = json.loads((output / "comparison.json").read_text())
+    assert written["comparisons"] == [comparison]
+    assert (output / "tiny-vlm" / "predictions.jsonl").is_file()
+    assert (output / "receipts" / "metrics.json").is_file()
+    assert Path(result["comparison"]["changes"]) == output / "changes.jsonl"
+
+
+def test_finished_evaluations_are_taken_as_they_are(finished: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (finished / "predictions.jsonl").read_text().splitlines()]
+    better = doctored(tmp_path / "better", finished, {row["id"]: row["answer"] for row in rows})
+    worse = doctored(tmp_path / "worse", finished, {rows[0]["id"]: "wrong"})
+    code, stdout, stderr = run_eval(
+        worse, better, finished, "--output", tmp_path / "out", "--metrics", "exact_match"
+    )
+    assert code == 0, stderr
+    for text in ("against worse", "better", "McNemar", "wrong to right: "):
+        assert text in stdout
+    changes = [
+        json.loads(line) for line in (tmp_path / "out" / "changes.jsonl").read_text().splitlines()
+    ]
+    assert {tuple(change["changes"]) for change in changes} <= {("better",), ("better", "finished")}
+    assert all(change["changes"]["better"] == "wrong_to_right" for change in changes)
+    assert set(changes[0]["predictions"]) == {"worse", "better", "finished"}
+    assert len(changes) == 4
+
+
+def test_a_comparison_that_was_stopped_goes_on(
+    tiny_vlm: Path, run_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = [tiny_vlm, run_folder, "--data", data]
+    assert run_eval(*command)[0] == 0
+    (folder,) = (tmp_path / "eval").iterdir()
+    # As a kill during the second target leaves it.
+    (folder / "comparison.json").unlink()
+    for path in (folder / "receipts").iterdir():
+        path.unlink()
+    answers = folder / "tiny-vlm" / "predictions.jsonl"
+    before = answers.stat().st_mtime_ns
+    code, _, stderr = run_eval(*command)
+    assert code == 0
+    assert f"the report in {folder.relative_to(tmp_path)}/tiny-vlm is of this" in stderr
+    assert [path.name for path in (tmp_path / "eval").iterdir()] == [folder.name]
+    assert answers.stat().st_mtime_ns == before
+    assert (folder / "comparison.json").is_file()
+    # Other settings: nothing of it is taken.
+    (folder / "comparison.json").unlink()
+    assert run_eval(*command, "--max-new-tokens", 2)[0] == 0
+    assert answers.stat().st_mtime_ns != before
+
+
+def test_targets_of_different_tasks_are_refused(
+    tiny_vlm: Path, run_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    other = write_run(tmp_path / "captions", tiny_vlm, data, "{task: caption}")
+    code, _, stderr = run_eval(run_folder, other, "--data", data)
+    assert code == 2
+    assert "different tasks" in stderr
+    assert "--task" in stderr
+
+
+def test_runs_with_other_settings_are_evaluated_alike_and_that_is_said(
+    tiny_vlm: Path, run_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    other = write_run(tmp_path / "long", tiny_vlm, data, "{max_new_tokens: 5}")
+    command = [run_folder, other, "--data", data, "--json"]
+    code, stdout, stderr = run_eval(*command, "--output", tmp_path / "a")
+    assert code == 0
+    assert [one["max_new_tokens"] for one in json.loads(stdout)["targets"]] == [3, 3]
+    assert f"{other} is evaluated as the first run's recipe says" in stderr
+    assert "eval.max_new_tokens" in stderr
+    _, _, stderr = run_eval(*command, "--output", tmp_path / "b", "--max-new-tokens", 2)
+    assert "recipe says" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda lines: lines[:2], "not of the same samples"),
+        (
+            lambda lines: [line.replace('"question": "', '"question": "!') for line in lines],
+            "asked",
+        ),
+    ],
+)
+def test_reports_of_other_samples_are_refused(
+    finished: Path, tmp_path: Path, spoil, expected: str
+) -> None:
+    other = doctored(tmp_path / "other", finished, {})
+    lines = (other / "predictions.jsonl").read_text().splitlines()
+    (other / "predictions.jsonl").write_text("".join(line + "\n" for line in spoil(lines)))
+    code, _, stderr = run_eval(finished, other, "--output", tmp_path / "out")
+    assert code == 2
+    assert expected in stderr
+
+
+def test_a_report_of_other_samples_than_the_data_is_refused_before_a_model_is_loaded(
+    finished: Path, data: Path, tmp_path: Path
+) -> None:
+    code, _, stderr = run_eval(finished, "./missing", "--data", data, "--max-samples", 2)
+    assert code == 2
+    assert "4 samples, 2 of them in --data" in stderr
+
+
+def test_a_report_alone_has_nothing_to_be_compared_with(finished: Path) -> None:
+    code, _, stderr = run_eval(finished)
+    assert code == 2
+    assert "name a second target" in stderr
+    code, _, stderr = run_eval(finished, "./missing")
+    assert code == 2
+    assert "--data" in stderr

@@ -1,0 +1,199 @@
+"""Options over the run's recipe, blind guessers, the guard, and wrong input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.evaluating import run_eval, write_run
+
+
+def evaluated(*arguments: object) -> dict[str, Any]:
+    code, stdout, stderr = run_eval(*arguments, "--json", "--quiet")
+    assert code == 0, stderr
+    result: dict[str, Any] = json.loads(stdout)
+    return result
+
+
+def predictions(result: dict[str, Any]) -> list[str]:
+    lines = Path(result["predictions"]).read_text().splitlines()
+    return [json.loads(line)["prediction"] for line in lines]
+
+
+def test_options_go_over_the_runs_recipe(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    section = "{max_new_tokens: 3, decoding: {method: beam, num_beams: 3}, metrics: [exact_match]}"
+    run = write_run(tmp_path / "run", tiny_vlm, data, section)
+    own = evaluated(run, "--data", data)
+    assert own["max_new_tokens"] == 3
+    assert own["decoding"] == {"method": "beam", "num_beams": 3, "stop": []}
+    assert set(own["metrics"]) == {"exact_match"}
+    options = ["--decoding", "sample", "--temperature", 2, "--top-k", 5, "--stop", "a", "--stop=b"]
+    given = evaluated(
+        run, "--data", data, *options, "--max-new-tokens", 4, "--metrics", "anls,token_f1"
+    )
+    assert given["max_new_tokens"] == 4
+    assert given["decoding"] == {
+        "method": "sample",
+        "temperature": 2.0,
+        "top_p": 1.0,
+        "top_k": 5,
+        "stop": ["a", "b"],
+    }
+    assert set(given["metrics"]) == {"anls", "token_f1"}
+    task = evaluated(run, "--data", data, "--task", "classification")
+    assert "exact_match" not in task["metrics"], "metrics are those of the recipe's own task"
+
+
+def test_another_seed_draws_other_answers(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+    def drawn(seed: int) -> list[str]:
+        sample = ["--decoding", "sample", "--temperature", 4]
+        output = tmp_path / "out"
+        return predictions(
+            evaluated(tiny_vlm, "--data", data, *sample, "--seed", seed, "--output", output)
+        )
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+
+
+def test_blind_figures_stand_beside_the_models(
+    run_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    code, stdout, stderr = run_eval(run_folder, "--data", data, "--blind")
+    assert code == 0, stderr
+    assert "majority answer" in stdout
+    assert "blank pictures" in stdout
+    result = evaluated(run_folder, "--data", data, "--blind", "--output", tmp_path / "out")
+    blind = result["blind"]
+    # The run's training data is the file it is evaluated on: each question was asked once there.
+    assert blind["majority_answer"]["metrics"]["exact_match"]["value"] == 1.0
+    assert blind["blank_pictures"]["metrics"]["exact_match"]["count"] == 4
+    assert set(blind["blank_pictures"]["slices"]) == {"shape", "color"}
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["blind"] == blind
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "blank" / "predictions.jsonl").read_text().splitlines()
+    ]
+    assert all(Path(row["images"][0]).is_file() for row in rows), "named by the real picture"
+
+
+def test_the_majority_answer_is_of_the_named_training_data(
+    tiny_vlm: Path, data: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text(
+        '{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}]}\n'
+    )
+    result = evaluated(
+        tiny_vlm, "--data", data, "--blind", "--train", other, "--output", tmp_path / "out"
+    )
+    assert result["blind"]["majority_answer"]["metrics"]["exact_match"]["value"] == 0.0
+
+
+@pytest.fixture
+def guarded(tiny_vlm: Path, data: Path, tmp_path: Path) -> Path:
+    """A run with a guard, in a folder of its own."""
+    shutil.copy(data, tmp_path / "old.jsonl")
+    section = f"{{max_new_tokens: 3, guard: {{data: {tmp_path}/old.jsonl, max_samples: 3}}}}"
+    return write_run(tmp_path / "run", tiny_vlm, data, section)
+
+
+def write_before(run: Path, value: float) -> None:
+    folder = run / "eval" / "guard-step-000000"
+    folder.mkdir(parents=True)
+    interval = {"value": value, "low": value, "high": value, "count": 3}
+    (folder / "metrics.json").write_text(json.dumps({"metrics": {"exact_match": interval}}))
+
+
+def test_a_run_that_forgot_ends_with_1_and_says_so(
+    guarded: Path, data: Path, tmp_path: Path
+) -> None:
+    write_before(guarded, 1.0)
+    output = tmp_path / "out"
+    code, stdout, stderr = run_eval(guarded, "--data", data, "--output", output, "--json")
+    assert code == 1
+    assert "forgotten: guard exact_match 1.0000 before training" in stderr
+    guard = json.loads(stdout)["guard"]
+    assert (guard["metric"], guard["before"], guard["has_fallen"]) == ("exact_match", 1.0, True)
+    assert json.loads((output / "metrics.json").read_text())["guard"] == guard
+    assert len((output / "guard" / "predictions.jsonl").read_text().splitlines()) == 3
+    assert run_eval(guarded, "--data", data, "--output", output, "--no-guard")[0] == 0
+
+
+def test_a_run_that_remembers_ends_with_0_and_says_so(
+    guarded: Path, data: Path, tmp_path: Path
+) -> None:
+    write_before(guarded, 0.0)
+    code, stdout, _ = run_eval(guarded, "--data", data)
+    assert code == 0
+    assert "guard exact_match 0.0000 before training" in stdout
+    assert "forgotten" not in stdout
+
+
+def test_a_guard_that_was_not_measured_before_is_a_warning(guarded: Path, data: Path) -> None:
+    code, _, stderr = run_eval(guarded, "--data", data)
+    assert code == 0
+    assert "not measured before training" in stderr
+
+
+def test_a_guard_whose_data_is_gone_is_an_error_before_anything_is_answered(
+    guarded: Path, data: Path, tmp_path: Path
+) -> None:
+    write_before(guarded, 0.0)
+    (tmp_path / "old.jsonl").unlink()
+    code, _, stderr = run_eval(guarded, "--data", data)
+    assert code == 2
+    assert "--no-guard" in stderr
+    assert "answered" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--metrics", "exact_mach"], "did you mean 'exact_match'"),
+        (["--task", "caption", "--metrics", ""], "unknown metric"),
+        (["--temperature", "0.5"], "--temperature has no effect with --decoding greedy"),
+        (["--decoding", "beam", "--top-p", "0.5"], "--top-p has no effect with --decoding beam"),
+        (["--num-beams", "3"], "add --decoding beam"),
+        (["--decoding", "beam", "--num-beams", "1"], "wrong value for --num-beams"),
+        (["--decoding", "sample", "--temperature", "0"], "wrong value for --temperature"),
+        (["--stop", ""], "wrong value for --stop"),
+        (["--decoding", "nucleus"], "--decoding"),
+        (["--scorer", "embedding"], "--scorer has no effect with --task vqa"),
+        (["--task", "retrieval", "--stop", "x"], "--stop has no effect"),
+        (["--task", "retrieval", "--blind"], "--blind has no effect"),
+        (["--blind"], "--blind needs the training data"),
+        (["--blind", "--train", "gone.jsonl"], "no such data file"),
+        (["--train", "questions.jsonl"], "--train has no effect without --blind"),
+        (["--output", "occupied"], "the output folder is occupied"),
+        (["--output", "."], "the output folder is occupied"),
+        (["./missing-model"], "named twice"),
+    ],
+)
+def test_wrong_input_ends_with_2_before_a_model_is_loaded(
+    arguments: list[str],
+    expected: str,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(data, "questions.jsonl")
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "thesis.tex").write_text("all of it")
+    code, stdout, stderr = run_eval("./missing-model", "--data", "questions.jsonl", *arguments)
+    assert code == 2
+    assert stdout == ""
+    assert expected in stderr
+    assert "no such model folder" not in stderr
+    assert "Traceback" not in stderr
+
+
+def test_a_run_folder_is_no_output_folder(run_folder: Path, data: Path) -> None:
+    code, _, stderr = run_eval(run_folder, "--data", data, "--output", run_folder)
+    assert code == 2
+    assert "occupied" in stderr

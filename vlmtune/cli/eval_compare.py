@@ -1,0 +1,107 @@
+"""Several targets of `vlmtune eval`: one after the other on the same samples, then side by side.
+
+OUTPUT/targets.json       what is compared, to know an interrupted comparison again
+OUTPUT/NAME/              each target's report
+OUTPUT/comparison.json    differences with intervals, McNemar's test
+OUTPUT/changes.jsonl      the samples whose score changed, with every target's answer
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmtune.cli.eval_asked import Plan
+from vlmtune.cli.eval_output import make_folder, new_folder, short_name
+from vlmtune.cli.eval_tables import print_comparison, print_result
+from vlmtune.cli.eval_target import evaluate_target, free_memory
+
+logger = logging.getLogger("vlmtune")
+
+
+def names_of(targets: Sequence[str]) -> dict[str, str]:
+    """What each target is called: its last path component, or all of it where two share one."""
+    short = [short_name(target) for target in targets]
+    return {
+        target: name if short.count(name) == 1 else target.strip("/")
+        for target, name in zip(targets, short)
+    }
+
+
+def compare_targets(
+    targets: Sequence[str],
+    plan: Plan,
+    finished: Mapping[str, Path],
+    output: Path | None,
+    *,
+    as_json: bool,
+) -> dict[str, Any]:
+    """Evaluate what is not in `finished`, compare everything with the first target, write, and
+    print unless `as_json`. What `--json` holds; empty but on the main process. Contains
+    collectives."""
+    from vlmtune.evaluation.compare import compare
+    from vlmtune.evaluation.results import read_result
+    from vlmtune.evaluation.runner import write_whole
+
+    names = names_of(targets)
+    what = {"targets": list(targets), "data": [str(file.absolute()) for file in plan.data]}
+    main = plan.processes.is_main
+    chosen = (output or _unfinished_or_new(what, plan)) if main else None
+    folder: Path = plan.processes.from_main(chosen)
+    make_folder(folder)
+    if main:
+        write_whole(folder / "targets.json", _as_text(what))
+    results, folders = [], {}
+    for target in targets:
+        place = finished.get(target, folder / names[target].replace("/", "_"))
+        folders[names[target]] = place
+        if target in finished:
+            summary = read_result(place, target).summary
+            predictions = place.absolute() / "predictions.jsonl"
+            results.append(summary | {"target": target, "predictions": str(predictions)})
+            continue
+        logger.info("%s:", target)
+        results.append(evaluate_target(target, plan, place, reuse=True))
+        free_memory()
+    if not main:
+        return {}
+    read = [read_result(place, name) for name, place in folders.items()]
+    comparisons, changes = compare(read, metrics=plan.section.metrics, seed=plan.seed)
+    summary = {
+        "against": read[0].name,
+        "task": read[0].task,
+        "num_samples": len(read[0].rows),
+        "comparisons": [comparison.as_dict() for comparison in comparisons],
+        "num_changed": len(changes),
+    }
+    write_whole(folder / "comparison.json", json.dumps(summary, indent=2) + "\n")
+    lines = [json.dumps(change.as_row(), ensure_ascii=False) + "\n" for change in changes]
+    write_whole(folder / "changes.jsonl", "".join(lines))
+    if not as_json:
+        for result in results:
+            print(result["target"])
+            print_result(result)
+        print_comparison(comparisons, changes)
+        print(f"comparison: {folder}")
+    changes_file = str((folder / "changes.jsonl").absolute())
+    return {"targets": results, "comparison": summary | {"changes": changes_file}}
+
+
+def _unfinished_or_new(what: Mapping[str, Any], plan: Plan) -> Path:
+    """The newest folder in which this comparison was stopped, or a new one."""
+    stem = f"compare-{plan.data[0].stem}" if plan.data else "compare"
+    for folder in sorted(Path("eval").glob(f"{stem}-*"), reverse=True):
+        told = folder / "targets.json"
+        if (folder / "comparison.json").exists() or not told.is_file():
+            continue
+        if told.read_text(encoding="utf-8") == _as_text(what):
+            return folder
+    return new_folder(Path("eval") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def _as_text(what: Mapping[str, Any]) -> str:
+    return json.dumps(what, indent=2) + "\n"

@@ -1,0 +1,180 @@
+"""What was asked of `vlmtune eval`, checked before any model is loaded, and carried out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmtune.cli.eval_asked import Plan
+from vlmtune.cli.eval_compare import compare_targets
+from vlmtune.cli.eval_output import check_output, default_parent, make_folder, unfinished_or_new
+from vlmtune.cli.eval_section import Options, choose_section, read_recipes
+from vlmtune.cli.eval_tables import print_result
+from vlmtune.cli.eval_target import ChooseFolder, evaluate_target
+from vlmtune.errors import VlmtuneError
+
+if TYPE_CHECKING:
+    from vlmtune.cli.processes import Processes
+    from vlmtune.data.types import Conversation
+    from vlmtune.evaluation.results import Result
+    from vlmtune.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Request:
+    """`options` are the keys of `eval` and `eval.decoding` that were given."""
+
+    targets: Sequence[str]
+    data: Sequence[Path]
+    options: Options
+    max_samples: int | None
+    blind: bool
+    train: Sequence[Path]
+    output: Path | None
+    finished: dict[str, Path] = field(default_factory=dict)
+
+    def plan(self, processes: Processes, **settings: Any) -> Plan:
+        """Everything but the models, loaded and checked. Raises VlmtuneError for whatever is wrong
+        with it."""
+        from vlmtune.data.source import load_conversations
+        from vlmtune.evaluation.metrics.registry import metrics_for
+
+        self._check_targets()
+        reports = self._reports()
+        recipes = read_recipes(self.targets)
+        tasks = {target: report.task for target, report in reports.items()}
+        section = choose_section(recipes, self.options, tasks)
+        metrics_for(section.task, section.metrics)
+        if self.output is not None:
+            check_output(self.output)
+        conversations: list[Conversation] = []
+        if self.data:
+            conversations = load_conversations(self.data)[0][: self.max_samples]
+        for target, report in reports.items():
+            _check_ids(conversations, report, target)
+        guesses = self._guesses(section.task, conversations, recipes)
+        if settings["with_guard"]:
+            _check_guards(recipes)
+
+        from vlmtune.evaluation.runner import check_references
+
+        if section.task != "retrieval":
+            check_references(conversations)
+        if self.output is not None:
+            make_folder(self.output)
+        return Plan(
+            conversations=conversations,
+            data=self.data,
+            section=section,
+            guesses=guesses,
+            processes=processes,
+            **settings,
+        )
+
+    def run(self, plan: Plan, *, as_json: bool) -> dict[str, Any]:
+        """Evaluate and print unless `as_json`; what `--json` holds. Contains collectives."""
+        if len(self.targets) > 1:
+            return compare_targets(self.targets, plan, self.finished, self.output, as_json=as_json)
+        (target,) = self.targets
+        place = self.output or self._place(target)
+        result = evaluate_target(target, plan, place)
+        if plan.processes.is_main and not as_json:
+            print_result(result)
+            print(f"predictions: {result['predictions']}")
+        return result
+
+    def _place(self, target: str) -> ChooseFolder:
+        started_at = time.strftime("%Y%m%d-%H%M%S")
+
+        def choose_folder(kind: str, settings: Mapping[str, Any]) -> Path:
+            parent, stem = default_parent(target, kind, self.data[0])
+            return unfinished_or_new(parent, stem, settings, started_at)
+
+        return choose_folder
+
+    def _check_targets(self) -> None:
+        from vlmtune.evaluation.results import is_finished
+
+        twice = [target for target in self.targets if self.targets.count(target) > 1]
+        if twice:
+            raise VlmtuneError("a target is named twice", got=twice[0], expected="each once")
+        folders = {target: Path(target).expanduser() for target in self.targets}
+        self.finished.update({t: folder for t, folder in folders.items() if is_finished(folder)})
+        running = [target for target in self.targets if target not in self.finished]
+        if len(self.targets) == 1 and not running:
+            raise VlmtuneError(
+                "the target is the report of an evaluation",
+                file=self.targets[0],
+                do="name a second target to compare it with, or a run, an adapter or a model",
+            )
+        if running and not self.data:
+            raise VlmtuneError(
+                f"Missing option '--data': there is nothing to evaluate {running[0]} on"
+            )
+        if self.train and not self.blind:
+            raise VlmtuneError("--train has no effect without --blind", do="add --blind")
+        if self.blind and not running:
+            raise VlmtuneError("--blind has no effect: every target is a report already")
+
+    def _reports(self) -> dict[str, Result]:
+        from vlmtune.evaluation.results import read_result
+
+        return {target: read_result(folder, target) for target, folder in self.finished.items()}
+
+    def _guesses(
+        self, task: str, conversations: Sequence[Conversation], recipes: Mapping[str, Recipe]
+    ) -> list[str] | None:
+        """The majority answers, with `--blind`."""
+        if not self.blind:
+            return None
+        if task == "retrieval":
+            raise VlmtuneError(
+                "--blind has no effect: retrieval without pictures is chance",
+                do="leave --blind out; chance is k of the number of texts for R@k",
+            )
+        from vlmtune.data.source import load_conversations
+        from vlmtune.evaluation.blind import majority_answers
+
+        files: list[str | Path] = list(self.train)
+        if not files:
+            of_runs = [recipe.data.train for recipe in recipes.values()]
+            if not of_runs:
+                raise VlmtuneError(
+                    "--blind needs the training data to guess from",
+                    got="no run among the targets, and no --train",
+                    do="name the data with --train FILE",
+                )
+            files = [of_runs[0]] if isinstance(of_runs[0], str) else list(of_runs[0])
+        training, _ = load_conversations(files, on_bad_sample="skip", check_media=False)
+        return majority_answers(training, conversations)
+
+
+def _check_guards(recipes: Mapping[str, Recipe]) -> None:
+    """The guard's data may be gone since training; that shows before hours of answering."""
+    for target, recipe in recipes.items():
+        if recipe.eval.guard is None:
+            continue
+        files = recipe.eval.guard.data
+        for file in [files] if isinstance(files, str) else files:
+            if not Path(file).is_file():
+                raise VlmtuneError(
+                    "the data of the run's eval.guard is gone",
+                    file=target,
+                    got=file,
+                    do="bring it back, or leave the guard out with --no-guard",
+                )
+
+
+def _check_ids(conversations: Sequence[Conversation], report: Result, target: str) -> None:
+    """A finished report must be of the data that the other targets are about to be evaluated on."""
+    ids = {conversation.id for conversation in conversations}
+    if conversations and ids != report.rows.keys():
+        raise VlmtuneError(
+            "the report is not of the samples in --data",
+            file=target,
+            got=f"{len(report.rows)} samples, {len(ids & report.rows.keys())} of them in --data",
+            expected=f"the {len(ids)} of --data",
+        )

@@ -1,0 +1,62 @@
+"""How far a long job is and how long it will take: a bar in a terminal, plain lines in a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+Clock = Callable[[], float]
+
+
+@contextlib.contextmanager
+def progress(
+    what: str, total: int, *, quiet: bool, clock: Clock = time.monotonic
+) -> Iterator[Callable[[int], None]]:
+    """A function that is told how many of `total` are done; the first time, how many were done
+    already. A bar on a terminal, a line every tenth in a pipe, nothing with `quiet`."""
+    if quiet or total == 0:
+        yield lambda done: None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns = ("{task.description}", MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda done: bar.update(task, completed=done)
+    else:
+        yield _Lines(what, total, clock)
+
+
+class _Lines:
+    def __init__(self, what: str, total: int, clock: Clock) -> None:
+        self._what = what
+        self._total = total
+        self._clock = clock
+        self._first: tuple[int, float] | None = None
+        self._shown = 0
+
+    def __call__(self, done: int) -> None:
+        now = self._clock()
+        if self._first is None:
+            self._first = (done, now)
+            self._shown = done * 10 // self._total
+            return
+        if done * 10 // self._total <= self._shown:
+            return
+        self._shown = done * 10 // self._total
+        done_before, began = self._first
+        left = (now - began) / max(1, done - done_before) * (self._total - done)
+        text = f"{self._what} {done} of {self._total}"
+        print(f"{text}, {spoken_time(left)} left" if left else text, file=sys.stderr)
+
+
+def spoken_time(seconds: float) -> str:
+    """`48 s`, `2.5 min`, `1.2 h`."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
