@@ -18,7 +18,7 @@ from vlmtune.data.alignment import Segment
 from vlmtune.data.masks import MaskError, label_targets
 from vlmtune.data.media import shorten
 from vlmtune.data.template import ChatTemplate, Rendered, TemplateError, special_tokens
-from vlmtune.data.types import IGNORED, Conversation, Text, Turn
+from vlmtune.data.types import IGNORED, Conversation, Source, Text, Turn
 from vlmtune.errors import SampleError, VlmtuneError
 
 
@@ -40,14 +40,26 @@ class AnswerTokenizer:
         except TemplateError as error:
             raise _placed(conversation, error) from error
 
-    def answers(self, conversation: Conversation, texts: Sequence[str]) -> list[torch.Tensor]:
+    def answers(
+        self,
+        conversation: Conversation,
+        texts: Sequence[str],
+        *,
+        sources: Sequence[Source] | None = None,
+    ) -> list[torch.Tensor]:
         """The tokens (n,) of each text as the last answer, its end-of-turn token included.
 
-        Raises SampleError where a text cannot be taught there, or where the tokens before it are
-        not those of the prompt alone, so that its probability after that prompt is not defined.
+        `sources` say where the texts stand, by default where the conversation does. Raises
+        SampleError where a text cannot be taught there, or where the tokens before it are not
+        those of the prompt alone, so that its probability after that prompt is not defined.
         """
         prompt, _ = self._tokenize(self.prompt_text(conversation))
-        return [self._answer(conversation, text, prompt) for text in texts]
+        if sources is None:
+            sources = [conversation.source] * len(texts)
+        return [
+            self._answer(replace(conversation, source=source), text, prompt)
+            for text, source in zip(texts, sources, strict=True)
+        ]
 
     def _answer(self, conversation: Conversation, text: str, prompt: list[int]) -> torch.Tensor:
         found = next((token for token in self._reserved if token and token in text), None)

@@ -1,0 +1,85 @@
+"""Multiple choice by likelihood: the option that the model finds likeliest as an answer.
+
+    question with pictures (run once) -> mean log p per token of each option -> the highest
+
+The mean over an option's tokens, its end of turn included, is what language-model harnesses call
+length-normalised accuracy (they divide by characters or bytes; here by tokens, as the loss does).
+Nothing is generated, so no answer can miss the options. Of equally likely options the first is
+chosen: with different texts that happens where a model is broken, not where it guesses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from vlmtune.data.encode import Encoder
+from vlmtune.data.types import Conversation
+from vlmtune.errors import SampleError
+from vlmtune.evaluation.generate import evaluating
+from vlmtune.evaluation.likelihood import LikelihoodScorer
+from vlmtune.evaluation.metrics.base import Answered, Statistics
+from vlmtune.evaluation.metrics.multiple_choice import reference_options
+from vlmtune.evaluation.runner import reference_answer
+from vlmtune.models.load import VLM
+
+NAME = "choice_likelihood"
+
+
+def choose_by_likelihood(
+    vlm: VLM,
+    conversations: Sequence[Conversation],
+    *,
+    encoder: Encoder,
+    batch_size: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[int]:
+    """The number of the likeliest option of each conversation, as an answer after its own turns.
+
+    `batch_size` bounds memory as for retrieval. Every module's training mode is restored. No
+    collective: with several processes, each passes its share. Raises SampleError for a conversation
+    without options or one that cannot be encoded, and for a likelihood that is NaN.
+    """
+    scorer = LikelihoodScorer.build(vlm, encoder=encoder, batch_size=batch_size)
+    chosen = []
+    with evaluating(vlm.model):
+        for conversation in conversations:
+            chosen.append(_likeliest(scorer, conversation))
+            if on_progress is not None:
+                on_progress(len(chosen))
+    return chosen
+
+
+def choice_statistics(
+    conversations: Sequence[Conversation], chosen: Sequence[int]
+) -> list[Statistics | None]:
+    """Whether each choice is right, as the statistics of `Mean(NAME, …)`: its figure is the mean.
+    None where no reference is one of the options."""
+    statistics: list[Statistics | None] = []
+    for conversation, index in zip(conversations, chosen, strict=True):
+        sample = Answered(
+            "", reference_answer(conversation), conversation.answers, conversation.options
+        )
+        right = reference_options(sample)
+        score = float(index in right)
+        statistics.append(Statistics(score, (score, 1.0)) if right else None)
+    return statistics
+
+
+def _likeliest(scorer: LikelihoodScorer, conversation: Conversation) -> int:
+    source = conversation.source
+    if not conversation.options:
+        raise SampleError(
+            "sample has no options to choose from",
+            file=source.file,
+            line=source.line,
+            expected="`options`",
+        )
+    tokens = scorer.tokenizer.answers(conversation, conversation.options)
+    scores = scorer.per_token(conversation, tokens)
+    if np.isnan(scores).any():
+        raise SampleError(
+            "an option's likelihood is not a number (NaN)", file=source.file, line=source.line
+        )
+    return int(scores.argmax())

@@ -1,0 +1,124 @@
+"""Scores by embedding: the cosine of a picture's and a text's last hidden state after one prompt.
+
+    picture, then the prompt -> (D,) ---+
+    text, then the prompt    -> (D,) ---+--> dot product of unit vectors
+
+The prompt asks for one word, so that the state before it sums up what came before (Jiang et al.
+2023, PromptEOL, arXiv 2307.16645; with pictures Jiang et al. 2024, E5-V, arXiv 2407.12580).
+Embeddings are held, (N / processes + M, D); the score matrix is made a block at a time, anew in
+each pass. Letters: b pictures of a block, M texts, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from vlmtune.data.collate import collate
+from vlmtune.data.encode import Encoder
+from vlmtune.data.pairs import picture_side, text_side
+from vlmtune.data.types import Conversation
+from vlmtune.errors import VlmtuneError
+from vlmtune.evaluation.retrieval.items import RetrievalItems
+from vlmtune.evaluation.retrieval.ranking import Block, Gather, Integers, Scores
+from vlmtune.models.embedding import EmbeddingForward
+from vlmtune.models.load import VLM
+from vlmtune.models.processor import pad_token_id
+
+BLOCK_NUMBERS = 2**22
+"""Scores held at once, (b, M)."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """This process's embeddings (…, D) of the pictures and texts numbered so."""
+
+    pictures: Integers
+    picture_vectors: Scores
+    texts: Integers
+    text_vectors: Scores
+
+    def blocks(self, *, gather: Gather) -> Callable[[], Iterator[Block]]:
+        """The blocks of this process's pictures and all processes' texts. One collective."""
+        parts = gather([(self.texts, self.text_vectors)])
+        order = np.argsort(np.concatenate([numbers for numbers, _ in parts]))
+        texts = np.concatenate([vectors for _, vectors in parts if len(vectors)])[order]  # (M, D)
+        rows = max(1, BLOCK_NUMBERS // len(texts))
+
+        def blocks() -> Iterator[Block]:
+            for start in range(0, len(self.pictures), rows):
+                some = slice(start, start + rows)
+                yield Block(self.pictures[some], self.picture_vectors[some] @ texts.T)
+
+        return blocks
+
+
+def embed_items(
+    vlm: VLM,
+    items: RetrievalItems,
+    *,
+    encoder: Encoder,
+    prompt: str,
+    batch_size: int,
+    on_progress: Callable[[int], None] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Embedded:
+    """Embed every `world_size`-th text and picture.
+
+    No collective. The model should be in eval mode. `on_progress` counts this process's pictures.
+    Raises SampleError for what cannot be encoded, VlmtuneError for an embedding that is NaN.
+    """
+    forward = EmbeddingForward(vlm.model, vlm.family).eval()
+    embedder = _Embedder(vlm, encoder, forward, batch_size)
+    texts = np.arange(rank, len(items.texts), world_size)
+    text_sides = [text_side(items.texts[n].conversation, prompt=prompt) for n in texts]
+    text_vectors = embedder(text_sides, None)
+    pictures = np.arange(rank, len(items.pictures), world_size)
+    picture_sides = [picture_side(items.pictures[n], prompt=prompt) for n in pictures]
+    picture_vectors = embedder(picture_sides, on_progress)
+    return Embedded(pictures, picture_vectors, texts, text_vectors)
+
+
+@dataclass(frozen=True)
+class _Embedder:
+    """One-turn conversations to unit vectors (n, D), a batch at a time."""
+
+    vlm: VLM
+    encoder: Encoder
+    forward: nn.Module
+    batch_size: int
+
+    def __call__(
+        self, sides: Sequence[Conversation], on_progress: Callable[[int], None] | None
+    ) -> Scores:
+        parts = [np.zeros((0, 0), dtype=np.float32)]
+        for start in range(0, len(sides), self.batch_size):
+            batch = sides[start : start + self.batch_size]
+            parts.append(self._embed(batch))
+            if on_progress is not None:
+                on_progress(start + len(batch))
+        return np.concatenate(parts[1:] or parts)
+
+    def _embed(self, sides: Sequence[Conversation]) -> Scores:
+        device = next(self.vlm.model.parameters()).device
+        batch = collate(
+            [self.encoder.encode_prompt(side) for side in sides],
+            pad_token_id=pad_token_id(self.vlm.processor),
+            media_layout=self.vlm.family.media_layout,
+        )
+        inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+        last = inputs["attention_mask"].sum(dim=1) - 1  # (B,)
+        vectors: Scores = self.forward(inputs, last).cpu().numpy()  # (B, D)
+        for side, vector in zip(sides, vectors):
+            if np.isnan(vector).any():
+                raise VlmtuneError(
+                    "an embedding is not a number (NaN)",
+                    file=side.source.file,
+                    line=side.source.line,
+                    do="look for overflow: evaluate with --dtype float32, or train at a lower rate",
+                )
+        return vectors
