@@ -60,9 +60,14 @@ def joined_processes() -> Iterator[Processes]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Processes()
         return
+    import torch
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
-    state = PartialState(timeout=PATIENCE)
+    # Asked for a GPU where there is none, accelerate leaves every process alone without a word.
+    use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    state = PartialState(cpu=use_cpu, timeout=PATIENCE)
+    assert state.num_processes == int(os.environ["WORLD_SIZE"])
     try:
         yield Processes(state.process_index, state.num_processes, state.device)
     finally:
