@@ -1,6 +1,6 @@
 """The layers of the package: imports point down, and model and method names stay where they belong.
 
-errors < recipe < data < models < train | evaluation < cli
+errors < recipe < data < models < train | evaluation < report < cli
 """
 
 from __future__ import annotations
@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 
-LAYERS = {"errors": 0, "recipe": 1, "data": 2, "models": 3, "train": 4, "evaluation": 4, "cli": 5}
+LAYERS = {
+    "errors": 0,
+    "recipe": 1,
+    "data": 2,
+    "models": 3,
+    "train": 4,
+    "evaluation": 4,
+    "report": 5,
+    "cli": 6,
+}
 TORCH_LIBRARIES = {"torch", "torchvision", "transformers", "peft", "bitsandbytes", "accelerate"}
 FORBIDDEN_LIBRARIES = {  # anywhere in the layer, also inside functions
     "errors": TORCH_LIBRARIES,
@@ -120,6 +129,8 @@ def test_package_keeps_its_layers(root: Path) -> None:
         ("train/a.py", "from vlmtune.evaluation import runner", "train imports evaluation"),
         ("evaluation/a.py", "import vlmtune.train.loop", "evaluation imports train"),
         ("train/a.py", "from vlmtune.cli.common import command", "train imports cli"),
+        ("evaluation/a.py", "from vlmtune.report import page", "evaluation imports report"),
+        ("report/a.py", "from vlmtune.cli.common import command", "report imports cli"),
         ("cli/a.py", "import torch", "cli imports torch at its start"),
         ("cli/a.py", "try:\n    import peft\nfinally:\n    pass", "cli imports peft at its start"),
         ("cli/a.py", "from vlmtune.train import loop", "cli imports train at its start"),
@@ -147,6 +158,7 @@ def test_planted_violation_is_found(tmp_path: Path, file: str, code: str, expect
         ("models/adapters/a.py", "use_dora = True"),
         ("train/a.py", '"""Why: Qwen-VL needs it, AdaLoRA too."""\n# and so does LLaVA'),
         ("train/a.py", "from vlmtune.models import forward\nfrom vlmtune.data import types"),
+        ("report/a.py", "from vlmtune.evaluation import guard\nfrom vlmtune.train import skips"),
     ],
 )
 def test_what_the_layers_allow_is_not_reported(tmp_path: Path, file: str, code: str) -> None:

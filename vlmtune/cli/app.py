@@ -14,6 +14,7 @@ from vlmtune.cli.chat import chat_command
 from vlmtune.cli.eval import eval_command
 from vlmtune.cli.merge import merge_command
 from vlmtune.cli.recipe import schema_command, show_command
+from vlmtune.cli.report import report_command
 from vlmtune.cli.train import train_command
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command("train")(train_command)
 app.command("eval")(eval_command)
 app.command("merge")(merge_command)
+app.command("report")(report_command)
 app.command("chat")(chat_command)
 recipe_app = typer.Typer(help="Look at a recipe.", no_args_is_help=True, rich_markup_mode=None)
 recipe_app.command("show")(show_command)

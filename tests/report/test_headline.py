@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.report.runs import make_run, write_evaluation, write_json, write_lines
+from vlmtune.report.evaluations import choose_pair, guard_pair, read_evaluations
+from vlmtune.report.headline import Finding, difference, findings, grouped_reasons
+from vlmtune.report.mistakes import draw_scale, mixups
+from vlmtune.report.recipe_diff import parse_recipe
+from vlmtune.report.run import read_run
+
+GUARD = "eval: {guard: {data: guard.jsonl, max_drop: 0.1}}\n"
+
+
+def found(run: Path) -> list[Finding]:
+    record = read_run(run)
+    evaluations = read_evaluations(record)
+    pair = choose_pair(evaluations, record)
+    recipe = parse_recipe(record.resolved_text)
+    return findings(record, recipe, pair, guard_pair(evaluations, pair))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict", "tone"),
+    [
+        (["no"] * 20, ["yes"] * 15 + ["no"] * 5, "Yes.", "good"),
+        (["yes"] * 15 + ["no"] * 5, ["no"] * 20, "It got worse.", "bad"),
+        (["no", "yes"] * 10, ["yes", "no"] * 10, "No clear change.", "plain"),
+    ],
+)
+def test_learning_is_judged_by_the_paired_difference(
+    tmp_path: Path, tiny_vlm: Path, before: list[str], after: list[str], verdict: str, tone: str
+) -> None:
+    run = make_run(tmp_path / "r", model=tiny_vlm, num_samples=20, before=before, after=after)
+    learned = found(run)[0]
+    assert learned.answer.startswith(verdict)
+    assert learned.tone == tone
+    assert "Training loss went from 2 to 0.129." in learned.details
+
+
+def test_the_difference_is_the_mean_of_the_samples_differences(
+    tmp_path: Path, tiny_vlm: Path
+) -> None:
+    run = make_run(
+        tmp_path / "r",
+        model=tiny_vlm,
+        num_samples=4,
+        before=["yes", "no", "no", "no"],
+        after=["no", "yes", "yes", "yes"],
+    )
+    record = read_run(run)
+    pair = choose_pair(read_evaluations(record), record)
+    change = difference(pair, "exact_match")
+    assert change is not None
+    assert change.value == pytest.approx((-1 + 1 + 1 + 1) / 4)
+    assert change.low < 0.5 < change.high
+    assert difference(pair, "another") is None
+    assert pair.after is not None
+    pair.after.rows[0]["scores"] = {"exact_match": 1.0}  # no longer what the figure is the mean of
+    assert difference(pair, "exact_match") is None
+
+
+def test_the_worst_slice_and_the_commonest_mix_up_are_named(tmp_path: Path, tiny_vlm: Path) -> None:
+    after = ["yes" if n % 2 == 0 else "maybe" for n in range(20)]  # odd ones are of kind shape
+    wrong = found(make_run(tmp_path / "r", model=tiny_vlm, num_samples=20, after=after))[1]
+    assert wrong.answer.startswith("Worst on shape (0.0\u00a0%)")
+    assert wrong.details == (
+        "10 of 20 predictions are wrong.",
+        "Most often: “maybe” where “yes” was right (10 times).",
+    )
+
+
+def test_the_scale_has_all_samples_first_and_then_the_worst_slice(
+    tmp_path: Path, tiny_vlm: Path
+) -> None:
+    record = read_run(make_run(tmp_path / "r", model=tiny_vlm, num_samples=20))
+    pair = choose_pair(read_evaluations(record), record)
+    scale = draw_scale(pair)
+    assert scale is not None
+    assert [row.label for row in scale.rows] == ["all", "shape", "color"]
+    assert scale.rows[0].after is not None and scale.rows[0].before is not None
+    assert (scale.rows[0].before.at, scale.rows[0].after.at) == (0, 50)
+    assert pair.after is not None
+    assert [(m.answered, m.right, m.count) for m in mixups(pair.after)] == [("no", "yes", 10)]
+
+
+def test_skipped_samples_are_counted_by_reason(tmp_path: Path, tiny_vlm: Path) -> None:
+    run = make_run(tmp_path / "r", model=tiny_vlm, num_samples=2)
+    entries = [
+        {"file": "a.jsonl", "line": n, "reason": f"a.jsonl:{n}: too long; got: {n} tokens"}
+        for n in (3, 9)
+    ]
+    write_lines(run / "skipped.jsonl", [*entries, {"reason": "a picture is missing"}])
+    skipped = found(run)[2]
+    assert (skipped.tone, skipped.answer) == ("bad", "Yes, 3 samples were not trained on.")
+    assert skipped.details == ("2 samples: too long", "1 sample: a picture is missing")
+    assert grouped_reasons([{}]) == [("no reason given", 1)]
+
+
+@pytest.mark.parametrize(("after", "tone"), [(19, "good"), (17, "bad")])
+def test_the_guard_holds_within_what_the_recipe_allows(
+    tmp_path: Path, tiny_vlm: Path, after: int, tone: str
+) -> None:
+    run = make_run(tmp_path / "r", model=tiny_vlm, num_samples=20, recipe=GUARD)
+    data = tmp_path / "r-data" / "data.jsonl"
+    for step, right in ((0, 20), (30, after)):
+        answers = ["yes"] * right + ["no"] * (20 - right)
+        write_evaluation(run, step, data, answers, name=f"guard-step-{step:06d}")
+    forgotten = found(run)[3]
+    assert forgotten.tone == tone
+    assert "from 100.0\u00a0%" in forgotten.answer
+    assert forgotten.details == ("At most 10 points worse is allowed.",)
+
+
+def test_what_is_not_known_is_said(tmp_path: Path, tiny_vlm: Path) -> None:
+    run = make_run(tmp_path / "r", model=tiny_vlm, num_samples=2, recipe=GUARD)
+    assert "not measured before training" in found(run)[3].answer
+    (tmp_path / "bare").mkdir()
+    write_json(tmp_path / "bare" / "environment.json", {})
+    answers = [finding.answer for finding in found(tmp_path / "bare")]
+    assert answers == [
+        "No answers were evaluated yet.",
+        "Not known: no answers were evaluated.",
+        "Nothing so far.",
+        "Not measured: the recipe has no eval.guard.",
+    ]

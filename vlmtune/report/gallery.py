@@ -1,0 +1,241 @@
+"""A bounded choice of predictions, before training and after, for the page's gallery.
+
+rows after (and before, matched by id) -> fixed | broken | wrong | right | unscored, and a slice
+  -> in turn one of each (outcome, slice), in an order fixed by the ids -> cards with thumbnails
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import chain, zip_longest
+from typing import Any
+
+from vlmtune.data.source import load_conversations
+from vlmtune.data.types import Image
+from vlmtune.errors import VlmtuneError
+from vlmtune.report.evaluations import Pair, is_right, row_key
+from vlmtune.report.figures import number, short_number
+from vlmtune.report.pictures import Thumbnail, Thumbnails
+
+MAX_CARDS = 200
+MAX_CARD_PICTURES = 3
+MAX_CHARACTERS = 500
+MAX_RANKED = 3
+OUTCOMES = ("broken", "wrong", "fixed", "right", "unscored")
+"""The order of the cards: what went wrong comes first."""
+EMBEDDED = "sha256:"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and how it counted; `is_right` is None without a score."""
+
+    text: str
+    is_right: bool | None
+    score: str
+
+
+@dataclass(frozen=True)
+class Card:
+    id: str
+    outcome: str
+    slice: str
+    question: str
+    reference: str
+    before: Answer | None
+    after: Answer | None
+    pictures: tuple[Thumbnail, ...]
+    num_pictures: int
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """`totals` counts all predictions by outcome, `shown` the cards."""
+
+    cards: tuple[Card, ...]
+    totals: dict[str, int]
+    shown: dict[str, int]
+    slices: tuple[str, ...]
+    num_predictions: int
+    has_both: bool
+
+
+@dataclass(frozen=True)
+class _Entry:
+    key: tuple[str, str]
+    outcome: str
+    slice: str
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+
+    @property
+    def row(self) -> dict[str, Any]:
+        row = self.after or self.before
+        assert row is not None
+        return row
+
+
+def build_gallery(
+    pair: Pair, *, thumbnails: Thumbnails, max_cards: int = MAX_CARDS
+) -> Gallery | None:
+    """The gallery of a pair of evaluations; None without predictions."""
+    entries = _entries(pair)
+    if not entries:
+        return None
+    chosen = choose(entries, max_cards)
+    embedded = _embedded_pictures(chosen, pair)
+    cards = [_card(entry, thumbnails, embedded) for entry in chosen]
+    totals = Counter(entry.outcome for entry in entries)
+    shown = Counter(entry.outcome for entry in chosen)
+    return Gallery(
+        cards=tuple(cards),
+        totals={name: totals[name] for name in OUTCOMES if totals[name]},
+        shown={name: shown[name] for name in OUTCOMES if shown[name]},
+        slices=tuple(sorted({entry.slice for entry in chosen if entry.slice})),
+        num_predictions=len(entries),
+        has_both=pair.before is not None and pair.after is not None,
+    )
+
+
+def outcome_of(before: bool | None, after: bool | None, *, has_before: bool) -> str:
+    """`fixed` and `broken` where the answer changed sides, else `right` or `wrong`."""
+    if after is None:
+        return "unscored"
+    if not has_before or before is None or before == after:
+        return "right" if after else "wrong"
+    return "fixed" if after else "broken"
+
+
+def choose(entries: Sequence[_Entry], limit: int) -> list[_Entry]:
+    """At most `limit` entries: one of each (outcome, slice) in turn, so that a rare kind is not
+    crowded out; the same ones every time. In the order of OUTCOMES."""
+    groups: dict[tuple[str, str], list[_Entry]] = defaultdict(list)
+    for entry in sorted(entries, key=lambda e: sha256("\0".join(e.key).encode()).digest()):
+        groups[(entry.outcome, entry.slice)].append(entry)
+    turns = zip_longest(*(groups[name] for name in sorted(groups)))
+    drawn = [entry for entry in chain.from_iterable(turns) if entry is not None][:limit]
+    return sorted(drawn, key=lambda e: OUTCOMES.index(e.outcome))
+
+
+def _entries(pair: Pair) -> list[_Entry]:
+    before = {row_key(row): row for row in (pair.before.rows if pair.before else ())}
+    if pair.after is None:
+        rows = before
+        return [_entry(key, None, row) for key, row in rows.items()]
+    return [_entry(row_key(row), before.get(row_key(row)), row) for row in pair.after.rows]
+
+
+def _entry(key: tuple[str, str], before: dict[str, Any] | None, after: dict[str, Any]) -> _Entry:
+    outcome = outcome_of(is_right(before), is_right(after), has_before=before is not None)
+    kind = after.get("question_type") or after.get("direction") or ""
+    return _Entry(key, outcome, spoken_slice(kind), before, after)
+
+
+def spoken_slice(kind: object) -> str:
+    return str(kind).replace("_", " ")
+
+
+def _card(entry: _Entry, thumbnails: Thumbnails, embedded: Mapping[tuple[str, int], Image]) -> Card:
+    row = entry.row
+    images = _images(row)
+    pictures = []
+    for index, name in enumerate(images[:MAX_CARD_PICTURES]):
+        found = embedded.get((entry.key[0], index))
+        pictures.append(thumbnails.of_path(name) if found is None else thumbnails.of(found))
+    return Card(
+        id=entry.key[0],
+        outcome=entry.outcome,
+        slice=entry.slice,
+        question=clipped(row.get("question")),
+        reference=clipped(_reference(row)),
+        before=_answer(entry.before),
+        after=_answer(entry.after),
+        pictures=tuple(pictures),
+        num_pictures=len(images),
+    )
+
+
+def _images(row: Mapping[str, Any]) -> list[str]:
+    images = row.get("images")
+    return [str(image) for image in images] if isinstance(images, list) else []
+
+
+def _reference(row: Mapping[str, Any]) -> str:
+    answers = row.get("answers")
+    if isinstance(answers, list) and answers:
+        counts = Counter(map(str, answers))
+        return " · ".join(
+            f"{_short_path(answer)} (x{count})" if count > 1 else _short_path(answer)
+            for answer, count in counts.most_common(10)
+        )
+    return "" if row.get("answer") is None else str(row["answer"])
+
+
+def _answer(row: Mapping[str, Any] | None) -> Answer | None:
+    if row is None:
+        return None
+    text = row.get("prediction")
+    if isinstance(row.get("top"), list):
+        text = " · ".join(_short_path(_ranked(entry)) for entry in row["top"][:MAX_RANKED])
+    score, rank = number(row.get("score")), number(row.get("rank"))
+    shown = "" if score is None or score in (0, 1) else f"score {short_number(score)}"
+    if rank is not None:
+        shown = f"rank {rank:g}"
+    return Answer(clipped(text), is_right(dict(row)), shown)
+
+
+def _ranked(entry: object) -> str:
+    if isinstance(entry, Mapping):
+        entry = entry.get("item", entry)
+    return str(entry)
+
+
+def _short_path(text: str) -> str:
+    """A picture's file name, where `text` is its path; else `text`."""
+    return text.rpartition("/")[2] if text.startswith("/") and "\n" not in text else text
+
+
+def clipped(text: object) -> str:
+    words = "" if text is None else str(text)
+    if len(words) <= MAX_CHARACTERS:
+        return words
+    return f"{words[:MAX_CHARACTERS]} … ({len(words):,} characters)"
+
+
+def _embedded_pictures(chosen: Sequence[_Entry], pair: Pair) -> dict[tuple[str, int], Image]:
+    """Pictures that the data file itself holds: predictions name them by a digest. Looked up by
+    (id, position) where the file is still there and holds the same ones."""
+    wanted = {
+        (entry.key[0], index): name
+        for entry in chosen
+        for index, name in enumerate(_images(entry.row)[:MAX_CARD_PICTURES])
+        if name.startswith(EMBEDDED)
+    }
+    if not wanted or pair.shown is None:
+        return {}
+    try:
+        conversations, _ = load_conversations(
+            pair.shown.data, on_bad_sample="skip", check_media=False
+        )
+    except VlmtuneError:
+        return {}
+    found = {}
+    for conversation in conversations:
+        for index, image in enumerate(conversation.images):
+            key = (conversation.id, index)
+            if key in wanted and _is_named(image, wanted[key]):
+                found[key] = image
+    return found
+
+
+def _is_named(image: Image, name: str) -> bool:
+    # Imported here: with it come transformers and bitsandbytes, which few pages need.
+    from vlmtune.evaluation.runner import picture_name
+
+    try:
+        return picture_name(image) == name
+    except VlmtuneError:
+        return False

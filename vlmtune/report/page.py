@@ -1,0 +1,235 @@
+"""The page: everything of a run gathered, rendered and written as one HTML file.
+
+run folder -> record -> findings, charts, rank map, evaluations, gallery, data -> template -> file
+
+Jinja escapes all text. The Content-Security-Policy allows the page's own style and script by their
+hashes and pictures from `data:` addresses; nothing else runs or loads.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from vlmtune import __version__
+from vlmtune.errors import VlmtuneError
+from vlmtune.recipe.load import load_resolved
+from vlmtune.recipe.schema import Recipe
+from vlmtune.report.curves import Chart
+from vlmtune.report.data_stats import PERCENTILES, DataStatistics, data_statistics
+from vlmtune.report.evaluations import (
+    RIGHT_FROM,
+    Evaluation,
+    Pair,
+    choose_pair,
+    guard_pair,
+    read_evaluations,
+)
+from vlmtune.report.figures import number, plural, sentence, short_number, spoken, spoken_bytes
+from vlmtune.report.gallery import build_gallery
+from vlmtune.report.headline import findings, grouped_reasons
+from vlmtune.report.metrics_charts import metric_charts
+from vlmtune.report.mistakes import draw_scale, mixups
+from vlmtune.report.pictures import Thumbnails
+from vlmtune.report.rank_map import draw_rank_map
+from vlmtune.report.recipe_diff import differences, parse_recipe, value_at
+from vlmtune.report.run import RunRecord, read_run, spoken_time
+
+MAX_SKIPPED_SHOWN = 50
+
+
+@dataclass(frozen=True)
+class WrittenReport:
+    path: Path
+    num_bytes: int
+    state: str
+
+
+def write_page(folder: Path, output: Path | None = None) -> WrittenReport:
+    """Write the page of the run in `folder` to `output` (default: report.html in it).
+
+    Raises VlmtuneError where `folder` is no run or `output` cannot be written.
+    """
+    record = read_run(folder)
+    output = folder / "report.html" if output is None else output
+    content = render_page(record).encode("utf-8")
+    unfinished = output.with_name(output.name + ".part")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(content)
+        os.replace(unfinished, output)
+    except OSError as error:
+        raise VlmtuneError(
+            f"the report cannot be written: {error.strerror or error}",
+            file=output,
+            do="give another file with --output",
+        ) from error
+    return WrittenReport(output, len(content), record.state.name)
+
+
+def render_page(record: RunRecord) -> str:
+    """The HTML of a run's page."""
+    templates = files("vlmtune.report") / "templates"
+    style, script = ((templates / name).read_text("utf-8") for name in ("page.css", "page.js"))
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: (templates / name).read_text("utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "spoken": spoken,
+        "short": short_number,
+        "bytes": spoken_bytes,
+        "plural": plural,
+        "sentence": sentence,
+        "coded": coded,
+    }
+    return environment.get_template("page.html").render(
+        **page_values(record),
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_csp_hash(style),
+        script_hash=_csp_hash(script),
+    )
+
+
+def coded(text: str) -> Markup:
+    """`text` with its words between backticks as code."""
+    words = text.split("`")
+    marked = [Markup("<code>{}</code>").format(w) if i % 2 else w for i, w in enumerate(words)]
+    return Markup("").join(marked)
+
+
+def page_values(record: RunRecord) -> dict[str, Any]:
+    """What the template shows, by name."""
+    evaluations = read_evaluations(record)
+    pair = choose_pair(evaluations, record)
+    guard = guard_pair(evaluations, pair)
+    values = parse_recipe(record.resolved_text)
+    charts, charts_left_out = metric_charts(record.lines)
+    thumbnails = Thumbnails()
+    statistics = _data(record, thumbnails)
+    return {
+        "version": __version__,
+        "made_at": time.strftime("%Y-%m-%d %H:%M"),
+        "about": _about(record, values),
+        "name": record.folder.absolute().name,
+        "record": record,
+        "recipe": values,
+        "findings": findings(record, values, pair, guard),
+        "differences": None if values is None else differences(values),
+        "environment": _flat(record.environment or {}),
+        "statistics": statistics,
+        "percentiles": PERCENTILES,
+        "charts": charts,
+        "charts_left_out": charts_left_out,
+        "chart_data": [_chart_data(chart) for chart in charts],
+        "rank_map": draw_rank_map(record.lines),
+        "pair": pair,
+        "scale": draw_scale(pair),
+        "mixups": [] if pair.shown is None else mixups(pair.shown),
+        "evaluation_groups": _grouped(evaluations),
+        "gallery": build_gallery(pair, thumbnails=thumbnails),
+        "thumbnails": thumbnails,
+        "right_from": RIGHT_FROM,
+        "skipped_reasons": grouped_reasons(record.skipped),
+        "skipped_shown": record.skipped[:MAX_SKIPPED_SHOWN],
+    }
+
+
+@dataclass(frozen=True)
+class EvaluationGroup:
+    """Evaluations of one task on the same data, and the names of all their figures."""
+
+    title: str
+    is_guard: bool
+    evaluations: tuple[Evaluation, ...]
+    figures: tuple[str, ...]
+    pair: Pair
+    slices: tuple[str, ...]
+
+
+def _grouped(evaluations: Sequence[Evaluation]) -> list[EvaluationGroup]:
+    groups: dict[tuple, list[Evaluation]] = defaultdict(list)
+    for evaluation in evaluations:
+        groups[(evaluation.is_guard, evaluation.task, evaluation.data)].append(evaluation)
+    return [_group(is_guard, task, of) for (is_guard, task, _), of in groups.items()]
+
+
+def _group(is_guard: bool, task: str, evaluations: list[Evaluation]) -> EvaluationGroup:
+    names = ", ".join(Path(file).name for file in evaluations[0].data) or "unnamed data"
+    first = evaluations[0] if evaluations[0].step == 0 and len(evaluations) > 1 else None
+    return EvaluationGroup(
+        title=f"{task} on {names}",
+        is_guard=is_guard,
+        evaluations=tuple(evaluations),
+        figures=tuple(dict.fromkeys(name for e in evaluations for name in e.figures)),
+        pair=Pair(first, evaluations[-1]),
+        slices=tuple(evaluations[-1].slices),
+    )
+
+
+def _about(record: RunRecord, recipe: dict[str, Any] | None) -> list[str]:
+    """What was trained, in a few words each."""
+    words = []
+    if isinstance(model := value_at(recipe, "model"), str):
+        words.append(Path(model).name if Path(model).is_absolute() else model)
+    trained = (record.modules or {}).get("trainable_parameters")
+    if isinstance(trained, int):
+        words.append(plural(trained, "trained parameter"))
+    summary = record.summary or {}
+    if isinstance(samples := summary.get("samples"), int) and samples:
+        words.append(plural(samples, "sample") + " seen")
+    if (seconds := number(summary.get("seconds"))) is not None and samples:
+        words.append(spoken_time(seconds))
+    return words
+
+
+def _data(record: RunRecord, thumbnails: Thumbnails) -> DataStatistics:
+    recipe: Recipe | None = None
+    if record.resolved_text is not None:
+        try:
+            recipe = load_resolved(record.folder / "recipe.resolved.yaml")
+        except VlmtuneError as error:
+            return DataStatistics(0, 0, 0, (), (), str(error))
+    return data_statistics(recipe, record.folder, thumbnails=thumbnails)
+
+
+def _chart_data(chart: Chart) -> dict[str, Any]:
+    """What the script needs to zoom and to show values."""
+    return {
+        "id": chart.id,
+        "unit": chart.unit,
+        "x": chart.x_range,
+        "y": chart.y_range,
+        "lines": [
+            [[float(f"{x:.6g}"), float(f"{y:.6g}")] for x, y in line.points] for line in chart.lines
+        ],
+    }
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found += _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            shown = value if number(value) is None else short_number(float(value))
+            found.append((f"{prefix}{name}", str(shown)))
+    return found
+
+
+def _csp_hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(sha256(text.encode("utf-8")).digest()).decode("ascii")
