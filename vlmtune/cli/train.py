@@ -172,7 +172,7 @@ class Session:
         if result.stopped_by is None:
             saved = self.folder / ("model" if adapter.name == "full" else "adapter")
             if self.accelerator.is_main_process:
-                run_folder.write_result(self.folder, saved.name, adapter.save)
+                run_folder.write_result(self.folder, saved.name, build.saver(recipe, trainee))
             self.accelerator.wait_for_everyone()
         summary = summary_of(self.folder, saved, result, trainee)
         if saved is not None:

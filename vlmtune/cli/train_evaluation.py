@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch import nn
 
     from vlmtune.data.encode import Encoder
     from vlmtune.data.types import Conversation
@@ -63,7 +62,7 @@ class TrainingEvaluation:
 
     recipe: Recipe
     vlm: VLM
-    forward: Callable[[], nn.Module]
+    trainee: Trainee
     encoder: Encoder
     accelerator: Accelerator
     held_out: HeldOut
@@ -97,19 +96,32 @@ class TrainingEvaluation:
             values |= {f"guard_{name}": m.value for name, m in report.metrics.items()}
         return values
 
-    def _losses(self) -> dict[str, float]:
+    def _losses(self) -> Mapping[str, float]:
         from vlmtune.models.processor import pad_token_id
+        from vlmtune.train.build import embedding_prompt_of
+        from vlmtune.train.contrastive import Contrastive, contrastive_loss
         from vlmtune.train.eval_loss import evaluation_loss
 
-        return evaluation_loss(
-            self.forward(),
-            self.held_out.samples,
-            encoder=self.encoder,
-            accelerator=self.accelerator,
-            micro_batch_tokens=self.recipe.train.micro_batch_tokens,
-            pad_token_id=pad_token_id(self.vlm.processor),
-            media_layout=self.vlm.family.media_layout,
-        )
+        common: dict[str, Any] = {
+            "encoder": self.encoder,
+            "accelerator": self.accelerator,
+            "micro_batch_tokens": self.recipe.train.micro_batch_tokens,
+            "pad_token_id": pad_token_id(self.vlm.processor),
+            "media_layout": self.vlm.family.media_layout,
+        }
+        forward = self.accelerator.unwrap_model(self.trainee.forward)
+        objective = self.trainee.objective
+        prompt = embedding_prompt_of(self.recipe)
+        if isinstance(objective, Contrastive) and prompt is not None:
+            return contrastive_loss(
+                forward,
+                self.held_out.samples,
+                temperature=objective.temperature,
+                prompt=prompt,
+                batch_size=self.recipe.train.batch_size,
+                **common,
+            )
+        return evaluation_loss(forward, self.held_out.samples, **common)
 
     def _report(
         self,
@@ -178,7 +190,7 @@ def build_evaluation(
     return TrainingEvaluation(
         recipe=recipe,
         vlm=vlm,
-        forward=lambda: accelerator.unwrap_model(trainee.forward),
+        trainee=trainee,
         encoder=encoder,
         accelerator=accelerator,
         held_out=held_out,

@@ -46,7 +46,7 @@ def summary_of(
         "samples": result.samples,
         "loss": result.loss,
         "samples_per_second": result.samples / seconds,
-        "supervised_tokens_per_second": result.supervised_tokens / seconds,
+        f"{trainee.objective.unit}_per_second": result.terms / seconds,
         "peak_memory_bytes": result.peak_memory_bytes,
         "trainable_parameters": sum(p.numel() for p in trainee.parameters.values()),
         "skipped": result.skipped,

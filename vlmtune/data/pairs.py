@@ -9,13 +9,77 @@ The question of the sample is on neither side: what is compared is the picture a
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Literal
 
+import torch
+
+from vlmtune.data.collate import MediaLayout, collate
+from vlmtune.data.encode import Encoder
 from vlmtune.data.media import locate_image
-from vlmtune.data.types import Conversation, Image, Part, Text, Turn
+from vlmtune.data.packing import plan_micro_batches
+from vlmtune.data.types import Conversation, Image, Part, Sample, SideBatch, Text, Turn
 from vlmtune.errors import SampleError, VlmtuneError
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A sample's two sides, encoded; pairs with an equal key show the same picture, or say the
+    same text. Keys are 63 bits of a digest: they travel between processes as integers."""
+
+    picture: Sample
+    text: Sample
+    picture_key: int
+    text_key: int
+
+    @property
+    def id(self) -> str:
+        return self.picture.id
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (*self.picture.notes, *self.text.notes)
+
+
+def encode_pair(encoder: Encoder, conversation: Conversation, *, prompt: str) -> Pair:
+    """Both sides of a sample. Raises SampleError where one is missing or cannot be encoded."""
+    return Pair(
+        encoder.encode_prompt(picture_side(conversation, prompt=prompt)),
+        encoder.encode_prompt(text_side(conversation, prompt=prompt)),
+        _as_integer(picture_key(conversation)),
+        _as_integer(sha256(text_key(conversation).encode()).hexdigest()),
+    )
+
+
+def side_batches(
+    pairs: Sequence[Pair], *, micro_batch_tokens: int, pad_token_id: int, media_layout: MediaLayout
+) -> list[SideBatch]:
+    """Micro-batches within the token budget: the pictures of `pairs`, then their texts."""
+    batches = []
+    sides: tuple[Literal[0, 1], ...] = (0, 1)
+    for side in sides:
+        samples = [pair.picture if side == 0 else pair.text for pair in pairs]
+        for rows in plan_micro_batches([s.num_tokens for s in samples], micro_batch_tokens):
+            batch = collate(
+                [samples[row] for row in rows],
+                pad_token_id=pad_token_id,
+                media_layout=media_layout,
+            )
+            batches.append(
+                SideBatch(
+                    inputs=batch.inputs,
+                    last=torch.tensor([samples[row].num_tokens - 1 for row in rows]),
+                    side=side,
+                    pairs=tuple(rows),
+                    sample_ids=batch.sample_ids,
+                    num_tokens=batch.num_tokens,
+                    num_images=batch.num_images,
+                )
+            )
+    return batches
 
 
 def picture_side(conversation: Conversation, *, prompt: str) -> Conversation:
@@ -53,6 +117,10 @@ def picture_key(conversation: Conversation) -> str:
     for image in conversation.images:
         digest.update(sha256(_bytes(image, conversation)).digest())
     return digest.hexdigest()
+
+
+def _as_integer(digest: str) -> int:
+    return int(digest[:16], 16) >> 1
 
 
 def _bytes(image: Image, conversation: Conversation) -> bytes:

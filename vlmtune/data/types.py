@@ -126,3 +126,20 @@ class Batch:
     sample_ids: tuple[str, ...]
     num_tokens: int
     num_images: int
+
+
+@dataclass
+class SideBatch:
+    """A micro-batch of prompts whose embeddings are wanted: the pictures of some pairs, or texts.
+
+    `last` (B,) are the positions of the rows' last tokens; row b is of pair `pairs[b]` of this
+    process's share of the step, and `side` says which side of it.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    last: torch.Tensor  # (B,) int64
+    side: Literal[0, 1]  # 0: pictures, 1: texts
+    pairs: tuple[int, ...]
+    sample_ids: tuple[str, ...]
+    num_tokens: int
+    num_images: int

@@ -103,6 +103,11 @@ def _exclusive(recipe: Recipe) -> Iterator[Conflict]:
             ("adalora", "objective"),
             "adalora is not supported with objective: contrastive",
         )
+    if recipe.objective == "contrastive" and recipe.train.precision == "fp16":
+        yield Conflict(
+            ("train.precision", "objective"),
+            "fp16 is not supported with objective: contrastive; set bf16 or fp32",
+        )
     if recipe.train.epochs is not None and recipe.train.max_steps is not None:
         yield Conflict(
             ("train.max_steps", "train.epochs"),

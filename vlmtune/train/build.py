@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from accelerate import Accelerator
 from vlmtune.data.collate import collate
 from vlmtune.data.encode import Encoder, OverLength
 from vlmtune.data.packing import num_steps
+from vlmtune.data.pairs import encode_pair, side_batches
 from vlmtune.data.source import Skipped, content_hash
-from vlmtune.data.types import Batch, Conversation
+from vlmtune.data.types import Batch, Conversation, SideBatch
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.models.adapters.base import Adapter
+from vlmtune.models.embedding import EmbeddingForward
 from vlmtune.models.family import part_of
 from vlmtune.models.forward import (
     MEDIA_PARTS,
@@ -28,12 +31,14 @@ from vlmtune.models.forward import (
 from vlmtune.models.load import VLM
 from vlmtune.models.processor import pad_token_id
 from vlmtune.recipe.schema import Recipe
+from vlmtune.train.contrastive import Contrastive
 from vlmtune.train.feed import FeedSettings, LeftOut, StepDataset, to_device
 from vlmtune.train.loop import Trainee
-from vlmtune.train.optim import build_optimizer, parameter_groups
+from vlmtune.train.optim import build_optimizer, own_group, parameter_groups
 from vlmtune.train.probe import check_forward, freeze_unreached
 from vlmtune.train.runtime import DTYPES
 from vlmtune.train.skips import SkipLedger
+from vlmtune.train.step import NextToken, Objective
 
 log = logging.getLogger("vlmtune")
 
@@ -79,6 +84,8 @@ def fingerprint_of(recipe: Recipe, data_hashes: dict[str, str]) -> dict[str, Any
     kept = {
         k: v for k, v in flat.items() if k not in FREE_KEYS and k.split(".")[0] not in FREE_KEYS
     }
+    if recipe.objective == "contrastive":  # a key of `eval` that decides what is trained
+        kept["eval.embedding_prompt"] = recipe.eval.embedding_prompt
     return kept | {f"content of {name}": digest for name, digest in data_hashes.items()}
 
 
@@ -135,28 +142,49 @@ def build_dataset(
         drop_over_length=recipe.data.over_length == "drop",
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
+        embedding_prompt=embedding_prompt_of(recipe),
     )
     return StepDataset(conversations, encoder, settings)
 
 
+def embedding_prompt_of(recipe: Recipe) -> str | None:
+    """What follows the sides of a sample in contrastive training; None for another objective."""
+    return recipe.eval.embedding_prompt if recipe.objective == "contrastive" else None
+
+
+def build_objective(recipe: Recipe, device: torch.device) -> Objective:
+    if recipe.objective == "next_token":
+        return NextToken()
+    return Contrastive(recipe.contrastive.initial_temperature, device)
+
+
 def first_batch(
-    conversations: Sequence[Conversation], encoder: Encoder, vlm: VLM, *, with_image: bool
-) -> Batch:
-    """A micro-batch of the first usable sample, one with a picture where `with_image`."""
+    conversations: Sequence[Conversation],
+    encoder: Encoder,
+    vlm: VLM,
+    *,
+    with_image: bool,
+    embedding_prompt: str | None = None,
+) -> Batch | SideBatch:
+    """A micro-batch of the first usable sample, one with a picture where `with_image`; with an
+    embedding prompt, of its picture side."""
+    layout: dict[str, Any] = {
+        "pad_token_id": pad_token_id(vlm.processor),
+        "media_layout": vlm.family.media_layout,
+    }
     problems = []
     for conversation in conversations:
         if with_image and not conversation.images:
             continue
         try:
-            sample = encoder.encode(conversation)
+            if embedding_prompt is not None:
+                pair = encode_pair(encoder, conversation, prompt=embedding_prompt)
+                return side_batches([pair], micro_batch_tokens=1, **layout)[0]
+            return collate([encoder.encode(conversation)], **layout)
         except SampleError as error:
             problems.append(error)
             if len(problems) == 20:
                 break
-            continue
-        return collate(
-            [sample], pad_token_id=pad_token_id(vlm.processor), media_layout=vlm.family.media_layout
-        )
     if problems:
         raise problems[0]
     raise VlmtuneError(
@@ -199,7 +227,9 @@ def build_trainee(
 ) -> Trainee:
     """Wrap, probe, checkpoint activations, build the optimizer, prepare for the processes."""
     dtype = DTYPES[recipe.train.precision]
-    forward = SupervisedForward(adapter.model, vlm.family)
+    prompt = embedding_prompt_of(recipe)
+    kind = SupervisedForward if prompt is None else EmbeddingForward
+    forward = kind(adapter.model, vlm.family)
     forward.to(accelerator.device)
     trained = {n: p for n, p in adapter.model.named_parameters() if p.requires_grad}
     parts = {name: part_of(base_name(name), vlm.family) or "language" for name in trained}
@@ -209,10 +239,12 @@ def build_trainee(
         encoder,
         vlm,
         with_image=has_images or bool(set(parts.values()) & set(MEDIA_PARTS)),
+        embedding_prompt=prompt,
     )
     batch = to_device(batch, accelerator.device)
     with accelerator.autocast():
-        check_forward(forward, batch, dtype)
+        if isinstance(forward, SupervisedForward) and isinstance(batch, Batch):
+            check_forward(forward, batch, dtype)
         unreached = set(freeze_unreached(forward, batch, trained))
     trained = {n: p for n, p in trained.items() if n not in unreached}
     if recipe.train.gradient_checkpointing:
@@ -223,10 +255,29 @@ def build_trainee(
         section=recipe.train,
         no_decay=adapter.no_decay_names(),
     )
+    objective = build_objective(recipe, accelerator.device)
+    if objective.tensors:
+        groups.append(own_group(objective.tensors, recipe.contrastive.temperature_learning_rate))
     optimizer = build_optimizer(groups, kind=recipe.train.optimizer, device=accelerator.device)
     forward.train()
     prepared, optimizer = accelerator.prepare(forward, optimizer)
-    return Trainee(prepared, adapter, trained, parts, optimizer)
+    return Trainee(prepared, adapter, trained, parts, optimizer, objective)
+
+
+def saver(recipe: Recipe, trainee: Trainee) -> Callable[[Path], None]:
+    """What writes the result into a folder: the method's files and, after contrastive training,
+    `contrastive.json` with what else makes an embedding."""
+
+    def save(folder: Path) -> None:
+        trainee.method.save(folder)
+        if isinstance(trainee.objective, Contrastive):
+            values = {
+                "temperature": trainee.objective.temperature,
+                "embedding_prompt": recipe.eval.embedding_prompt,
+            }
+            (folder / "contrastive.json").write_text(json.dumps(values, indent=1) + "\n")
+
+    return save
 
 
 def seed_everything(seed: int, rank: int) -> None:

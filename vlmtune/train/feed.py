@@ -2,6 +2,8 @@
 
     step -> indices of its samples -> this process's share -> encode -> micro-batches -> StepData
 
+With an embedding prompt a sample is encoded as a pair, its picture and its answer apart.
+
 An item of the dataset is a whole optimizer step, a pure function of (seed, step, data): any number
 of workers gives the same steps, and a resumed run starts at the step it needs.
 """
@@ -11,8 +13,8 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -20,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from vlmtune.data.collate import MediaLayout, collate
 from vlmtune.data.encode import Encoder, OverLength
 from vlmtune.data.packing import plan_micro_batches, process_share, step_samples
-from vlmtune.data.types import IGNORED, Batch, Conversation, Sample
+from vlmtune.data.pairs import Pair, encode_pair, side_batches
+from vlmtune.data.types import IGNORED, Batch, Conversation, Sample, SideBatch
 from vlmtune.errors import SampleError
 
 
@@ -43,22 +46,25 @@ class LeftOut:
 class StepData:
     """The micro-batches of one process for one optimizer step; at least one.
 
+    `pair_keys` are, of contrastive training, the picture's and the text's key of each pair.
     `notes` are what was done to samples to fit them in (a note and a sample's id).
     `num_step_samples` counts the samples of the step over all processes, left out or not; `epoch`
     is the share of training data seen after it.
     """
 
-    micro_batches: list[Batch]
+    micro_batches: Sequence[Batch | SideBatch]
     left_out: list[LeftOut]
     notes: list[tuple[str, str]]
     num_step_samples: int
     epoch: float
+    pair_keys: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(frozen=True)
 class FeedSettings:
     """`epochs`: where the stream of samples ends, so that the last step may be smaller; None: it
-    goes on for as many steps as are asked for."""
+    goes on for as many steps as are asked for. `embedding_prompt`: what follows the pictures and
+    the answer of a sample in contrastive training; None: answers are trained on."""
 
     seed: int
     epochs: float | None
@@ -70,6 +76,7 @@ class FeedSettings:
     drop_over_length: bool
     rank: int
     world_size: int
+    embedding_prompt: str | None = None
 
 
 class StepDataset(Dataset[StepData | SampleError]):
@@ -94,20 +101,47 @@ class StepDataset(Dataset[StepData | SampleError]):
             epochs=s.epochs,
         )
         share = process_share(whole, rank=s.rank, world_size=s.world_size)
-        samples: list[Sample] = []
+        samples: list[Sample | Pair] = []
         left_out: list[LeftOut] = []
         for index in share:
             conversation = self.conversations[index]
             try:
-                samples.append(self.encoder.encode(conversation))
+                samples.append(self._encode(conversation))
             except SampleError as error:
                 is_dropped = isinstance(error, OverLength) and s.drop_over_length
                 if not (s.skip_bad_samples or is_dropped):
                     return error
                 left_out.append(_left_out(conversation, error, is_bad=not is_dropped))
         notes = [(note, sample.id) for sample in samples for note in sample.notes]
-        if not samples:
-            samples = [self._unsupervised()]
+        epoch = ((step - 1) * s.batch_size + len(whole)) / num_samples
+        pairs = [x for x in samples if isinstance(x, Pair)]
+        return StepData(
+            micro_batches=self._pair_batches(pairs) if pairs else self._batches(samples),
+            left_out=left_out,
+            notes=notes,
+            num_step_samples=len(whole),
+            epoch=epoch,
+            pair_keys=[(pair.picture_key, pair.text_key) for pair in pairs],
+        )
+
+    def _encode(self, conversation: Conversation) -> Sample | Pair:
+        prompt = self.settings.embedding_prompt
+        if prompt is None:
+            return self.encoder.encode(conversation)
+        return encode_pair(self.encoder, conversation, prompt=prompt)
+
+    def _pair_batches(self, pairs: Sequence[Pair]) -> list[SideBatch]:
+        s = self.settings
+        return side_batches(
+            pairs,
+            micro_batch_tokens=s.micro_batch_tokens,
+            pad_token_id=s.pad_token_id,
+            media_layout=s.media_layout,
+        )
+
+    def _batches(self, encoded: Sequence[Sample | Pair]) -> Sequence[Batch | SideBatch]:
+        s = self.settings
+        samples = [x for x in encoded if isinstance(x, Sample)] or [self._unsupervised()]
         plan = plan_micro_batches([x.num_tokens for x in samples], s.micro_batch_tokens)
         batches = [
             collate(
@@ -117,8 +151,11 @@ class StepDataset(Dataset[StepData | SampleError]):
             )
             for rows in plan
         ]
-        epoch = ((step - 1) * s.batch_size + len(whole)) / num_samples
-        return StepData(batches, left_out, notes, len(whole), epoch)
+        if s.embedding_prompt is None:
+            return batches
+        # No pair is left: the row takes part in the gradient's reduction, with zeros.
+        last = torch.tensor([samples[0].num_tokens - 1])
+        return [SideBatch(batches[0].inputs, last, 1, (), ("",), 0, 0)]
 
     def _unsupervised(self) -> Sample:
         """A sample without a target: a process with nothing to train on still takes part in the
@@ -165,16 +202,17 @@ def steps_from(
         yield item
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
+AnyBatch = TypeVar("AnyBatch", bound=Batch | SideBatch)
+
+
+def to_device(batch: AnyBatch, device: torch.device) -> AnyBatch:
     """The batch with its tensors on `device`."""
     if device.type == "cpu":
         return batch
+    moved: dict[str, Any] = {
+        field.name: value.to(device, non_blocking=True)
+        for field in fields(batch)
+        if isinstance(value := getattr(batch, field.name), torch.Tensor)
+    }
     inputs = {k: v.to(device, non_blocking=True) for k, v in batch.inputs.items()}
-    return Batch(
-        inputs=inputs,
-        supervised=batch.supervised.to(device, non_blocking=True),
-        targets=batch.targets.to(device, non_blocking=True),
-        sample_ids=batch.sample_ids,
-        num_tokens=batch.num_tokens,
-        num_images=batch.num_images,
-    )
+    return replace(batch, inputs=inputs, **moved)

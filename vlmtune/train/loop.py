@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
@@ -38,13 +39,15 @@ from vlmtune.train.interrupt import StopSignal
 from vlmtune.train.optim import learning_rate_factor, resolve_count, set_learning_rate
 from vlmtune.train.runtime import peak_memory_bytes
 from vlmtune.train.skips import SkipLedger
-from vlmtune.train.step import Method, StepResult, train_step
+from vlmtune.train.step import Method, Objective, StepResult, train_step
 from vlmtune.train.tracker import Tracker
 
 Progress = Callable[[int, int], None]
 """Told how many of how many samples are done."""
 Evaluate = Callable[[int, Progress], dict[str, float]]
 """The figures of an evaluation at an optimizer step, by name; a collective."""
+OBJECTIVE = "objective."
+"""How the names of the objective's tensors start in a checkpoint."""
 HELD_OUT = "eval_"
 """How the names of figures on `data.eval` start."""
 
@@ -55,6 +58,8 @@ class TrainedMethod(Method, Protocol):
     def state_dict(self) -> dict[str, Tensor]: ...
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+    def save(self, folder: Path) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -92,11 +97,24 @@ class Trainee:
     parameters: Mapping[str, nn.Parameter]
     part_of_name: Mapping[str, str]
     optimizer: AcceleratedOptimizer
+    objective: Objective
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The method's tensors, and what the objective learns beside them."""
+        own = {OBJECTIVE + name: p.detach() for name, p in self.objective.tensors.items()}
+        return self.method.state_dict() | own
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.objective.tensors.items():
+                parameter.copy_(state[OBJECTIVE + name])
+        method = {name: t for name, t in state.items() if not name.startswith(OBJECTIVE)}
+        self.method.load_state_dict(method)
 
 
 @dataclass
 class TrainResult:
-    """Figures of this session.
+    """Figures of this session. `terms` counts those of the loss (supervised tokens, or pairs).
 
     `paused_seconds`: of `seconds`, those spent on evaluation and checkpoints. `notes`: samples that
     were changed to fit, by what was done. `stopped_by`: the exit code of a stop by signal. `best`:
@@ -109,7 +127,7 @@ class TrainResult:
     loss: float = float("nan")
     seconds: float = 0.0
     paused_seconds: float = 0.0
-    supervised_tokens: int = 0
+    terms: int = 0
     peak_memory_bytes: int = 0
     skipped: int = 0
     notes: dict[str, int] = field(default_factory=dict)
@@ -123,7 +141,7 @@ class _Window:
 
     started: float = field(default_factory=time.monotonic)
     loss_sum: float = 0.0
-    num_supervised: int = 0
+    num_terms: int = 0
     num_samples: int = 0
     num_tokens: int = 0
     num_images: int = 0
@@ -197,14 +215,14 @@ def train(
             done = train_step(
                 trainee.forward,
                 step=step,
-                micro_batches=data.micro_batches,
+                data=data,
+                objective=trainee.objective,
                 method=trainee.method,
                 parameters=trainee.parameters,
                 part_of_name=trainee.part_of_name,
                 optimizer=trainee.optimizer,
                 accelerator=accelerator,
                 max_grad_norm=section.max_grad_norm,
-                num_left_out=len(data.left_out),
                 stop_requested=stop.received is not None,
                 log_parts=due,
             )
@@ -214,13 +232,13 @@ def train(
             _add(window, data, done, accelerator.num_processes)
             result.steps = step
             result.samples += data.num_step_samples - done.num_left_out
-            result.supervised_tokens += done.num_supervised
-            result.loss = window.loss_sum / max(1, window.num_supervised)
+            result.terms += done.num_terms
+            result.loss = window.loss_sum / max(1, window.num_terms)
             training_seconds = time.monotonic() - begin - result.paused_seconds
             tracker.advance(step, result.loss, result.samples / training_seconds)
             line: dict[str, Any] = dict(done.method_log)
             if due:
-                line = _line(window, done, rates, step, data, accelerator) | line
+                line = _line(window, done, rates, data, accelerator, trainee.objective) | line
                 window = _Window()
             paused = time.monotonic()
             if evaluate is not None and (step % schedule.eval_every == 0 or is_last):
@@ -252,7 +270,7 @@ def train(
         result.best = best
         if best.step != result.steps:
             chosen = load_checkpoint(checkpoint_path(folder / "checkpoints", best.step))
-            trainee.method.load_state_dict(chosen.tensors)
+            trainee.load_state_dict(chosen.tensors)
     result.seconds = time.monotonic() - begin
     result.skipped = skips.num_left_out
     result.notes = dict(Counter(note for note, _ in set(gather_object(sorted(notes)))))
@@ -261,8 +279,8 @@ def train(
 
 
 def _add(window: _Window, data: StepData, done: StepResult, num_processes: int) -> None:
-    window.loss_sum += done.loss * done.num_supervised
-    window.num_supervised += done.num_supervised
+    window.loss_sum += done.loss * done.num_terms
+    window.num_terms += done.num_terms
     window.num_samples += data.num_step_samples - done.num_left_out
     # Of this process, times their number: an estimate that costs no collective.
     window.num_tokens += num_processes * sum(b.num_tokens for b in data.micro_batches)
@@ -274,17 +292,18 @@ def _line(
     window: _Window,
     done: StepResult,
     rates: dict[str, float],
-    step: int,
     data: StepData,
     accelerator: Accelerator,
+    objective: Objective,
 ) -> dict[str, Any]:
     seconds = time.monotonic() - window.started
     line: dict[str, Any] = {
         "epoch": data.epoch,
-        "loss": window.loss_sum / max(1, window.num_supervised),
+        "loss": window.loss_sum / max(1, window.num_terms),
         "learning_rate": rates,
         "grad_norm": {"total": done.grad_norm, **done.part_grad_norms},
-        "supervised_tokens": window.num_supervised,
+        objective.unit: window.num_terms,
+        **objective.log(),
         "samples_per_second": window.num_samples / seconds,
         "tokens_per_second": window.num_tokens / seconds,
         "images_per_second": window.num_images / seconds,
@@ -328,14 +347,14 @@ def _save(
         optimizer: dict[str, Any] = {"optimizer": trainee.optimizer.state_dict()}
         if accelerator.scaler is not None:
             optimizer["scaler"] = accelerator.scaler.state_dict()
-        checkpoint = Checkpoint(state, trainee.method.state_dict(), optimizer, rng)
+        checkpoint = Checkpoint(state, trainee.state_dict(), optimizer, rng)
         save_checkpoint(folder / "checkpoints", checkpoint, keep=keep)
     accelerator.wait_for_everyone()
 
 
 def restore(trainee: Trainee, checkpoint: Checkpoint, accelerator: Accelerator) -> None:
     """Put a checkpoint's tensors, optimizer and random state in place."""
-    trainee.method.load_state_dict(checkpoint.tensors)
+    trainee.load_state_dict(checkpoint.tensors)
     trainee.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])

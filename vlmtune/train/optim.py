@@ -74,6 +74,12 @@ def parameter_groups(
     return [groups[key] for key in sorted(groups)]
 
 
+def own_group(tensors: Mapping[str, nn.Parameter], rate: float) -> dict[str, Any]:
+    """The group of what the objective learns itself; its part is called `objective`."""
+    group = {"part": "objective", "lr": rate, "peak_lr": rate, "weight_decay": 0.0}
+    return {"params": list(tensors.values()), **group}
+
+
 def build_optimizer(
     groups: list[dict[str, Any]], *, kind: str, device: torch.device
 ) -> torch.optim.Optimizer:

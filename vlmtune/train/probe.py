@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from vlmtune.data.types import Batch
+from vlmtune.data.types import Batch, SideBatch
 from vlmtune.errors import VlmtuneError
 from vlmtune.models.forward import SupervisedForward, full_logits
 from vlmtune.train.loss import summed_cross_entropy
@@ -46,7 +46,7 @@ def check_forward(forward: SupervisedForward, batch: Batch, dtype: torch.dtype) 
 
 
 def freeze_unreached(
-    forward: SupervisedForward, batch: Batch, parameters: Mapping[str, nn.Parameter]
+    forward: nn.Module, batch: Batch | SideBatch, parameters: Mapping[str, nn.Parameter]
 ) -> list[str]:
     """Freeze the trained tensors that get no gradient from `batch`, say so, return their names.
 
@@ -55,7 +55,10 @@ def freeze_unreached(
     was_training = forward.training
     forward.eval()
     with torch.random.fork_rng(devices=[]):
-        summed_cross_entropy(forward(batch.inputs, batch.supervised), batch.targets).backward()
+        if isinstance(batch, SideBatch):
+            forward(batch.inputs, batch.last).sum().backward()
+        else:
+            summed_cross_entropy(forward(batch.inputs, batch.supervised), batch.targets).backward()
     forward.train(was_training)
     unreached = [name for name, p in parameters.items() if p.grad is None]
     for parameter in parameters.values():

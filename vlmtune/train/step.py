@@ -1,15 +1,17 @@
 """One optimizer step: token-exact over micro-batches and processes.
 
-    loss of the step = (sum over all processes and micro-batches of their cross-entropies)
-                       / (supervised tokens of the step, over all processes)
+    loss of the step = (sum of its terms over all processes and micro-batches)
+                       / (number of its terms over all processes)
 
-However the step's samples are split, the gradient is that of this one quotient.
+A term is a supervised token's cross-entropy (`NextToken`) or a pair's (`contrastive.py`). However
+the step's samples are split, the gradient is that of this one quotient.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,9 +21,9 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from vlmtune.data.types import Batch
+from vlmtune.data.types import Batch, SideBatch
 from vlmtune.errors import VlmtuneError
-from vlmtune.train.feed import to_device
+from vlmtune.train.feed import StepData, to_device
 from vlmtune.train.loss import summed_cross_entropy
 
 
@@ -33,15 +35,39 @@ class Method(Protocol):
     def after_step(self, step: int) -> dict[str, object]: ...
 
 
+class Objective(Protocol):
+    """What is minimised. `unit` names its terms in the logs; `tensors` are what it learns itself,
+    beside the model, by name: they are kept in checkpoints and updated alike on every process."""
+
+    @property
+    def unit(self) -> str: ...
+
+    @property
+    def tensors(self) -> Mapping[str, nn.Parameter]: ...
+
+    def num_terms(self, data: StepData) -> int:
+        """Terms of the loss in this process's share of a step."""
+
+    def backward(
+        self, forward: nn.Module, data: StepData, accelerator: Accelerator, num_terms: int
+    ) -> Tensor:
+        """Accumulate the gradient of the step's loss, whose terms are `num_terms` over all
+        processes; the summed terms of each micro-batch, (num micro-batches,). May be a
+        collective."""
+
+    def log(self) -> dict[str, float]:
+        """Figures of the last step besides the loss."""
+
+
 @dataclass
 class StepResult:
-    """What a step did. `loss` is nats per supervised token, over all processes; `was_skipped`:
-    fp16's loss scaler threw the step away; `stop`: some process was asked to stop."""
+    """What a step did. `loss` is nats per term, over all processes; `was_skipped`: fp16's loss
+    scaler threw the step away; `stop`: some process was asked to stop."""
 
     loss: float
     penalty: float | None
     grad_norm: float
-    num_supervised: int
+    num_terms: int
     num_left_out: int
     was_skipped: bool
     stop: bool
@@ -53,50 +79,50 @@ def train_step(
     forward: nn.Module,
     *,
     step: int,
-    micro_batches: Sequence[Batch],
+    data: StepData,
+    objective: Objective,
     method: Method,
     parameters: Mapping[str, nn.Parameter],
     part_of_name: Mapping[str, str],
     optimizer: AcceleratedOptimizer,
     accelerator: Accelerator,
     max_grad_norm: float | None,
-    num_left_out: int = 0,
     stop_requested: bool = False,
     log_parts: bool = False,
 ) -> StepResult:
-    """Forward and backward over `micro_batches`, then update. Contains two collectives (counts,
-    losses) besides DDP's own.
+    """Forward and backward over this process's `data`, then update. Contains two collectives
+    (counts, losses) besides DDP's and the objective's own.
 
     Raises `VlmtuneError` on all processes, before the update, when the loss or the gradient is not
     finite on any of them.
     """
     device = accelerator.device
-    local = [sum(b.targets.numel() for b in micro_batches), num_left_out, stop_requested]
+    local = [objective.num_terms(data), len(data.left_out), stop_requested]
     counts = accelerator.reduce(torch.tensor(local, device=device, dtype=torch.int64), "sum")
-    num_supervised, all_skipped, stop = (int(x) for x in counts.tolist())
-    losses = _backward(forward, micro_batches, accelerator, num_supervised)
+    num_terms, all_skipped, stop = (int(x) for x in counts.tolist())
+    losses = objective.backward(forward, data, accelerator, num_terms)
     penalty = method.penalty()
     if penalty is not None:
         # After the reduction of the last micro-batch and equal on all processes: added as it is.
         accelerator.backward(penalty)
     total = accelerator.reduce(losses.sum(), "sum").item()
     if not torch.isfinite(torch.tensor(total)):
-        _raise_not_finite("loss", step, micro_batches, losses)
+        _raise_not_finite("loss", step, data.micro_batches, losses)
     if accelerator.scaler is not None:
         accelerator.unscale_gradients(optimizer)
     part_norms = _part_norms(parameters, part_of_name) if log_parts else {}
     grad_norm = clip_gradients(list(parameters.values()), max_grad_norm)
     if accelerator.scaler is None and not torch.isfinite(grad_norm):
-        _raise_not_finite("gradient", step, micro_batches, losses)
+        _raise_not_finite("gradient", step, data.micro_batches, losses)
     optimizer.step()
     was_skipped = bool(optimizer.step_was_skipped)
     method_log = method.after_step(step)
     optimizer.zero_grad()
     return StepResult(
-        loss=total / max(1, num_supervised),
+        loss=total / max(1, num_terms),
         penalty=None if penalty is None else float(penalty.detach()),
         grad_norm=float(grad_norm),
-        num_supervised=num_supervised,
+        num_terms=num_terms,
         num_left_out=all_skipped,
         was_skipped=was_skipped,
         stop=bool(stop),
@@ -105,22 +131,44 @@ def train_step(
     )
 
 
-def _backward(
-    forward: nn.Module, micro_batches: Sequence[Batch], accelerator: Accelerator, count: int
-) -> Tensor:
-    """Accumulate gradients; the summed cross-entropy of each micro-batch, (num micro-batches,)."""
-    losses = []
-    for number, batch in enumerate(micro_batches):
-        on_device = to_device(batch, accelerator.device)
-        is_last = number == len(micro_batches) - 1
-        sync = contextlib.nullcontext() if is_last else accelerator.no_sync(forward)
-        with sync:
-            logits = forward(on_device.inputs, on_device.supervised)  # (S, V)
-            loss = summed_cross_entropy(logits, on_device.targets)
-            # DDP takes the mean over processes; the count is already global.
-            accelerator.backward(loss * (accelerator.num_processes / max(1, count)))
-        losses.append(loss.detach())
-    return torch.stack(losses)
+class NextToken:
+    """The cross-entropy of the supervised tokens."""
+
+    unit = "supervised_tokens"
+    tensors: Mapping[str, nn.Parameter] = {}
+
+    def num_terms(self, data: StepData) -> int:
+        return sum(batch.targets.numel() for batch in _token_batches(data))
+
+    def backward(
+        self, forward: nn.Module, data: StepData, accelerator: Accelerator, num_terms: int
+    ) -> Tensor:
+        losses = []
+        batches = _token_batches(data)
+        for number, batch in enumerate(batches):
+            on_device = to_device(batch, accelerator.device)
+            with reduced_at_last(forward, accelerator, number=number, of=len(batches)):
+                logits = forward(on_device.inputs, on_device.supervised)  # (S, V)
+                loss = summed_cross_entropy(logits, on_device.targets)
+                # DDP takes the mean over processes; the count is already global.
+                accelerator.backward(loss * (accelerator.num_processes / max(1, num_terms)))
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    def log(self) -> dict[str, float]:
+        return {}
+
+
+def _token_batches(data: StepData) -> list[Batch]:
+    return [batch for batch in data.micro_batches if isinstance(batch, Batch)]
+
+
+def reduced_at_last(
+    forward: nn.Module, accelerator: Accelerator, *, number: int, of: int
+) -> AbstractContextManager[None]:
+    """Where a forward and backward pass belongs: gradients are reduced over processes at the last
+    of a step's micro-batches only."""
+    return contextlib.nullcontext() if number == of - 1 else accelerator.no_sync(forward)
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
@@ -142,7 +190,9 @@ def _part_norms(
     return {p: float(torch.nn.utils.get_total_norm(g)) for p, g in sorted(parts.items())}
 
 
-def _raise_not_finite(what: str, step: int, micro_batches: Sequence[Batch], losses: Tensor) -> None:
+def _raise_not_finite(
+    what: str, step: int, micro_batches: Sequence[Batch | SideBatch], losses: Tensor
+) -> None:
     """Every process gets here in the same step; the suspects of all are named (a collective)."""
     finite = torch.isfinite(losses).tolist()
     suspects = [b for b, ok in zip(micro_batches, finite, strict=True) if not ok]

@@ -1,0 +1,218 @@
+"""Contrastive training: a picture and its text are told from those of the step's other samples.
+
+    micro-batches, no graph    -> embeddings (2, n, D), random state kept
+    all processes' embeddings  -> InfoNCE over the whole step -> gradient of each embedding
+    micro-batches, with graph, random state replayed -> backward of (embedding . its gradient)
+
+Memory is that of one micro-batch and of (N, N) similarities, whatever the batch size; loss and
+gradient are those of one pass with everything in it. InfoNCE: van den Oord et al. 2018 (arXiv
+1807.03748, eq. 4), both ways with a learned temperature as in Radford et al. 2021 (arXiv
+2103.00020, figure 3); the two passes: gradient caching, Gao et al. 2021 (arXiv 2101.06983).
+
+Deviation: samples with the same picture, or the same text, are no negatives of each other.
+
+Letters: n pairs of this process, N of all processes, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlmtune.data.encode import Encoder
+from vlmtune.data.pairs import MediaLayout, encode_pair, side_batches
+from vlmtune.data.types import Conversation, SideBatch
+from vlmtune.errors import SampleError
+from vlmtune.train.checkpoint import random_state, restore_random_state
+from vlmtune.train.feed import StepData, to_device
+from vlmtune.train.step import reduced_at_last
+
+MAX_SCALE = 100.0
+"""Similarities are never multiplied by more (Radford et al. 2021, section 2.5)."""
+
+
+@dataclass(frozen=True)
+class PairLosses:
+    """`losses` (N,): the mean of a pair's two cross-entropies; `num_right` counts the pictures and
+    texts whose own partner is the most similar, of 2 N."""
+
+    losses: Tensor
+    num_right: Tensor
+
+
+def info_nce(pictures: Tensor, texts: Tensor, keys: Tensor, scale: Tensor) -> PairLosses:
+    """InfoNCE, picture to text and text to picture, of embeddings (N, D) of length 1.
+
+    `keys` (N, 2) are integers by which two pairs show the same picture or say the same text; they
+    are no negatives of each other. float32.
+    """
+    logits = scale * pictures @ texts.T  # (N, N)
+    same = (keys[:, None] == keys[None]).any(dim=-1)
+    same.fill_diagonal_(False)
+    logits = logits.masked_fill(same, -math.inf)
+    own = torch.arange(len(logits), device=logits.device)
+    there = F.cross_entropy(logits, own, reduction="none")
+    back = F.cross_entropy(logits.T, own, reduction="none")
+    right = (logits.argmax(dim=1) == own).sum() + (logits.argmax(dim=0) == own).sum()
+    return PairLosses((there + back) / 2, right)
+
+
+@dataclass
+class Contrastive:
+    """The objective; its temperature is learned. `log_scale` (1,) is log(1 / temperature)."""
+
+    initial_temperature: float
+    device: torch.device
+    unit: str = "pairs"
+    tensors: dict[str, nn.Parameter] = field(init=False)
+    _accuracy: float = 0.0
+
+    def __post_init__(self) -> None:
+        start = torch.tensor([-math.log(self.initial_temperature)], device=self.device)
+        self.tensors = {"log_scale": nn.Parameter(start)}
+
+    @property
+    def temperature(self) -> float:
+        return 1.0 / float(self.scale().detach())
+
+    def scale(self) -> Tensor:
+        return self.tensors["log_scale"].clamp(max=math.log(MAX_SCALE)).exp()
+
+    def num_terms(self, data: StepData) -> int:
+        return len(data.pair_keys)
+
+    def backward(
+        self, forward: nn.Module, data: StepData, accelerator: Accelerator, num_terms: int
+    ) -> Tensor:
+        batches = [
+            to_device(batch, accelerator.device)
+            for batch in data.micro_batches
+            if isinstance(batch, SideBatch)
+        ]
+        num_pairs = len(data.pair_keys)
+        own, states = embed_sides(forward, batches, num_pairs)
+        after = random_state()
+        own.requires_grad_()
+        everyone, start = gathered(own, accelerator)
+        keys = _gathered_keys(data.pair_keys, accelerator)
+        result = info_nce(everyone[0], everyone[1], keys, self.scale())
+        (result.losses.sum() / max(1, num_terms)).backward()
+        self._accuracy = float(result.num_right) / max(1, 2 * num_terms)
+        assert own.grad is not None
+        for number, (batch, state) in enumerate(zip(batches, states, strict=True)):
+            restore_random_state(state)
+            with reduced_at_last(forward, accelerator, number=number, of=len(batches)):
+                embeddings = forward(batch.inputs, batch.last)  # (B, D)
+                wanted = torch.zeros_like(embeddings)
+                if batch.pairs:
+                    wanted = own.grad[batch.side, list(batch.pairs)]
+                # Every process has the whole loss; DDP takes the mean over processes.
+                accelerator.backward((embeddings * wanted).sum() * accelerator.num_processes)
+        restore_random_state(after)
+        losses = result.losses.detach()[start : start + num_pairs]
+        return _by_micro_batch(losses, batches)
+
+    def log(self) -> dict[str, float]:
+        return {"temperature": self.temperature, "in_batch_accuracy": self._accuracy}
+
+
+@torch.no_grad()
+def embed_sides(
+    forward: nn.Module, batches: Sequence[SideBatch], num_pairs: int
+) -> tuple[Tensor, list[dict[str, object]]]:
+    """The embeddings of both sides, (2, n, D), and the random state before each micro-batch."""
+    states, found = [], []
+    for batch in batches:
+        states.append(random_state())
+        found.append(forward(batch.inputs, batch.last))
+    own = found[0].new_zeros((2, num_pairs, found[0].shape[-1]))
+    for batch, embeddings in zip(batches, found, strict=True):
+        if batch.pairs:
+            own[batch.side, list(batch.pairs)] = embeddings
+    return own, states
+
+
+def gathered(own: Tensor, accelerator: Accelerator) -> tuple[Tensor, int]:
+    """All processes' embeddings (2, N, D) in order of rank, and where `own` (2, n, D) starts in
+    them. A gradient reaches `own` alone. A collective."""
+    if accelerator.num_processes == 1:
+        return own, 0
+    counts = accelerator.gather(torch.tensor([own.shape[1]], device=own.device)).tolist()
+    padded = accelerator.pad_across_processes(own.detach(), dim=1)
+    everyone = accelerator.gather(padded[None])  # (processes, 2, most pairs, D)
+    parts = [everyone[rank, :, :count] for rank, count in enumerate(counts)]
+    parts[accelerator.process_index] = own
+    return torch.cat(parts, dim=1), sum(counts[: accelerator.process_index])
+
+
+def _gathered_keys(keys: Sequence[tuple[int, int]], accelerator: Accelerator) -> Tensor:
+    """(N, 2) int64, in the order of `gathered`."""
+    own = torch.tensor(list(keys), dtype=torch.int64, device=accelerator.device).reshape(-1, 2)
+    if accelerator.num_processes == 1:
+        return own
+    counts = accelerator.gather(torch.tensor([len(own)], device=own.device)).tolist()
+    everyone = accelerator.gather(accelerator.pad_across_processes(own, dim=0)[None])
+    return torch.cat([everyone[rank, :count] for rank, count in enumerate(counts)])
+
+
+def _by_micro_batch(losses: Tensor, batches: Sequence[SideBatch]) -> Tensor:
+    """The losses (n,) of this process as sums per micro-batch: half with each side of a pair."""
+    sums = [losses[list(batch.pairs)].sum() / 2 for batch in batches]
+    return torch.stack(sums)
+
+
+@torch.no_grad()
+def contrastive_loss(
+    forward: nn.Module,
+    conversations: Sequence[Conversation],
+    *,
+    temperature: float,
+    prompt: str,
+    batch_size: int,
+    encoder: Encoder,
+    accelerator: Accelerator,
+    micro_batch_tokens: int,
+    pad_token_id: int,
+    media_layout: MediaLayout,
+) -> Mapping[str, float]:
+    """`loss` (nats per pair) and `in_batch_accuracy` on held-out samples, told apart within chunks
+    of `batch_size` in their order, the same for any number of processes. `skipped`: samples that
+    could not be used. Contains one collective."""
+    sums = torch.zeros(4, dtype=torch.float64)  # loss, right, pairs, skipped
+    chunks = [conversations[i : i + batch_size] for i in range(0, len(conversations), batch_size)]
+    scale = torch.tensor(1.0 / temperature, device=accelerator.device)
+    for chunk in chunks[accelerator.process_index :: accelerator.num_processes]:
+        pairs = []
+        for conversation in chunk:
+            try:
+                pairs.append(encode_pair(encoder, conversation, prompt=prompt))
+            except SampleError:
+                sums[3] += 1
+        if not pairs:
+            continue
+        batches = side_batches(
+            pairs,
+            micro_batch_tokens=micro_batch_tokens,
+            pad_token_id=pad_token_id,
+            media_layout=media_layout,
+        )
+        with accelerator.autocast():
+            own, _ = embed_sides(
+                forward, [to_device(b, accelerator.device) for b in batches], len(pairs)
+            )
+        keys = torch.tensor([(p.picture_key, p.text_key) for p in pairs], device=own.device)
+        result = info_nce(own[0], own[1], keys, scale)
+        sums += torch.tensor([float(result.losses.sum()), float(result.num_right), len(pairs), 0])
+    everywhere = accelerator.reduce(sums.to(accelerator.device), "sum")
+    loss, right, num_pairs, skipped = everywhere.tolist()
+    values = {
+        "loss": loss / max(1, num_pairs),
+        "in_batch_accuracy": right / max(1, 2 * num_pairs),
+    }
+    return values | ({"skipped": skipped} if skipped else {})
