@@ -212,3 +212,45 @@ def test_a_bad_key_raises_no_false_conflict_with_its_default(folder: Path) -> No
     recipe = folder / "recipe.yaml"
     recipe.write_text(GOOD + "quantization_bit: 5\nquantization: {double_quant: false}\n")
     assert len(failure(recipe)) == 1  # with the default, 16, `quantization` would be unused
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ("eval: {scorer: embedding}", "eval.scorer has no effect with eval.task: vqa"),
+        ("eval: {task: retrieval, scorer: embedding, subtract_prior: true}", "subtract_prior has"),
+        ("eval: {embedding_prompt: x}", "eval.embedding_prompt has no effect"),
+        ("eval: {task: retrieval, max_new_tokens: 4}", "eval.max_new_tokens has no effect"),
+        ("eval: {decoding: {temperature: 0.5}}", "eval.decoding.temperature has no effect"),
+        ("eval: {decoding: {method: sample, num_beams: 2}}", "eval.decoding.num_beams has no"),
+        ("eval: {patience: 2}", "eval.patience has no effect with eval.best_metric: null"),
+        ("eval: {best_metric: loss}", "eval.best_metric is measured on data.eval"),
+        ("eval: {task: vqaa}", "eval.task"),
+        ("eval: {guard: {task: vqa}}", "eval.guard.data"),
+        ("eval: {guard: {data: gone.jsonl}}", "no such data file"),
+        ("contrastive: {initial_temperature: 0.1}", "contrastive has no effect"),
+    ],
+)
+def test_a_key_of_the_evaluation_without_effect_is_an_error(
+    tmp_path: Path, lines: str, says: str
+) -> None:
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: org/name\noutput_dir: x\ndata: {{train: train.jsonl}}\n{lines}\n")
+    with pytest.raises(ErrorGroup) as raised:
+        load_recipe(recipe)
+    assert says in str(raised.value)
+    assert "recipe.yaml:4" in str(raised.value)
+
+
+def test_a_guard_with_answers_makes_their_keys_count_beside_retrieval(tmp_path: Path) -> None:
+    for name in ("train.jsonl", "known.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: org/name\noutput_dir: x\ndata: {train: train.jsonl}\n"
+        "eval: {task: retrieval, max_new_tokens: 4, guard: {data: known.jsonl}}\n"
+    )
+    guard = load_recipe(recipe).recipe.eval.guard
+    assert guard is not None
+    assert guard.data == str(tmp_path / "known.jsonl")

@@ -63,6 +63,23 @@ def _unused_in_eval(recipe: Recipe) -> dict[str, tuple[str, str]]:
             unused[f"eval.decoding.{key}"] = (f"eval.decoding.method: {method}", "set sample")
     if method != "beam":
         unused["eval.decoding.num_beams"] = (f"eval.decoding.method: {method}", "set beam")
+    tasks = {section.task} | ({section.guard.task} if section.guard is not None else set())
+    where = f"eval.task: {section.task}"
+    if "retrieval" not in tasks:
+        unused["eval.scorer"] = (where, "set retrieval, or remove it")
+        unused["eval.subtract_prior"] = (where, "set retrieval, or remove it")
+    elif section.scorer == "embedding":
+        unused["eval.subtract_prior"] = ("eval.scorer: embedding", "set likelihood, or remove it")
+    if recipe.objective != "contrastive" and (
+        "retrieval" not in tasks or section.scorer == "likelihood"
+    ):
+        unused["eval.embedding_prompt"] = (
+            "objective: next_token",
+            "set eval.scorer: embedding with eval.task: retrieval, or remove it",
+        )
+    if tasks == {"retrieval"}:
+        unused["eval.max_new_tokens"] = (where, "remove it")
+        unused["eval.decoding"] = (where, "remove it")
     if section.best_metric is None:
         unused["eval.patience"] = ("eval.best_metric: null", "name the metric to be patient with")
     return unused
