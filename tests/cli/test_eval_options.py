@@ -94,6 +94,52 @@ def test_the_majority_answer_is_of_the_named_training_data(
     assert result["blind"]["majority_answer"]["metrics"]["exact_match"]["value"] == 0.0
 
 
+@pytest.fixture(scope="module")
+def captions(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Captions of three pictures."""
+    file = tmp_path_factory.mktemp("captions") / "captions.jsonl"
+    lines = (sample_data / "captions_eval.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    pictures = list(dict.fromkeys(row["messages"][0]["content"][0]["image"] for row in rows))[:3]
+    kept = [row for row in rows if row["messages"][0]["content"][0]["image"] in pictures]
+    text = "".join(json.dumps(row) + "\n" for row in kept)
+    file.write_text(text.replace('"images/', f'"{sample_data}/images/'))
+    return file
+
+
+@pytest.mark.parametrize("scorer", ["likelihood", "embedding"])
+def test_retrieval_is_a_task_with_figures_of_its_own(
+    tiny_vlm: Path, captions: Path, tmp_path: Path, scorer: str
+) -> None:
+    command = [tiny_vlm, "--data", captions, "--task", "retrieval", "--scorer", scorer]
+    code, stdout, stderr = run_eval(*command, "--output", tmp_path / "out")
+    assert code == 0, stderr
+    assert "picture_to_text_median_rank" in stdout
+    assert "pictures scored 3 of 3" in stderr
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert written["scorer"] == scorer
+    assert "decoding" not in written
+    r1 = evaluated(*command, "--metrics", "text_to_picture_r1", "--output", tmp_path / "one")
+    assert set(r1["metrics"]) == {"text_to_picture_r1"}
+
+
+def test_options_are_chosen_by_likelihood_with_or_without_an_answer(
+    tiny_vlm: Path, data: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    options = sorted({row["messages"][-1]["content"] for row in rows} | {"seven"})
+    file = tmp_path / "choice.jsonl"
+    file.write_text("".join(json.dumps(row | {"options": options}) + "\n" for row in rows))
+    command = [tiny_vlm, "--data", file, "--task", "choice", "--metrics"]
+    alone = evaluated(*command, "choice_likelihood", "--output", tmp_path / "a")
+    assert set(alone["metrics"]) == {"choice_likelihood"}
+    assert set(predictions(alone)) <= set(options)
+    both = evaluated(*command, "multiple_choice,choice_likelihood", "--output", tmp_path / "b")
+    assert {"choice_accuracy", "choice_likelihood"} <= set(both["metrics"])
+    assert both["metrics"]["choice_likelihood"] == alone["metrics"]["choice_likelihood"]
+    assert not set(predictions(both)) <= set(options)
+
+
 @pytest.fixture
 def guarded(tiny_vlm: Path, data: Path, tmp_path: Path) -> Path:
     """A run with a guard, in a folder of its own."""
@@ -165,6 +211,8 @@ def test_a_guard_whose_data_is_gone_is_an_error_before_anything_is_answered(
         (["--decoding", "nucleus"], "--decoding"),
         (["--scorer", "embedding"], "--scorer has no effect with --task vqa"),
         (["--task", "retrieval", "--stop", "x"], "--stop has no effect"),
+        (["--metrics", "choice_likelihood"], "unknown metric"),
+        (["--task", "retrieval", "--metrics", "text_to_picture_r2"], "text_to_picture_r1"),
         (["--task", "retrieval", "--blind"], "--blind has no effect"),
         (["--blind"], "--blind needs the training data"),
         (["--blind", "--train", "gone.jsonl"], "no such data file"),

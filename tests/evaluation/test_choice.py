@@ -12,8 +12,9 @@ from vlmtune.data.collate import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation, Text, Turn
 from vlmtune.errors import SampleError
-from vlmtune.evaluation.choice import NAME, choice_statistics, choose_by_likelihood
+from vlmtune.evaluation.choice import choice_statistics, choose_by_likelihood
 from vlmtune.evaluation.metrics.base import Mean
+from vlmtune.evaluation.metrics.registry import CHOICE_LIKELIHOOD
 from vlmtune.models.forward import full_logits
 from vlmtune.models.load import VLM
 
@@ -60,7 +61,7 @@ def test_a_choice_is_right_where_a_reference_is_that_option_or_its_letter(
     statistics = choice_statistics(rows, [0, 1, 0, 0])
     assert [None if s is None else s.score for s in statistics] == [1.0, 1.0, 0.0, None]
     sums = np.array([s.sums for s in statistics if s is not None]).sum(axis=0)
-    figures = Mean(NAME, lambda sample: None).figures(sums)
+    figures = Mean(CHOICE_LIKELIHOOD, lambda sample: None).figures(sums)
     assert figures["choice_likelihood"] == pytest.approx(2 / 3)
 
 

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +15,8 @@ from vlmtune.errors import VlmtuneError
 from vlmtune.evaluation.compare import compare, mcnemar, paired_differences
 from vlmtune.evaluation.metrics.base import Mean
 from vlmtune.evaluation.metrics.bootstrap import bootstrap_intervals
-from vlmtune.evaluation.results import Result, is_finished, read_result
-from vlmtune.evaluation.runner import score_answers, write_report
+from vlmtune.evaluation.results import Result, is_finished, read_result, write_report
+from vlmtune.evaluation.scoring import score_answers
 
 MEAN = Mean("accuracy", lambda sample: 0.0)
 
@@ -42,6 +45,14 @@ def result(folder: Path, name: str, texts: Sequence[str], *, task: str = "vqa") 
 def test_mcnemar_by_hand(right_to_wrong: int, wrong_to_right: int, p_value: float) -> None:
     test = mcnemar(right_to_wrong, wrong_to_right)
     assert test.p_value == pytest.approx(p_value, rel=1e-12)
+
+
+@pytest.mark.parametrize(("b", "c"), [(3, 9), (40, 17), (700, 812)])
+def test_mcnemar_is_the_binomial_sum_in_whole_numbers(b: int, c: int) -> None:
+    exact = Fraction(2 * sum(math.comb(b + c, k) for k in range(min(b, c) + 1)), 2 ** (b + c))
+    assert mcnemar(b, c).p_value == pytest.approx(float(exact), rel=1e-9)
+    one_sided = float(exact) / 2
+    assert mcnemar(b, c).p_value != pytest.approx(one_sided, rel=0.1)
 
 
 @pytest.mark.parametrize(("b", "c"), [(3, 9), (40, 17), (700, 812), (60_000, 60_900)])
@@ -119,6 +130,54 @@ def test_scores_between_right_and_wrong_have_no_mcnemar(tmp_path: Path) -> None:
     (comparison,), changes = compare(results, metrics=metrics)
     assert comparison.tests == {}
     assert changes[0].changes == {"b": "better"}
+
+
+def test_choices_by_likelihood_are_compared_by_the_scores_in_the_rows(tmp_path: Path) -> None:
+    conversations = [replace(asked(n), options=("red", "blue")) for n in range(3)]
+    texts = ["red"] * 3
+    for name, chosen in {"a": [0, 0, 1], "b": [0, 1, 1]}.items():
+        report = score_answers(
+            conversations, texts, task="choice", metrics=["choice_likelihood"], chosen=chosen
+        )
+        write_report(report, tmp_path / name)
+    results = [read_result(tmp_path / name, name) for name in "ab"]
+    (comparison,), _ = compare(results, metrics=["choice_likelihood"])
+    difference = comparison.differences["choice_likelihood"]
+    assert difference.difference == pytest.approx(-1 / 3)
+    assert comparison.tests["choice_likelihood"].right_to_wrong == 1
+    without = score_answers(conversations, texts, task="choice")
+    write_report(without, tmp_path / "c")
+    with pytest.raises(VlmtuneError, match="has no choice_likelihood"):
+        compare([results[0], read_result(tmp_path / "c", "c")], metrics=["choice_likelihood"])
+
+
+def query(direction: str, number: int, r1: float) -> dict[str, object]:
+    row = {"id": f"{number}:{direction}", "images": [f"{number}.png"], "question": "?"}
+    row |= {"answer": "a", "answers": ["a"], "options": [], "prediction": "a"}
+    return row | {"direction": direction, "scores": {"r1": r1, "r5": 1.0, "r10": 1.0, "mrr": r1}}
+
+
+def test_retrieval_is_compared_in_each_direction(tmp_path: Path) -> None:
+    ranks = {"a": ([1.0, 0.0], [1.0, 1.0]), "b": ([1.0, 1.0], [1.0, 0.5])}
+    for name, (texts, pictures) in ranks.items():
+        rows = [query("picture_to_text", n, r1) for n, r1 in enumerate(texts)]
+        rows += [query("text_to_picture", n, r1) for n, r1 in enumerate(pictures)]
+        (tmp_path / name).mkdir()
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name / "predictions.jsonl").write_text(lines)
+        (tmp_path / name / "metrics.json").write_text('{"task": "retrieval", "metrics": {}}')
+    (comparison,), changes = compare([read_result(tmp_path / name, name) for name in "ab"])
+    assert comparison.differences["picture_to_text_r1"].difference == 0.5
+    assert comparison.differences["text_to_picture_r1"].difference == -0.25
+    assert comparison.differences["text_to_picture_r5"].difference == 0.0
+    assert comparison.tests["picture_to_text_r1"].wrong_to_right == 1
+    assert "text_to_picture_r1" not in comparison.tests  # a tie is half right
+    assert [change.changes["b"] for change in changes] == ["wrong_to_right", "worse"]
+
+
+def test_an_answer_may_hold_any_character(tmp_path: Path) -> None:
+    texts = ["one\u2028two\x85three\nfour"]
+    assert result(tmp_path, "a", texts).rows["0"]["prediction"] == texts[0]
 
 
 def test_other_samples_or_other_references_are_refused(tmp_path: Path) -> None:

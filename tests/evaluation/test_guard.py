@@ -13,7 +13,7 @@ from vlmtune.evaluation.guard import (
     read_figures,
 )
 from vlmtune.evaluation.metrics.bootstrap import Interval
-from vlmtune.evaluation.runner import write_report
+from vlmtune.evaluation.results import write_report
 from vlmtune.evaluation.types import EvalReport
 from vlmtune.recipe.schema import DecodingSection, EvalSection, GuardSection
 

@@ -76,18 +76,22 @@ class Asked:
         section: EvalSection,
         encoder: Encoder,
         folder: Path,
-        what: str,
         *,
+        what: str = "",
         shown: Sequence[Conversation] | None = None,
     ) -> EvalReport:
         """Answers and scores; `shown` are the conversations as the model sees them, where these
-        are not the ones to score. A collective."""
+        are not the ones to score; `what` goes before the progress. A collective."""
         from vlmtune.evaluation.answers import KeptAnswers
+        from vlmtune.evaluation.retrieval.items import retrieval_items
         from vlmtune.evaluation.runner import evaluate
 
         processes = self.plan.processes
         rank, world_size = processes.rank, processes.world_size
-        num_mine = len(range(rank, len(conversations), world_size))
+        num, told = len(conversations), f"{what}answered"
+        if section.task == "retrieval":
+            num, told = len(retrieval_items(conversations).pictures), f"{what}pictures scored"
+        num_mine = len(range(rank, num, world_size))
         with contextlib.ExitStack() as stack:
             kept = None
             if section.task != "retrieval":
@@ -96,7 +100,7 @@ class Asked:
                 if processes.is_main:
                     _tell_kept(kept, len(conversations), folder)
             quiet = self.plan.quiet or not processes.is_main
-            on_progress = stack.enter_context(progress(what, num_mine, quiet=quiet))
+            on_progress = stack.enter_context(progress(told, num_mine, quiet=quiet))
             return evaluate(
                 self.opened.vlm,
                 conversations,

@@ -26,7 +26,7 @@ def evaluate_blind(
     """The figures of guessers that never see a picture, and the report of the one that is the
     model with blank pictures. A collective."""
     from vlmtune.evaluation.blind import blanked
-    from vlmtune.evaluation.runner import score_answers
+    from vlmtune.evaluation.scoring import score_answers
 
     plan = asked.plan
     guessed = score_answers(
@@ -42,7 +42,7 @@ def evaluate_blind(
         plan.section,
         answering_encoder(asked.opened),
         folder,
-        "blank pictures: answered",
+        what="blank pictures: ",
         shown=shown,
     )
     summaries = {
@@ -76,7 +76,7 @@ def evaluate_guard(asked: Asked, folder: Path) -> tuple[GuardVerdict, EvalReport
         ),
         encoder,
         folder,
-        "guard: answered",
+        what="guard: ",
     )
     after = {name: interval.value for name, interval in report.metrics.items()}
     name = guarding.guarded_metric(after, recipe.eval.guard.metric)

@@ -44,8 +44,7 @@ def compare_targets(
     print unless `as_json`. What `--json` holds; empty but on the main process. Contains
     collectives."""
     from vlmtune.evaluation.compare import compare
-    from vlmtune.evaluation.results import read_result
-    from vlmtune.evaluation.runner import write_whole
+    from vlmtune.evaluation.results import read_result, write_whole
 
     names = names_of(targets)
     what = {"targets": list(targets), "data": [str(file.absolute()) for file in plan.data]}

@@ -54,15 +54,21 @@ class Request:
         if self.data:
             conversations = load_conversations(self.data)[0][: self.max_samples]
         for target, report in reports.items():
-            _check_ids(conversations, report, target)
+            if section.task != "retrieval":  # whose rows are queries
+                _check_ids(conversations, report, target)
         guesses = self._guesses(section.task, conversations, recipes)
         if settings["with_guard"]:
             _check_guards(recipes)
 
-        from vlmtune.evaluation.runner import check_references
+        from vlmtune.evaluation.references import check_references
+        from vlmtune.evaluation.retrieval.items import retrieval_items
+        from vlmtune.evaluation.retrieval.runner import wanted_figures
 
-        if section.task != "retrieval":
-            check_references(conversations)
+        if section.task == "retrieval":
+            wanted_figures(section.metrics)
+        if conversations:
+            check = retrieval_items if section.task == "retrieval" else check_references
+            check(conversations)
         if self.output is not None:
             make_folder(self.output)
         return Plan(

@@ -27,7 +27,7 @@ def evaluate_target(
     `reuse`, a report that the folder holds of the same evaluation is taken. Contains collectives.
     """
     from vlmtune.evaluation.answers import remove_kept
-    from vlmtune.evaluation.runner import write_report
+    from vlmtune.evaluation.results import write_report
 
     opened = open_for_answers(
         target,
@@ -54,7 +54,7 @@ def evaluate_target(
             logger.info("the report in %s is of this evaluation", folder)
             return found | predictions
     began = time.monotonic()
-    report = asked.report(plan.conversations, plan.section, encoder, folder, "answered")
+    report = asked.report(plan.conversations, plan.section, encoder, folder)
     about = asked.about() | {"settings": digest, "seconds": time.monotonic() - began}
     reports = {folder: (report, about)}
     if plan.guesses is not None:

@@ -22,7 +22,7 @@ from PIL import ExifTags
 from vlmtune.data.media import locate_image
 from vlmtune.data.types import Conversation, Image, Part, Turn
 from vlmtune.errors import VlmtuneError
-from vlmtune.evaluation.runner import question_of
+from vlmtune.evaluation.references import question_of
 
 GREY = 128
 

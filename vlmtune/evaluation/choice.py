@@ -21,10 +21,8 @@ from vlmtune.evaluation.generate import evaluating
 from vlmtune.evaluation.likelihood import LikelihoodScorer
 from vlmtune.evaluation.metrics.base import Answered, Statistics
 from vlmtune.evaluation.metrics.multiple_choice import reference_options
-from vlmtune.evaluation.runner import reference_answer
+from vlmtune.evaluation.references import reference_answer
 from vlmtune.models.load import VLM
-
-NAME = "choice_likelihood"
 
 
 def choose_by_likelihood(
@@ -54,7 +52,7 @@ def choose_by_likelihood(
 def choice_statistics(
     conversations: Sequence[Conversation], chosen: Sequence[int]
 ) -> list[Statistics | None]:
-    """Whether each choice is right, as the statistics of `Mean(NAME, …)`: its figure is the mean.
+    """Whether each choice is right, as the statistics of a `Mean`: its figure is the mean.
     None where no reference is one of the options."""
     statistics: list[Statistics | None] = []
     for conversation, index in zip(conversations, chosen, strict=True):

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from vlmtune.errors import VlmtuneError
-from vlmtune.evaluation.metrics.base import Floats, Metric, Statistics
+from vlmtune.evaluation.metrics.base import Floats, Mean, Metric, Statistics
 from vlmtune.evaluation.metrics.bootstrap import cluster_sums, interval_of, resample_weights
-from vlmtune.evaluation.metrics.registry import metrics_for
+from vlmtune.evaluation.metrics.registry import CHOICE_LIKELIHOOD, metrics_for
 from vlmtune.evaluation.results import Result
+from vlmtune.evaluation.retrieval.runner import wanted_figures
 
 REFERENCE_KEYS = ("question", "answer", "answers", "options")
 SIDES = {(1.0, 0.0): "right_to_wrong", (0.0, 1.0): "wrong_to_right"}
@@ -91,8 +92,10 @@ def compare(
 ) -> tuple[list[Comparison], list[Change]]:
     """Each of `results` but the first against the first, and the samples whose score changed.
 
-    `metrics` are names, by default the task's. Scores are computed anew from the answers. Raises
-    VlmtuneError unless all are of one task and the same samples.
+    `metrics` are names, by default the task's. Scores are computed anew from the answers; those of
+    retrieval and of choice by likelihood are taken from the rows. The median rank, which is no
+    function of sums, is not compared. Raises VlmtuneError unless all are of one task and the same
+    samples.
     """
     first = results[0]
     for other in results[1:]:
@@ -103,6 +106,10 @@ def compare(
         result.name: {name: m.statistics(result.answered(ids)) for name, m in chosen.items()}
         for result in results
     }
+    for name in _scored_elsewhere(first.task, metrics):
+        chosen[name] = Mean(name, lambda sample: None)
+        for result in results:
+            statistics[result.name][name] = _scores_in_rows(result, ids, name)
     clusters: list[Hashable] = [
         tuple(first.rows[name]["images"]) or (name,) for name in ids
     ]  # as in the report's own intervals
@@ -176,6 +183,29 @@ def mcnemar(right_to_wrong: int, wrong_to_right: int) -> McNemar:
         for k in range(fewer + 1)
     )
     return McNemar(right_to_wrong, wrong_to_right, min(1.0, 2 * tail))
+
+
+def _scored_elsewhere(task: str, metrics: Sequence[str]) -> list[str]:
+    """The metrics whose scores only the rows hold."""
+    if task == "retrieval":
+        return [name for name in wanted_figures(metrics) if not name.endswith("median_rank")]
+    return [CHOICE_LIKELIHOOD] if CHOICE_LIKELIHOOD in metrics else []
+
+
+def _scores_in_rows(result: Result, ids: Sequence[str], name: str) -> list[Statistics | None]:
+    """Of `choice_likelihood`, or of `picture_to_text_r1`: score r1 of the rows of a direction."""
+    scores: list[float | None] = []
+    for row in (result.rows[sample] for sample in ids):
+        direction = row.get("direction")
+        if direction is None:
+            scores.append(row["scores"].get(name))
+        else:
+            is_of_it = name.startswith(f"{direction}_")
+            key = name.removeprefix(f"{direction}_")
+            scores.append(row["scores"].get(key) if is_of_it else None)
+    if all(score is None for score in scores):
+        raise VlmtuneError(f"the report has no {name}", file=result.folder)
+    return [None if score is None else Statistics(score, (score, 1.0)) for score in scores]
 
 
 def _compared(

@@ -1,15 +1,17 @@
-"""A finished evaluation read back from its folder: `predictions.jsonl` and `metrics.json`."""
+"""A finished evaluation in its folder: `predictions.jsonl` and `metrics.json`, written and read."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlmtune.errors import VlmtuneError
 from vlmtune.evaluation.metrics.base import Answered
+from vlmtune.evaluation.types import EvalReport
 
 PREDICTIONS = "predictions.jsonl"
 METRICS = "metrics.json"
@@ -37,6 +39,18 @@ class Result:
         ]
 
 
+def write_report(
+    report: EvalReport, folder: Path, *, about: Mapping[str, object] | None = None
+) -> None:
+    """`predictions.jsonl` (a line a sample) and `metrics.json` into `folder`; each file appears
+    whole or not at all. `about` (what was evaluated, on what) goes into `metrics.json` too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(p.as_row(), ensure_ascii=False) for p in report.predictions]
+    write_whole(folder / PREDICTIONS, "".join(line + "\n" for line in lines))
+    summary = {**(about or {}), **report.summary()}
+    write_whole(folder / METRICS, json.dumps(summary, indent=2) + "\n")
+
+
 def is_finished(folder: Path) -> bool:
     """Whether an evaluation's report is in `folder`."""
     return (folder / PREDICTIONS).is_file() and (folder / METRICS).is_file()
@@ -51,7 +65,9 @@ def read_result(folder: Path, name: str) -> Result:
         )
     path = folder / PREDICTIONS
     rows: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines: an answer may hold a character that Unicode counts as the end of a line.
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    for number, line in enumerate(lines, start=1):
         row = _parsed(path, line, number)
         missing = PREDICTION_KEYS - row.keys()
         if missing:
@@ -73,3 +89,13 @@ def _parsed(path: Path, text: str, line: int) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise VlmtuneError("not an object", file=path, line=line, expected="{…}")
     return value
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
+    unfinished = path.with_name(path.name + ".part")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)

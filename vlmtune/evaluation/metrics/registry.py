@@ -5,7 +5,7 @@ A metric is a `Mean` of a score per sample, or a module with `statistics` and `f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from vlmtune.errors import VlmtuneError, nearest
 from vlmtune.evaluation.metrics import (
@@ -49,6 +49,9 @@ TASKS: dict[str, tuple[str, ...]] = {
     "retrieval": (),
 }
 
+CHOICE_LIKELIHOOD = "choice_likelihood"
+"""Of the task `choice`; asks the model itself which option is likeliest (evaluation/choice.py)."""
+
 NOT_FRACTIONS = ("cider", "rank", "loss")
 """How the names of figures end that are no share of 1, and are shown without a percent sign."""
 
@@ -59,19 +62,23 @@ def is_fraction(figure: str) -> bool:
 
 
 def metrics_for(task: str, names: Sequence[str] = ()) -> dict[str, Metric]:
-    """The metrics called `names`, or without names those of `task`.
+    """The metrics of generated answers called `names`, or without names those of `task`.
 
-    Raises VlmtuneError for an unknown task or metric.
+    Raises VlmtuneError for an unknown task or metric. Retrieval has none: there `names` are figures
+    (retrieval/runner.py checks them).
     """
     if task not in TASKS:
         raise _unknown("task", task, TASKS)
+    if task == "retrieval":
+        return {}
+    known = [*METRICS, *([CHOICE_LIKELIHOOD] if task == "choice" else [])]
     for name in names:
-        if name not in METRICS:
-            raise _unknown("metric", name, METRICS)
-    return {name: METRICS[name] for name in names or TASKS[task]}
+        if name not in known:
+            raise _unknown("metric", name, known)
+    return {name: METRICS[name] for name in names or TASKS[task] if name in METRICS}
 
 
-def _unknown(what: str, name: str, known: Mapping[str, object]) -> VlmtuneError:
+def _unknown(what: str, name: str, known: Iterable[str]) -> VlmtuneError:
     close = nearest(name, known)
     return VlmtuneError(
         f"unknown {what}" + (f"; did you mean '{close}'?" if close else ""),

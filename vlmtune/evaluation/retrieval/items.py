@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from vlmtune.data.pairs import picture_key
 from vlmtune.data.types import Conversation, Text, Turn
 from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
+from vlmtune.evaluation.references import MAX_ERRORS_SHOWN, reference_answer
 from vlmtune.evaluation.retrieval.ranking import Relevance
-from vlmtune.evaluation.runner import MAX_ERRORS_SHOWN, reference_answer
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from vlmtune.evaluation.references import picture_name, question_of
 from vlmtune.evaluation.retrieval.figures import RECALLS
 from vlmtune.evaluation.retrieval.items import RetrievalItems
 from vlmtune.evaluation.retrieval.ranking import Ranked, Rankings
-from vlmtune.evaluation.runner import picture_name, question_of
 
 Direction = Literal["picture_to_text", "text_to_picture"]
 DIRECTIONS: tuple[Direction, ...] = ("picture_to_text", "text_to_picture")

@@ -48,7 +48,7 @@ def evaluate_retrieval(
     `seed` is the bootstrap's. Raises SampleError for rows that cannot be used, VlmtuneError for
     unknown figures and for scores that are NaN; all processes raise what one of them met.
     """
-    wanted = _wanted_figures(section.metrics)
+    wanted = wanted_figures(section.metrics)
     items = retrieval_items(conversations)
     exchange: Gather = list
     if world_size > 1:
@@ -144,7 +144,8 @@ def _agreed(make: Callable[[], Made], *, gather: Gather) -> Made:
     return made[0]
 
 
-def _wanted_figures(names: Sequence[str]) -> list[str]:
+def wanted_figures(names: Sequence[str]) -> list[str]:
+    """The figures called `names`, or all. Raises VlmtuneError for one that is none."""
     known = [f"{direction}_{figure}" for direction in DIRECTIONS for figure in FIGURES]
     for name in names:
         if name not in known:
