@@ -140,6 +140,12 @@ def test_options_are_chosen_by_likelihood_with_or_without_an_answer(
     assert not set(predictions(both)) <= set(options)
 
 
+def test_metrics_are_those_of_the_runs_task(tiny_vlm: Path, captions: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", tiny_vlm, captions, "{task: retrieval, scorer: embedding}")
+    result = evaluated(run, "--data", captions, "--metrics", "text_to_picture_mrr")
+    assert (result["scorer"], list(result["metrics"])) == ("embedding", ["text_to_picture_mrr"])
+
+
 @pytest.fixture
 def guarded(tiny_vlm: Path, data: Path, tmp_path: Path) -> Path:
     """A run with a guard, in a folder of its own."""
@@ -201,7 +207,7 @@ def test_a_guard_whose_data_is_gone_is_an_error_before_anything_is_answered(
     ("arguments", "expected"),
     [
         (["--metrics", "exact_mach"], "did you mean 'exact_match'"),
-        (["--task", "caption", "--metrics", ""], "unknown metric"),
+        (["--task", "caption", "--metrics", ""], "wrong value for --metrics"),
         (["--temperature", "0.5"], "--temperature has no effect with --decoding greedy"),
         (["--decoding", "beam", "--top-p", "0.5"], "--top-p has no effect with --decoding beam"),
         (["--num-beams", "3"], "add --decoding beam"),

@@ -35,6 +35,17 @@ def test_a_question_gets_its_most_frequent_answer_in_training() -> None:
     assert majority_answers(training, asked) == ["blue", "yes", "no", "3", "yes"]
 
 
+def test_on_easy_vqa_two_thirds_are_guessed_right() -> None:
+    easy_vqa = pytest.importorskip("easy_vqa")
+    training = [
+        exchange(question, answer) for question, answer, _ in zip(*easy_vqa.get_train_questions())
+    ]
+    questions, answers, _ = easy_vqa.get_test_questions()
+    guesses = majority_answers(training, [exchange(question) for question in questions])
+    right = sum(guess == answer for guess, answer in zip(guesses, answers))
+    assert round(right / len(answers), 3) == 0.670
+
+
 def test_without_an_answer_to_guess_from_there_is_an_error() -> None:
     with pytest.raises(VlmtuneError, match="no answer to guess from"):
         majority_answers([exchange("What?")], [exchange("What?")])

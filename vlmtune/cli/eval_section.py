@@ -53,7 +53,8 @@ def choose_section(
     from vlmtune.evaluation.metrics.registry import metrics_for
     from vlmtune.recipe.schema import EvalSection
 
-    metrics_for(options.get("task", "vqa"), options.get("metrics", ()))
+    if "task" in options:
+        metrics_for(options["task"])  # names the nearest task that there is
     sections = {target: recipe.eval for target, recipe in recipes.items()}
     base = next(iter(sections.values()), EvalSection())
     tasks: dict[str, str] = {target: section.task for target, section in sections.items()}
