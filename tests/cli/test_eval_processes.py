@@ -140,6 +140,19 @@ def test_two_processes_go_on_where_one_was_killed_and_end_as_one_does(
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.json", "predictions.jsonl"]
 
 
+def test_two_processes_compare_and_speak_once(
+    tiny_vlm: Path, questions: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    code, stdout, stderr = eval_in_two(
+        uninterrupted, tiny_vlm, "--data", questions, "--json", cwd=tmp_path
+    )
+    assert code == 0, stderr
+    result = json.loads(stdout)
+    assert [one["num_samples"] for one in result["targets"]] == [40, 40]
+    (comparison,) = result["comparison"]["comparisons"]
+    assert comparison["target"] == "tiny-vlm"
+
+
 def test_a_bad_picture_of_one_process_ends_both(
     tiny_vlm: Path, questions: Path, tmp_path: Path
 ) -> None:

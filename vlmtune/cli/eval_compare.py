@@ -41,7 +41,7 @@ def compare_targets(
     as_json: bool,
 ) -> dict[str, Any]:
     """Evaluate what is not in `finished`, compare everything with the first target, write, and
-    print unless `as_json`. What `--json` holds; empty but on the main process. Contains
+    print unless `as_json`. What `--json` holds, the comparison on the main process alone. Contains
     collectives."""
     from vlmtune.evaluation.compare import compare
     from vlmtune.evaluation.results import read_result, write_whole
@@ -67,7 +67,7 @@ def compare_targets(
         results.append(evaluate_target(target, plan, place, reuse=True))
         free_memory()
     if not main:
-        return {}
+        return {"targets": results, "comparison": None}
     read = [read_result(place, name) for name, place in folders.items()]
     comparisons, changes = compare(read, metrics=plan.section.metrics, seed=plan.seed)
     summary = {
