@@ -219,6 +219,11 @@ def test_the_wheel_zooms_only_a_chart_that_was_clicked(shown: Chrome) -> None:
     assert element(shown, "#chart-0 .lines").get_dom_attribute("viewBox") != "0 0 1000 1000"
 
 
+def test_a_narrow_screen_leaves_room_for_the_ranks(chromium: Chrome, page: Path) -> None:
+    show(chromium, page, width=320)
+    assert element(chromium, ".rank-row svg").size["width"] > 80
+
+
 @pytest.mark.parametrize("width", [320, 768, 1920])
 def test_no_width_makes_the_page_scroll_sideways(chromium: Chrome, page: Path, width: int) -> None:
     show(chromium, page, width=width)

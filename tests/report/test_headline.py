@@ -5,8 +5,14 @@ from pathlib import Path
 import pytest
 
 from tests.report.runs import make_run, write_evaluation, write_json, write_lines
-from vlmtune.report.evaluations import choose_pair, guard_pair, read_evaluations
-from vlmtune.report.headline import Finding, difference, findings, grouped_reasons
+from vlmtune.report.change import difference
+from vlmtune.report.evaluations import (
+    choose_pair,
+    choose_widest,
+    guard_pair,
+    read_evaluations,
+)
+from vlmtune.report.headline import Finding, findings, grouped_reasons
 from vlmtune.report.mistakes import draw_scale, mixups
 from vlmtune.report.recipe_diff import parse_recipe
 from vlmtune.report.run import read_run
@@ -19,7 +25,13 @@ def found(run: Path) -> list[Finding]:
     evaluations = read_evaluations(record)
     pair = choose_pair(evaluations, record)
     recipe = parse_recipe(record.resolved_text)
-    return findings(record, recipe, pair, guard_pair(evaluations, pair))
+    return findings(
+        record,
+        recipe,
+        pair=pair,
+        widest=choose_widest(evaluations, record, pair),
+        guard=guard_pair(evaluations, pair),
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,6 +84,18 @@ def test_the_worst_slice_and_the_commonest_mix_up_are_named(tmp_path: Path, tiny
     )
 
 
+def test_a_later_evaluation_on_more_samples_says_what_is_still_wrong(
+    tmp_path: Path, tiny_vlm: Path
+) -> None:
+    run = make_run(tmp_path / "r", model=tiny_vlm, num_samples=4, after=["yes"] * 4)
+    data = tmp_path / "r-data" / "data.jsonl"
+    write_evaluation(run, 30, data, ["yes"] * 9 + ["no"], name="data-20260101-000000")
+    learned, wrong, *_ = found(run)
+    assert "went from 0.0\u00a0% to 100.0\u00a0%" in learned.answer  # the same four samples
+    assert any(d.startswith("On 10 samples (data-2026") for d in learned.details)
+    assert "1 of 10 predictions is wrong." in wrong.details
+
+
 def test_the_scale_has_all_samples_first_and_then_the_worst_slice(
     tmp_path: Path, tiny_vlm: Path
 ) -> None:
@@ -112,6 +136,14 @@ def test_the_guard_holds_within_what_the_recipe_allows(
     assert forgotten.tone == tone
     assert "from 100.0\u00a0%" in forgotten.answer
     assert forgotten.details == ("At most 10 points worse is allowed.",)
+
+
+def test_where_nothing_was_known_nothing_is_forgotten(tmp_path: Path, tiny_vlm: Path) -> None:
+    run = make_run(tmp_path / "r", model=tiny_vlm, num_samples=2, recipe=GUARD)
+    for step in (0, 30):
+        data = tmp_path / "r-data" / "data.jsonl"
+        write_evaluation(run, step, data, ["no", "no"], name=f"guard-step-{step:06d}")
+    assert found(run)[3].answer.startswith("There was nothing to forget")
 
 
 def test_what_is_not_known_is_said(tmp_path: Path, tiny_vlm: Path) -> None:

@@ -50,3 +50,12 @@ def test_charts_beyond_the_limit_are_named() -> None:
     charts, left_out = metric_charts([{"step": 1} | {f"x{i:02d}": i for i in range(50)}])
     assert len(charts) == MAX_CHARTS
     assert left_out == [f"x{i:02d}" for i in range(MAX_CHARTS, 50)]
+
+
+def test_many_lines_are_parted_evenly_over_charts() -> None:
+    figures = {f"eval_figure_{n}": 0.5 for n in range(8)}
+    charts = drawn([{"step": 1} | figures])
+    assert {title: len(lines) for title, lines in charts.items()} == {
+        "Figures on held-out data, 1": 4,
+        "Figures on held-out data, 2": 4,
+    }

@@ -165,11 +165,13 @@ def test_a_retrieval_run_has_a_page(run: Path) -> None:
         folder = run / "eval" / f"step-{step:06d}"
         write_lines(folder / "predictions.jsonl", rows)
         figure = {"value": 0.0, "low": 0.0, "high": 0.2, "count": 4}
-        metrics = {"text_to_picture_r1": figure, "text_to_picture_median_rank": figure}
+        names = ("picture_to_text_r1", "text_to_picture_r1", "text_to_picture_median_rank")
+        metrics = dict.fromkeys(names, figure)
         summary = {"task": "retrieval", "num_samples": 4, "metrics": metrics, "slices": {}}
         write_json(folder / "metrics.json", summary)
     text = " ".join(page_of(run).text.split())
-    assert "No clear change. Text to picture r1 went from 0.0 % to 0.0 %" in text
+    assert "No clear change. Picture to text R@1 went from 0.0 % to 0.0 %" in text
+    assert "Text to picture R@1 went from 0.0 % to 0.0 % (0.0 to 20.0 %)." in text
     assert "rank 2" in text
     assert "7.png" in text
 

@@ -110,8 +110,8 @@ def nice_range(low: float, high: float) -> tuple[tuple[float, float], list[float
     if low > 0 and low < 0.4 * high:
         low = 0.0
     if math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-12):
-        margin = abs(low) * 0.1 or 1.0
-        low, high = low - margin, high + margin
+        margin = abs(low) * 0.1
+        low, high = (low - margin, high + margin) if margin else (0.0, 1.0)
     step = _nice_step((high - low) / 4)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     values = [number * step for number in range(first, last + 1)]

@@ -90,21 +90,44 @@ def read_evaluations(record: RunRecord) -> list[Evaluation]:
 
 
 def choose_pair(evaluations: Sequence[Evaluation], record: RunRecord) -> Pair:
-    """Before and after on the same data: the newest evaluation of the result, and the one before
-    the first step. Where a best step was chosen, other steps do not speak for the result."""
+    """Before and after on the same samples: the newest evaluation of the result that has them (or
+    most of them), and the one before the first step."""
+    before = next((e for e in evaluations if e.step == 0 and not e.is_guard), None)
+    later = _of_result(evaluations, record)
+    if before is None:
+        return Pair(None, max(later, key=_age, default=None))
+    same = [e for e in later if e.task == before.task and e.ids & before.ids]
+    return Pair(before, max(same, key=lambda e: (e.ids == before.ids, *_age(e)), default=None))
+
+
+def choose_widest(
+    evaluations: Sequence[Evaluation], record: RunRecord, pair: Pair
+) -> Evaluation | None:
+    """The evaluation of the result with the most samples of the pair's data, the newest of several:
+    during training a choice of the data is evaluated, afterwards often all of it."""
+    if pair.after is None:
+        return pair.before
+    same = [
+        e
+        for e in _of_result(evaluations, record)
+        if e.task == pair.after.task and e.ids & pair.after.ids
+    ]
+    return max(same, key=lambda e: (e.num_samples, *_age(e)))
+
+
+def _of_result(evaluations: Sequence[Evaluation], record: RunRecord) -> list[Evaluation]:
+    """Those after training began. Where a best step was chosen, others do not speak for it."""
     best = (record.summary or {}).get("best")
     best_step = best.get("step") if isinstance(best, dict) else None
-    before = next((e for e in evaluations if e.step == 0 and not e.is_guard), None)
-    later = [
+    return [
         e
         for e in evaluations
         if not e.is_guard and e.step != 0 and (e.step is None or best_step in (None, e.step))
     ]
-    if before is None:
-        return Pair(None, max(later, key=lambda e: (e.written, e.step or 0), default=None))
-    same = [e for e in later if e.task == before.task and e.ids & before.ids]
-    newest = max(same, key=lambda e: (e.ids == before.ids, e.written, e.step or 0), default=None)
-    return Pair(before, newest)
+
+
+def _age(evaluation: Evaluation) -> tuple[float, int]:
+    return evaluation.written, evaluation.step or 0
 
 
 def guard_pair(evaluations: Sequence[Evaluation], pair: Pair) -> Pair:

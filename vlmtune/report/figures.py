@@ -6,6 +6,7 @@ The space before a per cent sign does not break.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -111,5 +112,5 @@ def sentence(text: str) -> str:
 
 
 def spoken(name: str) -> str:
-    """A figure's or a key's name as words: `eval_exact_match` -> `eval exact match`."""
-    return name.replace("_", " ")
+    """A figure's or a key's name as words: `exact_match` -> `exact match`, `r5` -> `R@5`."""
+    return re.sub(r"\br(\d+)\b", r"R@\1", name.replace("_", " "))

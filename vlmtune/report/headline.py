@@ -8,20 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from vlmtune.errors import VlmtuneError
 from vlmtune.evaluation.guard import guard_verdict, guarded_metric
-from vlmtune.evaluation.metrics.base import Mean
-from vlmtune.evaluation.metrics.bootstrap import Interval, bootstrap_intervals
-from vlmtune.report.evaluations import Evaluation, Pair, is_right, row_key
+from vlmtune.evaluation.metrics.bootstrap import Interval
+from vlmtune.report.change import apart, difference
+from vlmtune.report.evaluations import Evaluation, Pair, is_right
 from vlmtune.report.figures import Figure, number, plural, sentence, short_number, spoken
 from vlmtune.report.mistakes import mixups, worst_slices
 from vlmtune.report.recipe_diff import value_at
 from vlmtune.report.run import RunRecord
 
-SAME = 1e-6
-"""How far the mean of the scores may be from a figure that is their mean."""
 MAX_REASONS = 8
 
 
@@ -36,35 +32,21 @@ class Finding:
 
 
 def findings(
-    record: RunRecord, recipe: Mapping[str, Any] | None, pair: Pair, guard: Pair
+    record: RunRecord,
+    recipe: Mapping[str, Any] | None,
+    *,
+    pair: Pair,
+    widest: Evaluation | None,
+    guard: Pair,
 ) -> list[Finding]:
-    """The four answers, in the order of the page."""
+    """The four answers, in the order of the page. `widest`: the evaluation with the most samples,
+    which says best what is still wrong."""
     return [
-        _learned(record, pair),
-        _still_wrong(pair),
+        _learned(record, pair, widest),
+        _still_wrong(widest),
         _skipped(record),
         _forgotten(recipe, guard),
     ]
-
-
-def difference(pair: Pair, name: str) -> Interval | None:
-    """The mean of `after - before` of a figure over the samples of both, with its paired 95 %
-    interval (pictures resampled as wholes); None where the figure is no mean of scores."""
-    if pair.before is None or pair.after is None:
-        return None
-    before = {row_key(row): row for row in pair.before.rows}
-    changes, clusters = [], []
-    for row in pair.after.rows:
-        old, new = _score(before.get(row_key(row)), name), _score(row, name)
-        if old is None or new is None:
-            continue
-        changes.append(new - old)
-        clusters.append(tuple(row.get("images") or ()) or (str(row.get("id")),))
-    if not changes or not all(_is_mean(e, name) for e in (pair.before, pair.after)):
-        return None
-    sums = np.array([(change, 1.0) for change in changes])
-    mean = Mean(name, lambda _: None)
-    return bootstrap_intervals(sums, figures=mean.figures, clusters=clusters, seed=0)[name]
 
 
 def grouped_reasons(skipped: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
@@ -79,7 +61,7 @@ def loss_course(record: RunRecord, name: str = "loss") -> tuple[float, float] | 
     return (values[0], values[-1]) if len(values) > 1 else None
 
 
-def _learned(record: RunRecord, pair: Pair) -> Finding:
+def _learned(record: RunRecord, pair: Pair, widest: Evaluation | None) -> Finding:
     question = "Did it learn?"
     details = tuple(
         f"{what} went from {short_number(course[0])} to {short_number(course[1])}."
@@ -111,8 +93,8 @@ def _learned(record: RunRecord, pair: Pair) -> Finding:
         low, high = sorted((sign * change.low, sign * change.high))
         details = (f"The difference is {_change(change, after)}.", *details)
     else:
-        low, high = _apart(before, after, sign)
-    details = (*details, *_guessed(pair.after, name))
+        low, high = apart(before, after, sign)
+    details = (*details, *_other_way(pair, name), *_measured_on_more(pair, widest, name))
     if not pair.has_same_samples:
         details = (*details, "The two were measured on different choices of the data.")
     verdict, tone = (
@@ -126,16 +108,17 @@ def _learned(record: RunRecord, pair: Pair) -> Finding:
     return Finding(question, tone, told, details)
 
 
-def _still_wrong(pair: Pair) -> Finding:
+def _still_wrong(shown: Evaluation | None) -> Finding:
     question = "On what is it still wrong?"
-    shown, name = pair.shown, pair.main_figure
+    name = None if shown is None else shown.main_figure
     if shown is None or name is None:
         return Finding(question, "plain", "Not known: no answers were evaluated.")
     judged = [right for row in shown.rows if (right := is_right(row)) is not None]
     details = []
     if judged:
         wrong = judged.count(False)
-        details.append(f"{wrong:,} of {plural(len(judged), 'prediction')} are wrong.")
+        verb = "is" if wrong == 1 else "are"
+        details.append(f"{wrong:,} of {plural(len(judged), 'prediction')} {verb} wrong.")
     if found := mixups(shown):
         worst = found[0]
         details.append(
@@ -145,7 +128,8 @@ def _still_wrong(pair: Pair) -> Finding:
     slices = worst_slices(shown, name)
     if not slices:
         return Finding(question, "plain", details.pop(0) if details else "Not known.", (*details,))
-    words = [f"{spoken(kind)} ({figure.text})" for kind, figure in slices[:3]]
+    imperfect = [(kind, f) for kind, f in slices if not f.is_share or f.value < 1]
+    words = [f"{spoken(kind)} ({f.text})" for kind, f in (imperfect or slices)[:3]]
     tone = "plain"
     told = "Worst on " + ", then ".join(words) + "."
     if judged and not judged.count(False):
@@ -186,6 +170,9 @@ def _forgotten(recipe: Mapping[str, Any] | None, guard: Pair) -> Finding:
     if name not in guard.before.figures or allowed is None:
         return Finding(question, "plain", f"Not known: {name} was not measured before training.")
     before, after = guard.before.figures[name], guard.after.figures[name]
+    if before.value == 0 and not before.lower_is_better:
+        told = f"There was nothing to forget: {spoken(name)} was {before.text} before training."
+        return Finding(question, "plain", told)
     verdict = guard_verdict(before.value, after.value, metric=name, max_drop=allowed)
     told = (
         f"{sentence(spoken(name))} on the guard's data went from {before.text} to {_value(after)}."
@@ -197,13 +184,30 @@ def _forgotten(recipe: Mapping[str, Any] | None, guard: Pair) -> Finding:
     return Finding(question, "good", f"No, the guard held. {told}", details)
 
 
-def _guessed(evaluation: Evaluation, name: str) -> list[str]:
-    """What guessers score that never see the picture."""
-    return [
+def _other_way(pair: Pair, name: str) -> list[str]:
+    """Retrieval: the same figure of the other direction."""
+    other = name.replace("picture_to_text_", "text_to_picture_")
+    if pair.before is None or pair.after is None or other == name:
+        return []
+    before, after = pair.before.figures.get(other), pair.after.figures.get(other)
+    if before is None or after is None:
+        return []
+    return [f"{sentence(spoken(other))} went from {before.text} to {_value(after)}."]
+
+
+def _measured_on_more(pair: Pair, widest: Evaluation | None, name: str) -> list[str]:
+    """The figure on more samples, and what guessers score that never see the picture."""
+    if widest is None or name not in widest.figures:
+        return []
+    told = [
         f"Without seeing a picture ({spoken(guesser)}): {of[name].text}."
-        for guesser, of in evaluation.blind.items()
+        for guesser, of in widest.blind.items()
         if name in of
     ]
+    if widest is not pair.after:
+        count = plural(widest.num_samples, "sample")
+        told.insert(0, f"On {count} ({widest.label}): {_value(widest.figures[name])}.")
+    return told
 
 
 def _value(figure: Figure) -> str:
@@ -214,28 +218,6 @@ def _change(change: Interval, figure: Figure) -> str:
     scale, unit, form = (100, " points", "{:+.1f}") if figure.is_share else (1, "", "{:+.3g}")
     value, low, high = (form.format(scale * x) for x in (change.value, change.low, change.high))
     return f"{value}{unit} ({low} to {high}, paired on {plural(change.count, 'sample')})"
-
-
-def _apart(before: Figure, after: Figure, sign: int) -> tuple[float, float]:
-    """How far the two intervals are apart at least and at most; the better way is up."""
-    lows = [f.value if f.low is None else f.low for f in (before, after)]
-    highs = [f.value if f.high is None else f.high for f in (before, after)]
-    if sign < 0:
-        return lows[0] - highs[1], highs[0] - lows[1]
-    return lows[1] - highs[0], highs[1] - lows[0]
-
-
-def _score(row: Mapping[str, Any] | None, name: str) -> float | None:
-    scores = None if row is None else row.get("scores")
-    direction = None if row is None else row.get("direction")
-    if direction is not None:  # the figures of both directions stand side by side, a row's do not
-        name = name.removeprefix(f"{direction}_")
-    return number(scores.get(name)) if isinstance(scores, dict) else None
-
-
-def _is_mean(evaluation: Evaluation, name: str) -> bool:
-    scores = [s for row in evaluation.rows if (s := _score(row, name)) is not None]
-    return bool(scores) and abs(float(np.mean(scores)) - evaluation.figures[name].value) < SAME
 
 
 def _reason(entry: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from vlmtune.report.figures import NOT_SHARES, number, sentence, spoken
 
 NOT_DRAWN = ("step", "epoch", "ranks")
 MAX_CHARTS = 40
+MAX_LINES = 6
+"""Of one chart; more are told apart with pain. The page has as many colors."""
 TITLES = {
     "loss": "Loss",
     "learning_rate": "Learning rate",
@@ -51,17 +54,22 @@ def metric_charts(lines: Sequence[Mapping[str, Any]]) -> tuple[list[Chart], list
     names = sorted(
         (n for n in groups if groups[n]), key=lambda n: order.index(n) if n in order else len(order)
     )
+    drawn = [
+        (name, number, part)
+        for name in names
+        for number, part in enumerate(_parted(groups[name]), start=1)
+    ]
     charts = [
         draw_chart(
             f"chart-{index}",
-            TITLES.get(name, sentence(spoken(name))),
-            groups[name],
+            _title(name) + (f", {number}" if len(groups[name]) > MAX_LINES else ""),
+            part,
             unit=_unit_of(name, groups[name]),
             x_range=x_range,
         )
-        for index, name in enumerate(names[:MAX_CHARTS])
+        for index, (name, number, part) in enumerate(drawn[:MAX_CHARTS])
     ]
-    return charts, names[MAX_CHARTS:]
+    return charts, list(dict.fromkeys(name for name, _, _ in drawn[MAX_CHARTS:]))
 
 
 def flat_numbers(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -73,6 +81,17 @@ def flat_numbers(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield from flat_numbers(value, f"{prefix}{name}/")
         elif (found := number(value)) is not None:
             yield f"{prefix}{name}", found
+
+
+def _title(group: str) -> str:
+    return TITLES.get(group, sentence(spoken(group)))
+
+
+def _parted(series: Sequence[Series]) -> list[Sequence[Series]]:
+    """`series` in parts of about equal size, none above MAX_LINES."""
+    num_parts = math.ceil(len(series) / MAX_LINES)
+    size = math.ceil(len(series) / num_parts)
+    return [series[start : start + size] for start in range(0, len(series), size)]
 
 
 def _group_of(name: str, points: Sequence[Point]) -> str:

@@ -33,6 +33,7 @@ from vlmtune.report.evaluations import (
     Evaluation,
     Pair,
     choose_pair,
+    choose_widest,
     guard_pair,
     read_evaluations,
 )
@@ -116,6 +117,7 @@ def page_values(record: RunRecord) -> dict[str, Any]:
     """What the template shows, by name."""
     evaluations = read_evaluations(record)
     pair = choose_pair(evaluations, record)
+    widest = choose_widest(evaluations, record, pair)
     guard = guard_pair(evaluations, pair)
     values = parse_recipe(record.resolved_text)
     charts, charts_left_out = metric_charts(record.lines)
@@ -128,7 +130,7 @@ def page_values(record: RunRecord) -> dict[str, Any]:
         "name": record.folder.absolute().name,
         "record": record,
         "recipe": values,
-        "findings": findings(record, values, pair, guard),
+        "findings": findings(record, values, pair=pair, widest=widest, guard=guard),
         "differences": None if values is None else differences(values),
         "environment": _flat(record.environment or {}),
         "statistics": statistics,
@@ -139,9 +141,10 @@ def page_values(record: RunRecord) -> dict[str, Any]:
         "rank_map": draw_rank_map(record.lines),
         "pair": pair,
         "scale": draw_scale(pair),
-        "mixups": [] if pair.shown is None else mixups(pair.shown),
+        "widest": widest,
+        "mixups": [] if widest is None else mixups(widest),
         "evaluation_groups": _grouped(evaluations),
-        "gallery": build_gallery(pair, thumbnails=thumbnails),
+        "gallery": build_gallery(_gallery_pair(pair, widest), thumbnails=thumbnails),
         "thumbnails": thumbnails,
         "right_from": RIGHT_FROM,
         "skipped_reasons": grouped_reasons(record.skipped),
@@ -149,9 +152,15 @@ def page_values(record: RunRecord) -> dict[str, Any]:
     }
 
 
+def _gallery_pair(pair: Pair, widest: Evaluation | None) -> Pair:
+    """Predictions before training, and the most that there are afterwards."""
+    return pair if pair.after is None else Pair(pair.before, widest)
+
+
 @dataclass(frozen=True)
 class EvaluationGroup:
-    """Evaluations of one task on the same data, and the names of all their figures."""
+    """Evaluations of one task on the same data, and the names of all their figures. `pair` is the
+    first and the last of them; `sliced_figures` are those that the last has of any slice."""
 
     title: str
     is_guard: bool
@@ -159,6 +168,7 @@ class EvaluationGroup:
     figures: tuple[str, ...]
     pair: Pair
     slices: tuple[str, ...]
+    sliced_figures: tuple[str, ...]
 
 
 def _grouped(evaluations: Sequence[Evaluation]) -> list[EvaluationGroup]:
@@ -169,6 +179,7 @@ def _grouped(evaluations: Sequence[Evaluation]) -> list[EvaluationGroup]:
 
 
 def _group(is_guard: bool, task: str, evaluations: list[Evaluation]) -> EvaluationGroup:
+    slices = evaluations[-1].slices
     names = ", ".join(Path(file).name for file in evaluations[0].data) or "unnamed data"
     first = evaluations[0] if evaluations[0].step == 0 and len(evaluations) > 1 else None
     return EvaluationGroup(
@@ -177,7 +188,8 @@ def _group(is_guard: bool, task: str, evaluations: list[Evaluation]) -> Evaluati
         evaluations=tuple(evaluations),
         figures=tuple(dict.fromkeys(name for e in evaluations for name in e.figures)),
         pair=Pair(first, evaluations[-1]),
-        slices=tuple(evaluations[-1].slices),
+        slices=tuple(slices),
+        sliced_figures=tuple(dict.fromkeys(name for of in slices.values() for name in of)),
     )
 
 
