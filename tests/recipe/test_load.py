@@ -10,7 +10,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import ErrorGroup, VlmtuneError
 from vlmtune.recipe.keys import OTHER_TOOLS, suggest, walk_keys
 from vlmtune.recipe.load import dump_recipe, load_recipe, load_resolved, recipe_json_schema
 from vlmtune.recipe.schema import Recipe
@@ -194,3 +194,15 @@ def test_names_of_other_tools_lead_to_known_keys() -> None:
 def test_every_key_is_described() -> None:
     for key, info in walk_keys():
         assert info.description or not isinstance(info.default, (int, float, str, list)), key
+
+
+def test_a_run_of_an_earlier_version_is_read_with_keys_that_have_no_effect_any_more(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "recipe.resolved.yaml"
+    path.write_text(
+        "model: org/name\noutput_dir: x\ndata: {train: gone.jsonl}\neval: {scorer: embedding}\n"
+    )
+    assert load_resolved(path).eval.scorer == "embedding"
+    with pytest.raises(ErrorGroup, match="no effect"):
+        load_recipe(path)

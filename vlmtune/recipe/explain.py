@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 
 from vlmtune.errors import VlmtuneError, nearest
 from vlmtune.recipe.keys import expected_at, section_keys, suggest
-from vlmtune.recipe.rules import Conflict
+from vlmtune.recipe.rules import WRITTEN_BY_US, Conflict
 from vlmtune.recipe.schema import Recipe
 from vlmtune.recipe.yaml12 import Path, dotted
 
@@ -45,10 +45,12 @@ class Settings:
         return self.places[path]
 
 
-def validate(settings: Settings) -> tuple[Recipe | None, list[VlmtuneError]]:
-    """The recipe, or every error in it."""
+def validate(
+    settings: Settings, *, written_by_us: bool = False
+) -> tuple[Recipe | None, list[VlmtuneError]]:
+    """The recipe, or every error in it. In one `written_by_us`, a key may be without effect."""
     try:
-        return _validate(settings.values), []
+        return _validate(settings.values, written_by_us=written_by_us), []
     except ValidationError as error:
         details = error.errors(include_url=False)
     bad = {path: detail for detail in details if (path := _path(detail, settings.values)) != ()}
@@ -72,8 +74,9 @@ def type_name(value: object) -> str:
     return str(value)
 
 
-def _validate(values: Mapping[str, object]) -> Recipe:
-    return Recipe.model_validate_json(json.dumps(values), strict=True)
+def _validate(values: Mapping[str, object], *, written_by_us: bool) -> Recipe:
+    context = {WRITTEN_BY_US: written_by_us}
+    return Recipe.model_validate_json(json.dumps(values), strict=True, context=context)
 
 
 def _path(detail: ErrorDetails, values: object) -> Path:
@@ -187,7 +190,7 @@ def _hidden_conflicts(settings: Settings, bad: set[Path]) -> list[VlmtuneError]:
         holder = values.setdefault("data", {}) if required[0] == "data" else values
         holder.setdefault(required[-1], "placeholder")
     try:
-        _validate(values)
+        _validate(values, written_by_us=False)
     except ValidationError as error:
         doubtful = {str(part) for path in bad for part in (path[0], dotted(path))}
         return [

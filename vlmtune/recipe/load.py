@@ -50,7 +50,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
 def load_resolved(path: Path) -> Recipe:
     """The resolved recipe of a finished run; unlike for training, its data may be gone since."""
     document, errors = yaml12.parse_yaml(_read(path), file=str(path))
-    return _checked(_settings(document, str(path)), errors, [str(path)])
+    return _checked(_settings(document, str(path)), errors, [str(path)], written_by_us=True)
 
 
 def resolved_values(recipe: Recipe) -> dict[str, Any]:
@@ -75,9 +75,15 @@ def recipe_json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Recipe.model_json_schema()
 
 
-def _checked(settings: Settings, errors: list[VlmtuneError], files: list[str]) -> Recipe:
+def _checked(
+    settings: Settings,
+    errors: list[VlmtuneError],
+    files: list[str],
+    *,
+    written_by_us: bool = False,
+) -> Recipe:
     """The validated recipe, or all errors, sorted by the order of `files` and the line."""
-    recipe, problems = validate(settings)
+    recipe, problems = validate(settings, written_by_us=written_by_us)
     errors = [*errors, *problems]
     if recipe is None or errors:
         raise ErrorGroup(sorted(errors, key=lambda e: (files.index(str(e.file)), e.line or 0)))

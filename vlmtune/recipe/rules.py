@@ -21,9 +21,19 @@ class Conflict:
     message: str
 
 
-def check_rules(recipe: Recipe) -> None:
-    """Raise one error that carries every conflict of `recipe` in its context."""
-    conflicts = [*_unused(recipe), *_exclusive(recipe), *_ordered(recipe)]
+WRITTEN_BY_US = "written_by_us"
+"""In the validation's context: whether the recipe is a resolved one of a run folder."""
+
+
+def check_rules(recipe: Recipe, *, may_be_unused: bool) -> None:
+    """Raise one error that carries every conflict of `recipe` in its context.
+
+    `may_be_unused`: keys without effect are no conflict, as in the resolved recipe of a run that an
+    earlier version wrote.
+    """
+    conflicts = [*_exclusive(recipe), *_ordered(recipe)]
+    if not may_be_unused:
+        conflicts = [*_unused(recipe), *conflicts]
     if conflicts:
         text = "; ".join(conflict.message for conflict in conflicts)
         raise PydanticCustomError(

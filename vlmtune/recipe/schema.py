@@ -8,9 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    model_validator,
+)
 
-from vlmtune.recipe.rules import check_rules
+from vlmtune.recipe.rules import WRITTEN_BY_US, check_rules
 
 
 def _whole_above_one(value: float) -> float:
@@ -387,6 +394,6 @@ class Recipe(Section):
     eval: EvalSection = EvalSection()
 
     @model_validator(mode="after")
-    def _keeps_the_rules(self) -> Recipe:
-        check_rules(self)
+    def _keeps_the_rules(self, info: ValidationInfo) -> Recipe:
+        check_rules(self, may_be_unused=bool(info.context and info.context[WRITTEN_BY_US]))
         return self
