@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
+from tests.tiny_models import save_tiny_model
 from tests.train.test_processes import train_in_two
 from tests.train.training import adapter_of, metrics_of, train_once, write_recipe
 from vlmtune.data.source import load_conversations
-from vlmtune.errors import ErrorGroup, VlmtuneError
+from vlmtune.data.types import SideBatch
+from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
 from vlmtune.models.adapters.registry import build_adapter
 from vlmtune.models.embedding import EmbeddingForward
 from vlmtune.models.load import load_vlm
@@ -22,6 +25,7 @@ from vlmtune.recipe.load import load_recipe
 from vlmtune.train.build import build_encoder
 from vlmtune.train.contrastive import Contrastive, info_nce
 from vlmtune.train.feed import FeedSettings, StepData, StepDataset
+from vlmtune.train.probe import freeze_unreached
 from vlmtune.train.runtime import build_accelerator
 
 PROMPT = "In one word:"
@@ -45,6 +49,11 @@ def test_the_loss_is_the_mean_of_both_cross_entropies_worked_by_hand():
     second = (math.log(1 + math.exp(0 - 1.6)) + math.log(1 + math.exp(1.2 - 1.6))) / 2
     assert result.losses.tolist() == pytest.approx([first, second], abs=1e-6)
     assert int(result.num_right) == 4
+    # Similarities [[0, 0.6], [1, 0.8]]: only the second text is nearest to its own picture.
+    texts = torch.tensor([[0.0, 1.0], [0.6, 0.8]])
+    assert int(info_nce(pictures, texts, unique(2), torch.ones(1)).num_right) == 1
+    alike = torch.ones(3, 1)
+    assert int(info_nce(alike, alike, unique(3), torch.ones(1)).num_right) == 0
 
 
 def test_the_same_picture_or_text_is_no_negative():
@@ -110,7 +119,7 @@ def step_of(
         micro_batch_tokens=budget,
         pad_token_id=0,
         media_layout="flat",
-        skip_bad_samples=False,
+        skip_bad_samples=True,
         drop_over_length=False,
         rank=0,
         world_size=1,
@@ -170,6 +179,19 @@ def test_cached_gradients_equal_those_of_one_graph(make_recipe, budget: int):
         assert torch.allclose(gradients[name], gradient, atol=1e-5 * largest), name
 
 
+def test_a_process_without_a_pair_takes_part_with_zeros(make_recipe, monkeypatch):
+    monkeypatch.setattr(StepDataset, "_encode", refused)
+    forward, data, trained = step_of(make_recipe("run"), 60)
+    objective = Contrastive(0.1, torch.device("cpu"))
+    losses = objective.backward(forward, data, build_accelerator("fp32"), 5)
+    assert (len(data.left_out), objective.num_terms(data), losses.tolist()) == (9, 0, [0.0])
+    assert all(p.grad is not None and not p.grad.any() for p in trained.values())
+
+
+def refused(*_: object) -> None:
+    raise SampleError("not usable")
+
+
 def test_negatives_of_the_micro_batch_alone_are_another_loss(make_recipe):
     recipe = make_recipe("run")
     loss, gradients, _ = cached(recipe, 60)
@@ -200,9 +222,22 @@ def test_dropout_is_the_same_in_both_passes(make_recipe, monkeypatch):
     assert not any(torch.equal(a, b) for a, b in zip(seen[:half], seen[half:], strict=True))
 
 
-def test_the_temperature_is_learned_and_its_scale_stays_below_a_hundred(make_recipe):
+def test_the_scale_stays_below_a_hundred_and_can_come_back_from_it():
     objective = Contrastive(0.001, torch.device("cpu"))
+    (log_scale,) = objective.tensors.values()
+    beyond = log_scale.detach().clone().requires_grad_()
     assert float(objective.scale().detach()) == pytest.approx(100.0)
+    # No text is nearest to its picture: a lower scale is better.
+    pictures, texts = points(0, 4), -points(0, 4)
+    info_nce(pictures, texts, unique(4), objective.scale()).losses.sum().backward()
+    assert log_scale.grad is not None and float(log_scale.grad) > 1.0
+    # The wrong variant: clamped in the graph, it has no way back.
+    clamped = beyond.clamp(max=math.log(100.0)).exp()
+    info_nce(pictures, texts, unique(4), clamped).losses.sum().backward()
+    assert beyond.grad is not None and float(beyond.grad) == 0.0
+
+
+def test_the_temperature_is_learned_logged_and_saved_with_the_result(make_recipe):
     recipe = make_recipe("run", contrastive={"initial_temperature": 0.1})
     train_once(recipe)
     lines = metrics_of(recipe.parent / "run")
@@ -216,6 +251,41 @@ def test_the_temperature_is_learned_and_its_scale_stays_below_a_hundred(make_rec
         "temperature": pytest.approx(temperatures[-1]),
         "embedding_prompt": PROMPT,
     }
+
+
+ADAPTER_KEYS = ("rank", "alpha")
+METHODS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "qlora": {"quantization_bit": 4, "train__optimizer": "paged_adamw_8bit"},
+    "full": {"lora_target": [], "modules_to_save": ["all"]},
+}
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_learns_to_tell_the_samples_apart(make_recipe, method: str):
+    keys = METHODS[method] | {"train__batch_size": 12, "train__micro_batch_tokens": 2000}
+    recipe = make_recipe(method, train__learning_rate=2e-3, train__max_steps=12, **keys)
+    if method == "full":  # an adapter's keys would have no effect
+        values = yaml.safe_load(recipe.read_text())
+        recipe.write_text(yaml.safe_dump({k: values[k] for k in values if k not in ADAPTER_KEYS}))
+    train_once(recipe)
+    losses = [line["loss"] for line in metrics_of(recipe.parent / "run")]
+    assert min(losses[-3:]) < losses[0] - 0.3
+
+
+def test_an_output_layer_that_no_embedding_reaches_is_frozen_and_said(tmp_path: Path, caplog):
+    folder = save_tiny_model("llava", tmp_path / "llava", tied=False)
+    vlm = load_vlm(str(folder), dtype=torch.float32)
+    vlm.model.requires_grad_(False)
+    trained = {n: p for n, p in vlm.model.named_parameters() if "lm_head" in n or "q_proj" in n}
+    trained = {n: p.requires_grad_() for n, p in trained.items() if "vision" not in n}
+    ids = torch.arange(10, 18).reshape(2, 4)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch = SideBatch(inputs, torch.tensor([3, 3]), 1, (0, 1), ("a", "b"), 8, 0)
+    with caplog.at_level("WARNING", logger="vlmtune"):
+        unreached = freeze_unreached(EmbeddingForward(vlm.model, vlm.family), batch, trained)
+    assert unreached == ["lm_head.weight"]
+    assert [p.requires_grad for p in trained.values()] == [True, True, False]
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(make_recipe):
@@ -279,8 +349,9 @@ def test_a_sample_without_a_picture_is_an_error_with_its_place(make_recipe, capt
 def test_what_does_not_go_with_it_is_refused(make_recipe):
     with pytest.raises(ErrorGroup, match="fp16 is not supported"):
         load_recipe(make_recipe("a", train__precision="fp16"))
-    keys = {"adalora": {"initial_rank": 4, "target_rank": 2}, "rank": None}
-    with pytest.raises(ErrorGroup, match="objective"):
-        load_recipe(make_recipe("b", **keys))
+    with pytest.raises(ErrorGroup, match="adalora is not supported with objective: contrastive"):
+        load_recipe(make_recipe("b", adalora={"initial_rank": 4, "target_rank": 2}))
+    with pytest.raises(ErrorGroup, match="train.batch_size 1 there are none"):
+        load_recipe(make_recipe("d", train__batch_size=1))
     with pytest.raises(ErrorGroup, match="no effect"):
         load_recipe(make_recipe("c", objective="next_token", contrastive={}))

@@ -135,6 +135,12 @@ def _exclusive(recipe: Recipe) -> Iterator[Conflict]:
             ("train.precision", "objective"),
             "fp16 is not supported with objective: contrastive; set bf16 or fp32",
         )
+    if recipe.objective == "contrastive" and recipe.train.batch_size == 1:
+        yield Conflict(
+            ("train.batch_size", "objective"),
+            "objective: contrastive tells a sample from the others of its step; with "
+            "train.batch_size 1 there are none",
+        )
     if recipe.train.epochs is not None and recipe.train.max_steps is not None:
         yield Conflict(
             ("train.max_steps", "train.epochs"),

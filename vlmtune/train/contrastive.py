@@ -40,7 +40,7 @@ MAX_SCALE = 100.0
 @dataclass(frozen=True)
 class PairLosses:
     """`losses` (N,): the mean of a pair's two cross-entropies; `num_right` counts the pictures and
-    texts whose own partner is the most similar, of 2 N."""
+    texts, of 2 N, whose own partner is more similar than every other."""
 
     losses: Tensor
     num_right: Tensor
@@ -59,8 +59,10 @@ def info_nce(pictures: Tensor, texts: Tensor, keys: Tensor, scale: Tensor) -> Pa
     own = torch.arange(len(logits), device=logits.device)
     there = F.cross_entropy(logits, own, reduction="none")
     back = F.cross_entropy(logits.T, own, reduction="none")
-    right = (logits.argmax(dim=1) == own).sum() + (logits.argmax(dim=0) == own).sum()
-    return PairLosses((there + back) / 2, right)
+    partner = logits.diagonal()
+    as_good = (logits >= partner[:, None]).sum(dim=1), (logits >= partner).sum(dim=0)
+    num_right = (as_good[0] == 1).sum() + (as_good[1] == 1).sum()
+    return PairLosses((there + back) / 2, num_right)
 
 
 @dataclass
@@ -82,7 +84,12 @@ class Contrastive:
         return 1.0 / float(self.scale().detach())
 
     def scale(self) -> Tensor:
-        return self.tensors["log_scale"].clamp(max=math.log(MAX_SCALE)).exp()
+        """At most `MAX_SCALE`; the parameter itself is held there before it is used. Clamped in the
+        graph, one step beyond would leave it without a gradient, and beyond for ever."""
+        log_scale = self.tensors["log_scale"]
+        with torch.no_grad():
+            log_scale.clamp_(max=math.log(MAX_SCALE))
+        return log_scale.exp()
 
     def num_terms(self, data: StepData) -> int:
         return len(data.pair_keys)
@@ -90,25 +97,23 @@ class Contrastive:
     def backward(
         self, forward: nn.Module, data: StepData, accelerator: Accelerator, num_terms: int
     ) -> Tensor:
-        batches = [
-            to_device(batch, accelerator.device)
-            for batch in data.micro_batches
-            if isinstance(batch, SideBatch)
-        ]
+        batches = [batch for batch in data.micro_batches if isinstance(batch, SideBatch)]
         num_pairs = len(data.pair_keys)
-        own, states = embed_sides(forward, batches, num_pairs)
+        own, states = embed_sides(forward, batches, num_pairs, accelerator.device)
         after = random_state()
         own.requires_grad_()
         everyone, start = gathered(own, accelerator)
         keys = _gathered_keys(data.pair_keys, accelerator)
         result = info_nce(everyone[0], everyone[1], keys, self.scale())
         (result.losses.sum() / max(1, num_terms)).backward()
+        self._keep_alike(accelerator)
         self._accuracy = float(result.num_right) / max(1, 2 * num_terms)
         assert own.grad is not None
         for number, (batch, state) in enumerate(zip(batches, states, strict=True)):
             restore_random_state(state)
             with reduced_at_last(forward, accelerator, number=number, of=len(batches)):
-                embeddings = forward(batch.inputs, batch.last)  # (B, D)
+                on_device = to_device(batch, accelerator.device)
+                embeddings = forward(on_device.inputs, on_device.last)  # (B, D)
                 wanted = torch.zeros_like(embeddings)
                 if batch.pairs:
                     wanted = own.grad[batch.side, list(batch.pairs)]
@@ -118,19 +123,26 @@ class Contrastive:
         losses = result.losses.detach()[start : start + num_pairs]
         return _by_micro_batch(losses, batches)
 
+    def _keep_alike(self, accelerator: Accelerator) -> None:
+        """Each process has the gradient of the whole loss; a rounding apart, they would drift."""
+        if accelerator.num_processes > 1:
+            for parameter in self.tensors.values():
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
+
     def log(self) -> dict[str, float]:
         return {"temperature": self.temperature, "in_batch_accuracy": self._accuracy}
 
 
 @torch.no_grad()
 def embed_sides(
-    forward: nn.Module, batches: Sequence[SideBatch], num_pairs: int
+    forward: nn.Module, batches: Sequence[SideBatch], num_pairs: int, device: torch.device
 ) -> tuple[Tensor, list[dict[str, object]]]:
     """The embeddings of both sides, (2, n, D), and the random state before each micro-batch."""
     states, found = [], []
     for batch in batches:
         states.append(random_state())
-        found.append(forward(batch.inputs, batch.last))
+        on_device = to_device(batch, device)  # one at a time: the step's pictures may be many
+        found.append(forward(on_device.inputs, on_device.last))
     own = found[0].new_zeros((2, num_pairs, found[0].shape[-1]))
     for batch, embeddings in zip(batches, found, strict=True):
         if batch.pairs:
@@ -203,9 +215,7 @@ def contrastive_loss(
             media_layout=media_layout,
         )
         with accelerator.autocast():
-            own, _ = embed_sides(
-                forward, [to_device(b, accelerator.device) for b in batches], len(pairs)
-            )
+            own, _ = embed_sides(forward, batches, len(pairs), accelerator.device)
         keys = torch.tensor([(p.picture_key, p.text_key) for p in pairs], device=own.device)
         result = info_nce(own[0], own[1], keys, scale)
         sums += torch.tensor([float(result.losses.sum()), float(result.num_right), len(pairs), 0])
