@@ -102,6 +102,8 @@ def setup_logging(quiet: bool) -> None:
     logger.handlers = [handler]  # one handler, also when a process runs several commands
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.propagate = False
+    # It asks for a package whose kernel we do not use: see `models/quantize.finish_quantized`.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def print_json(result: object) -> None:
