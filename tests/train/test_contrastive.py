@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from tests.tiny_models import save_tiny_model
 from tests.train.test_processes import train_in_two
 from tests.train.training import adapter_of, metrics_of, train_once, write_recipe
+from vlmtune.cli.eval_section import choose_section, prompt_of_folders
 from vlmtune.data.source import load_conversations
 from vlmtune.data.types import SideBatch
 from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
 from vlmtune.models.adapters.registry import build_adapter
 from vlmtune.models.embedding import EmbeddingForward
 from vlmtune.models.load import load_vlm
+from vlmtune.models.merge import merge
 from vlmtune.recipe.load import load_recipe
 from vlmtune.train.build import build_encoder
 from vlmtune.train.contrastive import Contrastive, info_nce
@@ -355,3 +357,14 @@ def test_what_does_not_go_with_it_is_refused(make_recipe):
         load_recipe(make_recipe("d", train__batch_size=1))
     with pytest.raises(ErrorGroup, match="no effect"):
         load_recipe(make_recipe("c", objective="next_token", contrastive={}))
+
+
+def test_the_prompt_goes_with_the_adapter_and_the_merged_model(make_recipe, tmp_path: Path):
+    recipe = make_recipe("run")
+    train_once(recipe, "train.max_steps=1")
+    run = recipe.parent / "run"
+    merge(run, tmp_path / "merged")
+    for folder in (run / "adapter", tmp_path / "merged"):
+        assert prompt_of_folders([str(folder)]) == PROMPT
+    assert prompt_of_folders([str(tmp_path)]) is None
+    assert choose_section({}, {"task": "retrieval"}, {}, prompt=PROMPT).embedding_prompt == PROMPT

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 from vlmtune.cli.eval_asked import Plan
 from vlmtune.cli.eval_compare import compare_targets
 from vlmtune.cli.eval_output import check_output, default_parent, make_folder, unfinished_or_new
-from vlmtune.cli.eval_section import Options, choose_section, read_recipes
+from vlmtune.cli.eval_section import (
+    Options,
+    choose_section,
+    prompt_of_folders,
+    read_recipes,
+)
 from vlmtune.cli.eval_tables import print_result
 from vlmtune.cli.eval_target import ChooseFolder, evaluate_target
 from vlmtune.errors import VlmtuneError
@@ -46,7 +51,8 @@ class Request:
         reports = self._reports()
         recipes = read_recipes(self.targets)
         tasks = {target: report.task for target, report in reports.items()}
-        section = choose_section(recipes, self.options, tasks)
+        prompt = prompt_of_folders(self.targets)
+        section = choose_section(recipes, self.options, tasks, prompt=prompt)
         metrics_for(section.task, section.metrics)
         if self.output is not None:
             check_output(self.output)

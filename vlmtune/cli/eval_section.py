@@ -41,10 +41,23 @@ def read_recipes(targets: Sequence[str]) -> dict[str, Recipe]:
     }
 
 
+def prompt_of_folders(targets: Sequence[str]) -> str | None:
+    """What the embeddings of the first of `targets` that says so were trained with."""
+    from vlmtune.models.embedding import recorded_prompt
+
+    prompts = (recorded_prompt(Path(target).expanduser()) for target in targets)
+    return next((prompt for prompt in prompts if prompt is not None), None)
+
+
 def choose_section(
-    recipes: Mapping[str, Recipe], options: Options, finished_tasks: Mapping[str, str]
+    recipes: Mapping[str, Recipe],
+    options: Options,
+    finished_tasks: Mapping[str, str],
+    *,
+    prompt: str | None = None,
 ) -> EvalSection:
-    """One section for all targets: the first run's, or the defaults, under `options`.
+    """One section for all targets: the first run's, or the defaults with the embedding `prompt`
+    of a model's or adapter's folder, under `options`.
 
     `options` are the keys of `eval` and `eval.decoding` that were given on the command line;
     `finished_tasks` are the tasks of targets that are reports. Raises VlmtuneError for options
@@ -56,7 +69,8 @@ def choose_section(
     if "task" in options:
         metrics_for(options["task"])  # names the nearest task that there is
     sections = {target: recipe.eval for target, recipe in recipes.items()}
-    base = next(iter(sections.values()), EvalSection())
+    defaults = EvalSection() if prompt is None else EvalSection(embedding_prompt=prompt)
+    base = next(iter(sections.values()), defaults)
     tasks: dict[str, str] = {target: section.task for target, section in sections.items()}
     if "task" in options:
         tasks = {target: options["task"] for target in tasks}

@@ -9,7 +9,9 @@ width.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,22 @@ from torch.nn import functional as F
 
 from vlmtune.models.family import Family
 from vlmtune.models.forward import base_of, has_media, media_zero, trained_media_names
+
+RECORD_FILE = "contrastive.json"
+"""Beside the weights of a model or adapter that was trained contrastively: its prompt."""
+
+
+def write_embedding_record(folder: Path, *, temperature: float, prompt: str) -> None:
+    values = {"temperature": temperature, "embedding_prompt": prompt}
+    (folder / RECORD_FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def recorded_prompt(folder: Path) -> str | None:
+    """The prompt that the embeddings of a model or adapter folder were trained with, if any."""
+    path = folder / RECORD_FILE
+    if not path.is_file():
+        return None
+    return str(json.loads(path.read_text(encoding="utf-8"))["embedding_prompt"])
 
 
 class EmbeddingForward(nn.Module):

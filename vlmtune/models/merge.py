@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from vlmtune.errors import VlmtuneError
 from vlmtune.models.adapters.folded import folded_weights
 from vlmtune.models.adapters.wrapping import tuner_layers
+from vlmtune.models.embedding import RECORD_FILE
 from vlmtune.models.merge_probes import Probe, build_probes, probe_logits
 from vlmtune.models.merge_verify import (
     MergeReport,
@@ -34,7 +35,7 @@ from vlmtune.models.merge_verify import (
     verify_written,
     weight_samples,
 )
-from vlmtune.models.open import OpenTarget, open_target
+from vlmtune.models.open import OpenTarget, open_target, result_of_run
 from vlmtune.models.save import MAX_SHARD_SIZE, save_model
 from vlmtune.models.source import read_config
 
@@ -86,6 +87,7 @@ def merge(
         reference = fold_and_write(
             opened, writing, probes, dtype=torch_dtype, max_shard_size=max_shard_size
         )
+        _copy_record(Path(target), opened.kind, writing)
         del opened
         report = verify_written(writing, reference, trust_remote_code=trust_remote_code)
         report = dataclasses.replace(report, output=str(output))
@@ -189,6 +191,13 @@ def check_space(model: nn.Module, output: Path, dtype: torch.dtype) -> None:
             got=f"{free / 1e9:.1f} GB free",
             expected=f"{needed * SPACE_MARGIN / 1e9:.1f} GB",
         )
+
+
+def _copy_record(target: Path, kind: str, folder: Path) -> None:
+    """The prompt of a contrastively trained adapter goes with the merged weights."""
+    record = (result_of_run(target) if kind == "run" else target) / RECORD_FILE
+    if record.is_file():
+        shutil.copy(record, folder / RECORD_FILE)
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from vlmtune.data.source import Skipped, content_hash
 from vlmtune.data.types import Batch, Conversation, SideBatch
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.models.adapters.base import Adapter
-from vlmtune.models.embedding import EmbeddingForward
+from vlmtune.models.embedding import EmbeddingForward, write_embedding_record
 from vlmtune.models.family import part_of
 from vlmtune.models.forward import (
     MEDIA_PARTS,
@@ -271,11 +270,11 @@ def saver(recipe: Recipe, trainee: Trainee) -> Callable[[Path], None]:
     def save(folder: Path) -> None:
         trainee.method.save(folder)
         if isinstance(trainee.objective, Contrastive):
-            values = {
-                "temperature": trainee.objective.temperature,
-                "embedding_prompt": recipe.eval.embedding_prompt,
-            }
-            (folder / "contrastive.json").write_text(json.dumps(values, indent=1) + "\n")
+            write_embedding_record(
+                folder,
+                temperature=trainee.objective.temperature,
+                prompt=recipe.eval.embedding_prompt,
+            )
 
     return save
 
