@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from vlmtune.recipe.schema import Recipe
     from vlmtune.train.checkpoint import Checkpoint
     from vlmtune.train.feed import StepDataset
-    from vlmtune.train.loop import Evaluate, Trainee, TrainResult
+    from vlmtune.train.loop import Evaluate, TrainResult
     from vlmtune.train.skips import SkipLedger
+    from vlmtune.train.trainee import Trainee
 
 ResumeOption = Annotated[
     str | None,

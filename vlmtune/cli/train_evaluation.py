@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from vlmtune.evaluation.types import EvalReport
     from vlmtune.models.load import VLM
     from vlmtune.recipe.schema import EvalSection, Recipe
-    from vlmtune.train.loop import Progress, Trainee
+    from vlmtune.train.loop import Progress
+    from vlmtune.train.trainee import Trainee
 
 logger = logging.getLogger("vlmtune")
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from vlmtune.models.summary import TrainedRow
     from vlmtune.recipe.schema import Recipe
     from vlmtune.train.checkpoint import Checkpoint
-    from vlmtune.train.loop import Trainee, TrainResult
+    from vlmtune.train.loop import TrainResult
+    from vlmtune.train.trainee import Trainee
 
 NOT_RUN: dict[str, Any] = {
     "samples": 0,

@@ -32,12 +32,12 @@ from vlmtune.models.processor import pad_token_id
 from vlmtune.recipe.schema import Recipe
 from vlmtune.train.contrastive import Contrastive
 from vlmtune.train.feed import FeedSettings, LeftOut, StepDataset, to_device
-from vlmtune.train.loop import Trainee
 from vlmtune.train.optim import build_optimizer, own_group, parameter_groups
 from vlmtune.train.probe import check_forward, freeze_unreached
 from vlmtune.train.runtime import DTYPES
 from vlmtune.train.skips import SkipLedger
 from vlmtune.train.step import NextToken, Objective
+from vlmtune.train.trainee import Trainee
 
 log = logging.getLogger("vlmtune")
 

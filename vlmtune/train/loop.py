@@ -14,16 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
-from torch import Tensor, nn
 
-from vlmtune.errors import VlmtuneError
 from vlmtune.recipe.schema import EvalSection, Recipe, TrainSection
+from vlmtune.train import trainee as trainees
 from vlmtune.train.best import Best, is_over, updated
 from vlmtune.train.checkpoint import (
     Checkpoint,
@@ -32,34 +29,23 @@ from vlmtune.train.checkpoint import (
     load_checkpoint,
     random_state,
     restore_random_state,
-    save_checkpoint,
 )
 from vlmtune.train.feed import StepData
 from vlmtune.train.interrupt import StopSignal
 from vlmtune.train.optim import learning_rate_factor, resolve_count, set_learning_rate
 from vlmtune.train.runtime import peak_memory_bytes
 from vlmtune.train.skips import SkipLedger
-from vlmtune.train.step import Method, Objective, StepResult, train_step
+from vlmtune.train.step import StepResult, train_step
 from vlmtune.train.tracker import Tracker
+from vlmtune.train.trainee import Trainee
+from vlmtune.train.window import Window
 
 Progress = Callable[[int, int], None]
 """Told how many of how many samples are done."""
 Evaluate = Callable[[int, Progress], dict[str, float]]
 """The figures of an evaluation at an optimizer step, by name; a collective."""
-OBJECTIVE = "objective."
-"""How the names of the objective's tensors start in a checkpoint."""
 HELD_OUT = "eval_"
 """How the names of figures on `data.eval` start."""
-
-
-class TrainedMethod(Method, Protocol):
-    """An adapter method, as the loop needs it: the step's part and its state."""
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
-
-    def save(self, folder: Path) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -89,30 +75,6 @@ class Schedule:
 
 
 @dataclass
-class Trainee:
-    """What is trained, and by what. `parameters` are the trained tensors by name."""
-
-    forward: nn.Module
-    method: TrainedMethod
-    parameters: Mapping[str, nn.Parameter]
-    part_of_name: Mapping[str, str]
-    optimizer: AcceleratedOptimizer
-    objective: Objective
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The method's tensors, and what the objective learns beside them."""
-        own = {OBJECTIVE + name: p.detach() for name, p in self.objective.tensors.items()}
-        return self.method.state_dict() | own
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.objective.tensors.items():
-                parameter.copy_(state[OBJECTIVE + name])
-        method = {name: t for name, t in state.items() if not name.startswith(OBJECTIVE)}
-        self.method.load_state_dict(method)
-
-
-@dataclass
 class TrainResult:
     """Figures of this session. `terms` counts those of the loss (supervised tokens, or pairs).
 
@@ -133,20 +95,6 @@ class TrainResult:
     notes: dict[str, int] = field(default_factory=dict)
     stopped_by: int | None = None
     best: Best | None = None
-
-
-@dataclass
-class _Window:
-    """Sums since the last logged line."""
-
-    started: float = field(default_factory=time.monotonic)
-    loss_sum: float = 0.0
-    num_terms: int = 0
-    num_samples: int = 0
-    num_tokens: int = 0
-    num_images: int = 0
-    wait_seconds: float = 0.0
-    num_scaler_skips: int = 0
 
 
 def is_finished(state: TrainState, recipe: Recipe, total_steps: int) -> bool:
@@ -176,12 +124,7 @@ def train(
     first, best = 1, None
     if resume is not None:
         first, best = resume.state.step + 1, resume.state.best
-        restore(trainee, resume, accelerator)
-    main = accelerator.is_main_process
-    result = TrainResult(steps=first - 1, skipped=skips.num_left_out)
-    window = _Window()
-    notes: set[tuple[str, str]] = set()
-    begin = time.monotonic()
+        trainees.restore(trainee, resume, accelerator)
     with (
         StopSignal() as stop,
         Tracker(
@@ -189,145 +132,180 @@ def train(
             total_steps=schedule.total_steps,
             first_step=first,
             quiet=quiet,
-            active=main,
+            active=accelerator.is_main_process,
         ) as tracker,
     ):
-        if evaluate is not None and schedule.evaluates_before and first == 1:
-            tracker.log(0, _evaluated(evaluate, trainee.forward, 0, tracker))
-            result.paused_seconds = time.monotonic() - begin
-            window = _Window()
+        loop = _Loop(
+            trainee,
+            section=section,
+            schedule=schedule,
+            accelerator=accelerator,
+            folder=folder,
+            fingerprint=fingerprint,
+            skips=skips,
+            evaluate=evaluate,
+            stop=stop,
+            tracker=tracker,
+            result=TrainResult(steps=first - 1, best=best),
+        )
+        loop.run(first, make_steps)
+    return loop.finish()
+
+
+@dataclass
+class _Loop:
+    """A session of training: what it works with, and how far it has come."""
+
+    trainee: Trainee
+    section: TrainSection
+    schedule: Schedule
+    accelerator: Accelerator
+    folder: Path
+    fingerprint: dict[str, Any]
+    skips: SkipLedger
+    evaluate: Evaluate | None
+    stop: StopSignal
+    tracker: Tracker
+    result: TrainResult
+    window: Window = field(default_factory=Window)
+    notes: set[tuple[str, str]] = field(default_factory=set)
+    began: float = field(default_factory=time.monotonic)
+
+    def run(self, first: int, make_steps: Callable[[int, int], Iterator[StepData]]) -> None:
+        """The steps from `first`, up to the last or to a reason to stop."""
+        schedule, result = self.schedule, self.result
+        if self.evaluate is not None and schedule.evaluates_before and first == 1:
+            self.tracker.log(0, self._evaluated(self.evaluate, 0))
+            self._pause_since(self.began)
         # A run that had stopped for want of anything better has no step left to do.
-        last = first - 1 if is_over(best, schedule.patience) else schedule.total_steps
+        is_over_already = is_over(result.best, schedule.patience)
+        last = first - 1 if is_over_already else schedule.total_steps
         steps = make_steps(first, last)
         for step in range(first, last + 1):
             waited = time.monotonic()
             data = next(steps)
-            window.wait_seconds += time.monotonic() - waited
-            factor = learning_rate_factor(
-                step,
-                total_steps=schedule.total_steps,
-                warmup_steps=schedule.warmup_steps,
-                schedule=section.schedule,
-            )
-            rates = set_learning_rate(trainee.optimizer.optimizer, factor)
-            is_last = step == schedule.total_steps
-            due = step % section.log_every == 0 or is_last
-            done = train_step(
-                trainee.forward,
-                step=step,
-                data=data,
-                objective=trainee.objective,
-                method=trainee.method,
-                parameters=trainee.parameters,
-                part_of_name=trainee.part_of_name,
-                optimizer=trainee.optimizer,
-                accelerator=accelerator,
-                max_grad_norm=section.max_grad_norm,
-                stop_requested=stop.received is not None,
-                log_parts=due,
-            )
-            if done.num_left_out:
-                skips.add(gather_object(data.left_out), write=main)
-            notes.update(data.notes)
-            _add(window, data, done, accelerator.num_processes)
-            result.steps = step
-            result.samples += data.num_step_samples - done.num_left_out
-            result.terms += done.num_terms
-            result.loss = window.loss_sum / max(1, window.num_terms)
-            training_seconds = time.monotonic() - begin - result.paused_seconds
-            tracker.advance(step, result.loss, result.samples / training_seconds)
-            line: dict[str, Any] = dict(done.method_log)
-            if due:
-                line = _line(window, done, rates, data, accelerator, trainee.objective) | line
-                window = _Window()
+            self.window.wait_seconds += time.monotonic() - waited
+            done, line = self._train(step, data)
             paused = time.monotonic()
-            if evaluate is not None and (step % schedule.eval_every == 0 or is_last):
-                values = _evaluated(evaluate, trainee.forward, step, tracker)
-                line |= values
-                best = _best_after(best, schedule.best_metric, step, values)
-            if line:
-                tracker.log(step, line)
-            is_best = best is not None and best.step == step
-            over = is_over(best, schedule.patience)
-            if step % schedule.save_every == 0 or is_last or done.stop or is_best or over:
-                state = TrainState(
-                    step, accelerator.num_processes, fingerprint, skips.as_list(), best
-                )
-                _save(trainee, state, accelerator, folder, section.keep_checkpoints)
-            if done.stop and not is_last:
-                result.stopped_by = stop.exit_code
+            goes_on = self._look(step, done, line)
+            self._pause_since(paused)
+            if not goes_on:
                 break
-            if over and not is_last:
-                tracker.say(
-                    f"stopping after step {step}: no better {schedule.best_metric} in "
-                    f"{schedule.patience} evaluations"
-                )
-                break
-            # Evaluating and saving are no part of the training speed.
-            window.started += time.monotonic() - paused
-            result.paused_seconds += time.monotonic() - paused
-    if best is not None and result.stopped_by is None:
-        result.best = best
-        if best.step != result.steps:
-            chosen = load_checkpoint(checkpoint_path(folder / "checkpoints", best.step))
-            trainee.load_state_dict(chosen.tensors)
-    result.seconds = time.monotonic() - begin
-    result.skipped = skips.num_left_out
-    result.notes = dict(Counter(note for note, _ in set(gather_object(sorted(notes)))))
-    result.peak_memory_bytes = peak_memory_bytes(accelerator.device)
-    return result
 
+    def finish(self) -> TrainResult:
+        """The figures of the session; the trained tensors are the best step's where one is
+        chosen. A collective."""
+        result = self.result
+        if result.stopped_by is not None:
+            result.best = None
+        if result.best is not None and result.best.step != result.steps:
+            path = checkpoint_path(self.folder / "checkpoints", result.best.step)
+            self.trainee.load_state_dict(load_checkpoint(path).tensors)
+        result.seconds = time.monotonic() - self.began
+        result.skipped = self.skips.num_left_out
+        everyones = set(gather_object(sorted(self.notes)))
+        result.notes = dict(Counter(note for note, _ in everyones))
+        result.peak_memory_bytes = peak_memory_bytes(self.accelerator.device)
+        return result
 
-def _add(window: _Window, data: StepData, done: StepResult, num_processes: int) -> None:
-    window.loss_sum += done.loss * done.num_terms
-    window.num_terms += done.num_terms
-    window.num_samples += data.num_step_samples - done.num_left_out
-    # Of this process, times their number: an estimate that costs no collective.
-    window.num_tokens += num_processes * sum(b.num_tokens for b in data.micro_batches)
-    window.num_images += num_processes * sum(b.num_images for b in data.micro_batches)
-    window.num_scaler_skips += done.was_skipped
+    def _train(self, step: int, data: StepData) -> tuple[StepResult, dict[str, Any]]:
+        """One optimizer step; what it did, and the line to log of it, empty where none is due."""
+        section, trainee, accelerator = self.section, self.trainee, self.accelerator
+        factor = learning_rate_factor(
+            step,
+            total_steps=self.schedule.total_steps,
+            warmup_steps=self.schedule.warmup_steps,
+            schedule=section.schedule,
+        )
+        rates = set_learning_rate(trainee.optimizer.optimizer, factor)
+        is_due = step % section.log_every == 0 or step == self.schedule.total_steps
+        done = train_step(
+            trainee.forward,
+            step=step,
+            data=data,
+            objective=trainee.objective,
+            method=trainee.method,
+            parameters=trainee.parameters,
+            part_of_name=trainee.part_of_name,
+            optimizer=trainee.optimizer,
+            accelerator=accelerator,
+            max_grad_norm=section.max_grad_norm,
+            stop_requested=self.stop.received is not None,
+            log_parts=is_due,
+        )
+        if done.num_left_out:
+            self.skips.add(gather_object(data.left_out), write=accelerator.is_main_process)
+        self.notes.update(data.notes)
+        self.window.add(data, done, num_processes=accelerator.num_processes)
+        self._count(step, data, done)
+        line: dict[str, Any] = dict(done.method_log)
+        if is_due:
+            logged = self.window.line(
+                done,
+                rates,
+                epoch=data.epoch,
+                objective=trainee.objective,
+                accelerator=accelerator,
+            )
+            line = logged | line
+            self.window = Window()
+        return done, line
 
+    def _count(self, step: int, data: StepData, done: StepResult) -> None:
+        result = self.result
+        result.steps = step
+        result.samples += data.num_step_samples - done.num_left_out
+        result.terms += done.num_terms
+        result.loss = self.window.loss
+        training_seconds = time.monotonic() - self.began - result.paused_seconds
+        self.tracker.advance(step, result.loss, result.samples / training_seconds)
 
-def _line(
-    window: _Window,
-    done: StepResult,
-    rates: dict[str, float],
-    data: StepData,
-    accelerator: Accelerator,
-    objective: Objective,
-) -> dict[str, Any]:
-    seconds = time.monotonic() - window.started
-    line: dict[str, Any] = {
-        "epoch": data.epoch,
-        "loss": window.loss_sum / max(1, window.num_terms),
-        "learning_rate": rates,
-        "grad_norm": {"total": done.grad_norm, **done.part_grad_norms},
-        objective.unit: window.num_terms,
-        **objective.log(),
-        "samples_per_second": window.num_samples / seconds,
-        "tokens_per_second": window.num_tokens / seconds,
-        "images_per_second": window.num_images / seconds,
-        "data_wait_fraction": window.wait_seconds / seconds,
-        "peak_memory_bytes": peak_memory_bytes(accelerator.device),
-    }
-    if done.penalty is not None:
-        line["orthogonal_penalty"] = done.penalty
-    if window.num_scaler_skips:
-        line["steps_skipped_by_loss_scaler"] = window.num_scaler_skips
-    return line
+    def _look(self, step: int, done: StepResult, line: dict[str, Any]) -> bool:
+        """Evaluate, log and save where they are due; whether training goes on."""
+        schedule, result = self.schedule, self.result
+        is_last = step == schedule.total_steps
+        if self.evaluate is not None and (step % schedule.eval_every == 0 or is_last):
+            values = self._evaluated(self.evaluate, step)
+            line = line | values
+            result.best = _best_after(result.best, schedule.best_metric, step, values)
+        if line:
+            self.tracker.log(step, line)
+        is_best = result.best is not None and result.best.step == step
+        over = is_over(result.best, schedule.patience)
+        if step % schedule.save_every == 0 or is_last or done.stop or is_best or over:
+            self._save(step)
+        if done.stop and not is_last:
+            result.stopped_by = self.stop.exit_code
+            return False
+        if over and not is_last:
+            self.tracker.say(
+                f"stopping after step {step}: no better {schedule.best_metric} in "
+                f"{schedule.patience} evaluations"
+            )
+        return not over
 
+    def _evaluated(self, evaluate: Evaluate, step: int) -> dict[str, float]:
+        """The figures at `step`; modes and random state are as before."""
+        before = random_state()
+        self.trainee.forward.eval()
+        try:
+            return evaluate(step, self.tracker.evaluating)
+        finally:
+            self.trainee.forward.train()
+            restore_random_state(before)
 
-def _evaluated(
-    evaluate: Evaluate, forward: nn.Module, step: int, tracker: Tracker
-) -> dict[str, float]:
-    """The figures at `step`; modes and random state are as before."""
-    before = random_state()
-    forward.eval()
-    try:
-        return evaluate(step, tracker.evaluating)
-    finally:
-        forward.train()
-        restore_random_state(before)
+    def _save(self, step: int) -> None:
+        num_processes = self.accelerator.num_processes
+        left_out = self.skips.as_list()
+        state = TrainState(step, num_processes, self.fingerprint, left_out, self.result.best)
+        keep = self.section.keep_checkpoints
+        trainees.save(self.trainee, state, self.accelerator, self.folder, keep)
+
+    def _pause_since(self, moment: float) -> None:
+        """Evaluating and saving are no part of the training speed."""
+        seconds = time.monotonic() - moment
+        self.window.started += seconds
+        self.result.paused_seconds += seconds
 
 
 def _best_after(
@@ -337,32 +315,3 @@ def _best_after(
         return None
     own = {n.removeprefix(HELD_OUT): v for n, v in values.items() if n.startswith(HELD_OUT)}
     return updated(best, metric=metric, step=step, values=own)
-
-
-def _save(
-    trainee: Trainee, state: TrainState, accelerator: Accelerator, folder: Path, keep: int
-) -> None:
-    rng = gather_object([random_state()])
-    if accelerator.is_main_process:
-        optimizer: dict[str, Any] = {"optimizer": trainee.optimizer.state_dict()}
-        if accelerator.scaler is not None:
-            optimizer["scaler"] = accelerator.scaler.state_dict()
-        checkpoint = Checkpoint(state, trainee.state_dict(), optimizer, rng)
-        save_checkpoint(folder / "checkpoints", checkpoint, keep=keep)
-    accelerator.wait_for_everyone()
-
-
-def restore(trainee: Trainee, checkpoint: Checkpoint, accelerator: Accelerator) -> None:
-    """Put a checkpoint's tensors, optimizer and random state in place."""
-    trainee.load_state_dict(checkpoint.tensors)
-    trainee.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
-    if len(checkpoint.rng) != accelerator.num_processes:
-        raise VlmtuneError(
-            "cannot resume on another number of processes",
-            got=accelerator.num_processes,
-            expected=len(checkpoint.rng),
-            do="launch as before, or start over with --resume never",
-        )
-    restore_random_state(checkpoint.rng[accelerator.process_index])
