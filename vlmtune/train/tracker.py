@@ -1,7 +1,7 @@
 """What a run writes down and shows: `metrics.jsonl`, TensorBoard, and the progress on stderr.
 
-A terminal gets a progress bar with loss, speed and time left; a pipe gets a plain line for each
-logged step. Only the main process has a tracker that does anything.
+A terminal gets a progress bar with loss, speed and time left, and a line above it for each
+evaluation; a pipe gets a plain line for each logged step. Only the main process has a tracker that does anything.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
+
+EVALUATED = ("eval_", "guard_")
+"""How the names of an evaluation's figures start."""
 
 
 class Tracker:
@@ -80,7 +83,7 @@ class Tracker:
         self._file.flush()
         for name, value in flatten(values).items():
             self._board.add_scalar(name, value, step)
-        if self._plain:
+        if self._plain or any(name.startswith(EVALUATED) for name in values):
             self.say(self._line(step, values))
 
     def say(self, text: str) -> None:
@@ -95,7 +98,7 @@ class Tracker:
             "orthogonal_penalty": "{:.4f}",
             "grad_norm": "{:.3f}",
             "samples_per_second": "{:.1f}",
-        } | {name: "{:.4f}" for name in values if name.startswith(("eval_", "guard_"))}
+        } | {name: "{:.4f}" for name in values if name.startswith(EVALUATED)}
         for name, form in forms.items():
             value = values.get(name)
             if name == "grad_norm" and isinstance(value, dict):
