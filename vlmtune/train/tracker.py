@@ -1,7 +1,8 @@
 """What a run writes down and shows: `metrics.jsonl`, TensorBoard, and the progress on stderr.
 
 A terminal gets a progress bar with loss, speed and time left, and a line above it for each
-evaluation; a pipe gets a plain line for each logged step. Only the main process has a tracker that does anything.
+evaluation; a pipe gets a plain line for each logged step. Only the main process has a tracker that
+does anything.
 """
 
 from __future__ import annotations
