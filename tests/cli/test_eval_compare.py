@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.evaluating import run_eval, write_run
+from vlmtune.cli.eval_compare import folders_of, names_of
 
 
 def doctored(folder: Path, source: Path, answers: dict[str, str]) -> Path:
@@ -157,3 +158,26 @@ def test_a_report_alone_has_nothing_to_be_compared_with(finished: Path) -> None:
     code, _, stderr = run_eval(finished, "./missing")
     assert code == 2
     assert "--data" in stderr
+
+
+def test_a_target_written_in_two_ways_is_named_twice(data: Path, tmp_path: Path) -> None:
+    for one, same in (("./m", "./m/"), ("./m", "m"), ("./m", "./n/../m")):
+        code, _, stderr = run_eval(one, same, "--data", data, "--output", tmp_path / "out")
+        assert code == 2
+        assert "named twice" in stderr
+
+
+def test_targets_have_names_and_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert names_of([".", "../other", "Qwen/Qwen2.5-VL"]) == {
+        ".": "here",
+        "../other": "other",
+        "Qwen/Qwen2.5-VL": "Qwen2.5-VL",
+    }
+    alike = names_of(["runs_a/adapter", "runs/a/adapter/", "/runs/a/adapter"])
+    assert list(alike.values()) == ["runs_a/adapter", "runs/a/adapter", "/runs/a/adapter"]
+    folders = folders_of(alike.values())
+    assert list(folders.values()) == ["runs_a_adapter", "runs_a_adapter-2", "_runs_a_adapter"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,22 @@ def names_of(targets: Sequence[str]) -> dict[str, str]:
     """What each target is called: its last path component, or all of it where two share one."""
     short = [short_name(target) for target in targets]
     return {
-        target: name if short.count(name) == 1 else target.strip("/")
+        target: name if short.count(name) == 1 else target.rstrip("/")
         for target, name in zip(targets, short)
     }
+
+
+def folders_of(names: Iterable[str]) -> dict[str, str]:
+    """A folder name for each of `names`, all different and without a slash."""
+    folders: dict[str, str] = {}
+    for name in names:
+        stem = free = name.replace("/", "_")
+        number = 1
+        while free in folders.values():
+            number += 1
+            free = f"{stem}-{number}"
+        folders[name] = free
+    return folders
 
 
 def compare_targets(
@@ -47,6 +60,7 @@ def compare_targets(
     from vlmtune.evaluation.results import read_result, write_whole
 
     names = names_of(targets)
+    places = folders_of(names.values())
     what = {"targets": list(targets), "data": [str(file.absolute()) for file in plan.data]}
     main = plan.processes.is_main
     chosen = (output or _unfinished_or_new(what, plan)) if main else None
@@ -56,7 +70,7 @@ def compare_targets(
         write_whole(folder / "targets.json", _as_text(what))
     results, folders = [], {}
     for target in targets:
-        place = finished.get(target, folder / names[target].replace("/", "_"))
+        place = finished.get(target, folder / places[names[target]])
         folders[names[target]] = place
         if target in finished:
             summary = read_result(place, target).summary

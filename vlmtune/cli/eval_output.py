@@ -61,7 +61,14 @@ def default_parent(target: str, kind: str, data: Path) -> tuple[Path, str]:
 
 
 def short_name(target: str) -> str:
-    return target.rstrip("/").rpartition("/")[2] or "root"
+    """The last component of a target, with `.` and `..` resolved; links keep their own name."""
+    return place_of(target).name or "root"
+
+
+def place_of(target: str) -> Path:
+    """The target as an absolute path, however it was written; equal where a target is the same.
+    For a hub id the path means nothing but that."""
+    return Path(os.path.abspath(Path(target).expanduser()))
 
 
 def unfinished_or_new(

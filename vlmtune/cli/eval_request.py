@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from vlmtune.cli.eval_asked import Plan
 from vlmtune.cli.eval_compare import compare_targets
-from vlmtune.cli.eval_output import check_output, default_parent, make_folder, unfinished_or_new
+from vlmtune.cli.eval_output import (
+    check_output,
+    default_parent,
+    make_folder,
+    place_of,
+    unfinished_or_new,
+)
 from vlmtune.cli.eval_section import (
     Options,
     choose_section,
@@ -110,9 +116,10 @@ class Request:
     def _check_targets(self) -> None:
         from vlmtune.evaluation.results import is_finished
 
-        twice = [target for target in self.targets if self.targets.count(target) > 1]
+        places = [place_of(target) for target in self.targets]
+        twice = [t for t, place in zip(self.targets, places) if places.count(place) > 1]
         if twice:
-            raise VlmtuneError("a target is named twice", got=twice[0], expected="each once")
+            raise VlmtuneError("a target is named twice", got=twice[-1], expected="each once")
         folders = {target: Path(target).expanduser() for target in self.targets}
         self.finished.update({t: folder for t, folder in folders.items() if is_finished(folder)})
         running = [target for target in self.targets if target not in self.finished]
