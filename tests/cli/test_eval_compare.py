@@ -9,6 +9,8 @@ import pytest
 
 from tests.cli.evaluating import run_eval, write_run
 from vlmtune.cli.eval_compare import folders_of, names_of
+from vlmtune.cli.eval_tables import print_comparison, print_result
+from vlmtune.evaluation.compare import Comparison, Difference
 
 
 def doctored(folder: Path, source: Path, answers: dict[str, str]) -> Path:
@@ -158,6 +160,25 @@ def test_a_report_alone_has_nothing_to_be_compared_with(finished: Path) -> None:
     code, _, stderr = run_eval(finished, "./missing")
     assert code == 2
     assert "--data" in stderr
+
+
+def test_brackets_are_no_style_and_every_figure_is_in_the_table(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = Difference(0.5, 1.0, 0.5, 0.0, 1.0, 2)
+    comparisons = [
+        Comparison("[/b]", "x[red]y", {"yes_no_accuracy": found}, {}),
+        Comparison("c", "x[red]y", {"yes_no_accuracy": found, "yes_no_precision": found}, {}),
+    ]
+    print_comparison(comparisons, [])
+    table = capsys.readouterr().out
+    for text in ("against x[red]y", " [/b] ", "yes_no_precision"):
+        assert text in table
+    interval = {"value": 1.0, "low": 0.0, "high": 1.0, "count": 2}
+    slices = {"[/b]": {"exact_match": interval}, ":cat:": {"exact_match": interval}}
+    print_result({"task": "vqa", "num_samples": 2, "metrics": {}, "slices": slices})
+    assert "[/b]" in (table := capsys.readouterr().out)
+    assert ":cat:" in table
 
 
 def test_a_target_written_in_two_ways_is_named_twice(data: Path, tmp_path: Path) -> None:

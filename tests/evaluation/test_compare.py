@@ -151,6 +151,29 @@ def test_choices_by_likelihood_are_compared_by_the_scores_in_the_rows(tmp_path: 
         compare([results[0], read_result(tmp_path / "c", "c")], metrics=["choice_likelihood"])
 
 
+def test_a_test_has_the_name_of_the_figure_that_it_is_about(tmp_path: Path) -> None:
+    conversations = [replace(asked(n), options=("red", "blue")) for n in range(4)]
+    for name, text in {"a": "red", "b": "blue"}.items():
+        texts = [text, "red", "red", "red"]
+        write_report(score_answers(conversations, texts, task="choice"), tmp_path / name)
+    results = [read_result(tmp_path / name, name) for name in "ab"]
+    (comparison,), _ = compare(results)
+    assert set(comparison.differences) == {"choice_accuracy", "choice_unparsed"}
+    assert list(comparison.tests) == ["choice_accuracy"]
+    assert comparison.tests["choice_accuracy"].right_to_wrong == 1
+
+
+def test_a_score_that_is_not_what_the_figure_averages_is_not_tested(tmp_path: Path) -> None:
+    # Captions of one word: BLEU-4 of each is 0, BLEU-1 of the set is not.
+    results = [
+        result(tmp_path, name, texts, task="caption")
+        for name, texts in {"a": ["red", "red"], "b": ["red", "blue"]}.items()
+    ]
+    (comparison,), _ = compare(results, metrics=["bleu"])
+    assert comparison.differences["bleu_1"].first == 1.0
+    assert comparison.tests == {}
+
+
 def query(direction: str, number: int, r1: float) -> dict[str, object]:
     row = {"id": f"{number}:{direction}", "images": [f"{number}.png"], "question": "?"}
     row |= {"answer": "a", "answers": ["a"], "options": [], "prediction": "a"}

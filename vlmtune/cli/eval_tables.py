@@ -64,7 +64,9 @@ def print_comparison(comparisons: Sequence[Comparison], changes: Sequence[Change
     for heading in ("value", "difference", "95 % interval", "right→wrong", "wrong→right"):
         table.add_column(heading, justify="right")
     table.add_column("McNemar p", justify="right")
-    for name, own in comparisons[0].differences.items():
+    # A figure need not be defined for every target (precision without a positive answer).
+    figures = {name: d for c in reversed(comparisons) for name, d in c.differences.items()}
+    for name, own in figures.items():
         table.add_row(name, first, shown(name, own.first))
         for comparison in comparisons:
             found = comparison.differences.get(name)
@@ -135,10 +137,12 @@ def shown_p(value: float) -> str:
 
 
 def _print(table: Table) -> None:
-    """On stdout; in a pipe, where nobody says how wide it is, wide enough not to be wrapped."""
+    """On stdout; in a pipe, where nobody says how wide it is, wide enough not to be wrapped. A
+    question type or a path with brackets is shown as it is, not taken for a style."""
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(table)
+    width = None if sys.stdout.isatty() else PIPE_COLUMNS
+    Console(width=width, markup=False, emoji=False).print(table)
 
 
 def _figures(result: Mapping[str, Any], kind: str | None) -> dict[str, Any]:

@@ -53,7 +53,8 @@ class McNemar:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`target` against `first`. `tests` is by metric, for those whose scores are all 0 or 1."""
+    """`target` against `first`, by figure. `tests` holds those figures that are the mean of scores
+    that are all 0 or 1."""
 
     target: str
     first: str
@@ -227,16 +228,22 @@ def _compared(
         ]
         if not pairs:
             continue
-        differences |= paired_differences(
+        found = paired_differences(
             np.array([a.sums for a, _, _ in pairs], dtype=np.float64),
             np.array([b.sums for _, b, _ in pairs], dtype=np.float64),
             figures=metric.figures,
             clusters=[cluster for _, _, cluster in pairs],
             seed=seed,
         )
+        differences |= found
         scores = [(a.score, b.score) for a, b, _ in pairs]
         if all(score in (0.0, 1.0) for pair in scores for score in pair):
-            tests[name] = mcnemar(scores.count((1.0, 0.0)), scores.count((0.0, 1.0)))
+            test = mcnemar(scores.count((1.0, 0.0)), scores.count((0.0, 1.0)))
+            means = tuple(sum(side) / len(pairs) for side in zip(*scores))
+            # The first figure is the scores' mean (choice_accuracy), or none is (bleu).
+            for figure, difference in list(found.items())[:1]:
+                if np.allclose(means, (difference.first, difference.value), rtol=0, atol=1e-9):
+                    tests[figure] = test
     return Comparison(other, first, differences, tests)
 
 
