@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.evaluating import run_eval, write_run
+from tests.cli.evaluating import run_eval, write_questions, write_run
 from vlmtune.cli.eval_compare import folders_of, names_of
 from vlmtune.cli.eval_tables import print_comparison, print_result
 from vlmtune.evaluation.compare import Comparison, Difference
@@ -98,6 +98,28 @@ def test_a_comparison_that_was_stopped_goes_on(
     (folder / "comparison.json").unlink()
     assert run_eval(*command, "--max-new-tokens", 2)[0] == 0
     assert answers.stat().st_mtime_ns != before
+
+
+def test_a_comparison_goes_on_with_corrected_references_and_other_figures(
+    tiny_vlm: Path, run_folder: Path, sample_data: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # Brackets are legal in a file name and a pattern in a search for one.
+    data = write_questions(tmp_path / "val[1].jsonl", sample_data, 2)
+    command = [tiny_vlm, run_folder, "--data", data, "--json"]
+    assert run_eval(*command)[0] == 0
+    (folder,) = (tmp_path / "eval").iterdir()
+    rows = (folder / "tiny-vlm" / "predictions.jsonl").read_text().splitlines()
+    said = json.loads(rows[0])["prediction"]
+    (folder / "comparison.json").unlink()
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    lines[0]["messages"][-1]["content"] = said + " indeed"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, stdout, stderr = run_eval(*command)
+    assert code == 0, stderr
+    assert [path.name for path in (tmp_path / "eval").iterdir()] == [folder.name]
+    row = json.loads((folder / "tiny-vlm" / "predictions.jsonl").read_text().splitlines()[0])
+    assert (row["prediction"], row["answer"]) == (said, said + " indeed")
 
 
 def test_targets_of_different_tasks_are_refused(

@@ -117,11 +117,12 @@ class Asked:
 
     def digest(self, settings: Mapping[str, Any]) -> str:
         """A short name for whatever decides the report."""
-        from vlmtune.evaluation.fingerprint import settings_digest
+        from vlmtune.evaluation.fingerprint import references_digest, settings_digest
 
         section = self.plan.section.model_dump(exclude={"batch_size", "guard"})
         also = {
             "section": section,
+            "references": references_digest(self.plan.conversations),
             "seed": self.plan.seed,
             "blind": self.plan.guesses,
             "guard": self.plan.with_guard,

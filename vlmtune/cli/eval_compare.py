@@ -8,6 +8,7 @@ OUTPUT/changes.jsonl      the samples whose score changed, with every target's a
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import time
@@ -107,7 +108,7 @@ def compare_targets(
 def _unfinished_or_new(what: Mapping[str, Any], plan: Plan) -> Path:
     """The newest folder in which this comparison was stopped, or a new one."""
     stem = f"compare-{plan.data[0].stem}" if plan.data else "compare"
-    for folder in sorted(Path("eval").glob(f"{stem}-*"), reverse=True):
+    for folder in sorted(Path("eval").glob(f"{glob.escape(stem)}-*"), reverse=True):
         told = folder / "targets.json"
         if (folder / "comparison.json").exists() or not told.is_file():
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,7 +78,7 @@ def unfinished_or_new(
     """The newest folder in which an evaluation with these settings was stopped, or a new one."""
     from vlmtune.evaluation.answers import kept_settings
 
-    for folder in sorted(parent.glob(f"{stem}-*"), reverse=True):
+    for folder in sorted(parent.glob(f"{glob.escape(stem)}-*"), reverse=True):
         if any(kept == settings for kept in kept_settings(folder)):
             return folder
     return new_folder(parent / f"{stem}-{started_at}")

@@ -16,6 +16,7 @@ from vlmtune import __version__
 from vlmtune.data.encode import Encoder
 from vlmtune.data.media import locate_image
 from vlmtune.data.types import Conversation, Image, Part, Text
+from vlmtune.evaluation.references import reference_answer
 from vlmtune.models.load import VLM
 from vlmtune.models.processor import pixel_budget
 from vlmtune.recipe.schema import DecodingSection, EvalSection
@@ -75,6 +76,20 @@ def samples_digest(conversations: Iterable[Conversation]) -> str:
         asked = turns[:-1] if turns[-1].role == "assistant" else turns
         parts = [[turn.role, *(_identity(part) for part in turn.parts)] for turn in asked]
         digest.update(json.dumps([conversation.id, parts]).encode())
+    return digest.hexdigest()
+
+
+def references_digest(conversations: Iterable[Conversation]) -> str:
+    """SHA-256 over what the answers are scored by: no answer depends on it, every figure does."""
+    digest = hashlib.sha256()
+    for conversation in conversations:
+        scored_by = (
+            reference_answer(conversation),
+            conversation.answers,
+            conversation.options,
+            conversation.question_type,
+        )
+        digest.update(json.dumps([conversation.id, *scored_by]).encode())
     return digest.hexdigest()
 
 
