@@ -243,6 +243,19 @@ def test_a_key_of_the_evaluation_without_effect_is_an_error(
     assert "recipe.yaml:4" in str(raised.value)
 
 
+def test_what_is_null_is_turned_off_and_no_key_without_effect(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: org/name\noutput_dir: x\ndata: {train: train.jsonl, eval: train.jsonl}\n"
+        "eval: {best_metric: loss, patience: 2}\n"
+    )
+    changed = load_recipe(recipe, ["eval.best_metric=null", "eval.patience=null"]).recipe
+    assert (changed.eval.best_metric, changed.eval.patience) == (None, None)
+    with pytest.raises(ErrorGroup, match=r"eval\.patience has no effect"):
+        load_recipe(recipe, ["eval.best_metric=null"])
+
+
 def test_a_guard_with_answers_makes_their_keys_count_beside_retrieval(tmp_path: Path) -> None:
     for name in ("train.jsonl", "known.jsonl"):
         (tmp_path / name).write_text("{}\n")

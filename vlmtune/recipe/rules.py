@@ -106,10 +106,17 @@ def given_keys(section: BaseModel, prefix: str = "") -> set[str]:
     return keys
 
 
+def _value_at(recipe: Recipe, key: str) -> object:
+    value: object = recipe
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
 def _unused(recipe: Recipe) -> Iterator[Conflict]:
     given = given_keys(recipe)
     for key, (cause, advice) in unused_keys(recipe).items():
-        if key not in given or (key == "adalora" and recipe.adalora is None):
+        if key not in given or _value_at(recipe, key) is None:  # null: it is turned off already
             continue
         if key == "use_dora" and recipe.lora_target:
             if recipe.use_dora:
