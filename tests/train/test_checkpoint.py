@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 from vlmtune.errors import VlmtuneError
 from vlmtune.train import checkpoint as module
+from vlmtune.train.best import Best
 from vlmtune.train.checkpoint import (
     Checkpoint,
     TrainState,
@@ -51,6 +53,19 @@ def test_only_the_newest_are_kept(tmp_path: Path):
     for step in (5, 10, 15, 999_999, 1_000_000):
         save_checkpoint(tmp_path, a_checkpoint(step), keep=2)
     assert [p.name for p in complete_checkpoints(tmp_path)] == ["step-999999", "step-1000000"]
+
+
+def test_the_best_of_each_kept_checkpoint_is_kept(tmp_path: Path):
+    def save(step: int, best: int) -> list[str]:
+        checkpoint = a_checkpoint(step)
+        checkpoint.state = dataclasses.replace(checkpoint.state, best=Best("loss", best, 1.0))
+        save_checkpoint(tmp_path, checkpoint, keep=2)
+        return [p.name.removeprefix("step-0000") for p in complete_checkpoints(tmp_path)]
+
+    assert [save(2, 2), save(4, 2), save(6, 2)] == [["02"], ["02", "04"], ["02", "04", "06"]]
+    # 8 is better, but whoever goes back to 6 needs 2.
+    assert save(8, 8) == ["02", "06", "08"]
+    assert save(10, 8) == ["08", "10"]
 
 
 def test_a_half_written_checkpoint_is_not_found_and_is_cleared(tmp_path: Path):

@@ -69,8 +69,8 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write `folder/step-NNNNNN` and remove all but the `keep` newest and the best. One process
-    calls this.
+    """Write `folder/step-NNNNNN` and remove all but the `keep` newest and the best of each of
+    these, so that a run can go on from any that is left. One process calls this.
 
     Raises `VlmtuneError` where the disk refuses; earlier checkpoints stay as they were.
     """
@@ -101,10 +101,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
             got=f"{shutil.disk_usage(folder.parent).free / 1e6:.0f} MB free",
             do="free space and run again with --resume auto; earlier checkpoints are intact",
         ) from error
-    best = checkpoint.state.best
-    kept = None if best is None else checkpoint_path(folder, best.step)
-    for old in complete_checkpoints(folder)[:-keep]:
-        if old != kept:
+    found = complete_checkpoints(folder)
+    bests = [read_state(path).best for path in found[-keep:]]
+    kept = {checkpoint_path(folder, best.step) for best in bests if best is not None}
+    for old in found[:-keep]:
+        if old not in kept:
             shutil.rmtree(old)
     return final
 
@@ -114,17 +115,22 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
 
 
+def is_complete(path: Path) -> bool:
+    """Whether `path` is a whole checkpoint."""
+    return (path / "state.json").is_file()
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints, oldest first."""
-    found = [p for p in folder.glob("step-*") if (p / "state.json").is_file()]
+    found = [p for p in folder.glob("step-*") if is_complete(p)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint folder onto the CPU. Raises `VlmtuneError` where it is not one."""
-    if not (path / "state.json").is_file():
+    if not is_complete(path):
         raise VlmtuneError("not a complete checkpoint", file=path, expected="…/step-NNNNNN")
-    state = _read_state(path)
+    state = read_state(path)
     return Checkpoint(
         state=state,
         tensors=load_file(path / "tensors.safetensors"),
@@ -133,7 +139,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def _read_state(path: Path) -> TrainState:
+def read_state(path: Path) -> TrainState:
+    """Where the run stood at a complete checkpoint."""
     values = json.loads((path / "state.json").read_text())
     best = values.pop("best", None)
     return TrainState(**values, best=None if best is None else Best(**best))
