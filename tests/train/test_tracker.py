@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from vlmtune.train.tracker import Tracker, drop_lines_from, flatten
@@ -35,3 +36,14 @@ def test_other_processes_write_nothing(tmp_path: Path, capfd):
 def test_nested_numbers_get_path_names():
     values = {"a": 1, "b": {"c": 2.5, "d": {"e": 3}}, "f": "text", "g": True}
     assert flatten(values) == {"a": 1.0, "b/c": 2.5, "b/d/e": 3.0}
+
+
+def test_a_number_that_is_none_is_null_in_the_log(tmp_path: Path):
+    with Tracker(tmp_path, total_steps=4, first_step=1, quiet=True, active=True) as tracker:
+        tracker.log(2, {"eval_loss": math.nan, "grad_norm": {"total": math.inf}, "loss": 1.5})
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert line == {"step": 2, "eval_loss": None, "grad_norm": {"total": None}, "loss": 1.5}

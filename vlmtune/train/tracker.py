@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from vlmtune.train.finite import finite_or_null
+
 EVALUATED = ("eval_", "guard_")
 """How the names of an evaluation's figures start."""
 
@@ -80,7 +82,7 @@ class Tracker:
         """Append a line to `metrics.jsonl` and the numbers in it to TensorBoard."""
         if not self.active:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(json.dumps(finite_or_null({"step": step, **values})) + "\n")
         self._file.flush()
         for name, value in flatten(values).items():
             self._board.add_scalar(name, value, step)
