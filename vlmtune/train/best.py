@@ -20,6 +20,12 @@ class Best:
     num_since: int = 0
 
 
+def best_by(best: Best | None, metric: str | None) -> Best | None:
+    """`best` where it is one by `metric`. Of another metric (the recipe was changed between a stop
+    and its resume) it says nothing."""
+    return best if best is not None and best.metric == metric else None
+
+
 def is_better(metric: str, value: float, than: float) -> bool:
     """Whether `value` beats `than`; NaN never does, and everything else beats NaN."""
     if math.isnan(value) or math.isnan(than):
@@ -28,10 +34,7 @@ def is_better(metric: str, value: float, than: float) -> bool:
 
 
 def updated(best: Best | None, *, metric: str, step: int, values: Mapping[str, float]) -> Best:
-    """The best after an evaluation at `step`. Raises VlmtuneError where it has no such metric.
-
-    A `best` of another metric (the recipe was changed between a stop and its resume) is forgotten.
-    """
+    """The best after an evaluation at `step`. Raises VlmtuneError where it has no such metric."""
     if metric not in values:
         raise VlmtuneError(
             "eval.best_metric is no figure of the evaluation on data.eval",
@@ -39,7 +42,8 @@ def updated(best: Best | None, *, metric: str, step: int, values: Mapping[str, f
             expected=" or ".join(values),
         )
     value = values[metric]
-    if best is None or best.metric != metric or is_better(metric, value, best.value):
+    best = best_by(best, metric)
+    if best is None or is_better(metric, value, best.value):
         return Best(metric, step, value)
     return replace(best, num_since=best.num_since + 1)
 

@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 
 from vlmtune.recipe.schema import EvalSection, Recipe, TrainSection
 from vlmtune.train import trainee as trainees
-from vlmtune.train.best import Best, is_over, updated
+from vlmtune.train.best import Best, best_by, is_over, updated
 from vlmtune.train.checkpoint import (
     Checkpoint,
     TrainState,
@@ -99,7 +99,8 @@ class TrainResult:
 
 def is_finished(state: TrainState, recipe: Recipe, total_steps: int) -> bool:
     """Whether a run in this state has no step left to do."""
-    return state.step == total_steps or is_over(state.best, recipe.eval.patience)
+    best = best_by(state.best, recipe.eval.best_metric)
+    return state.step == total_steps or is_over(best, recipe.eval.patience)
 
 
 def train(
@@ -123,7 +124,7 @@ def train(
     """
     first, best = 1, None
     if resume is not None:
-        first, best = resume.state.step + 1, resume.state.best
+        first, best = resume.state.step + 1, best_by(resume.state.best, schedule.best_metric)
         trainees.restore(trainee, resume, accelerator)
     with (
         StopSignal() as stop,
@@ -175,7 +176,11 @@ class _Loop:
         """The steps from `first`, up to the last or to a reason to stop."""
         schedule, result = self.schedule, self.result
         if self.evaluate is not None and schedule.evaluates_before and first == 1:
-            self.tracker.log(0, self._evaluated(self.evaluate, 0))
+            values = self._evaluated(self.evaluate, 0)
+            self.tracker.log(0, values)
+            if any(name.startswith(HELD_OUT) for name in values):
+                # A name that is no figure is said now, not after the first stretch of training.
+                _best_after(None, schedule.best_metric, 0, values)
             self._pause_since(self.began)
         # A run that had stopped for want of anything better has no step left to do.
         is_over_already = is_over(result.best, schedule.patience)
