@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,58 @@ def test_a_metric_that_is_not_measured_stops_the_run_at_its_first_evaluation(mak
     with pytest.raises(VlmtuneError, match="exact_match"):
         train_once(recipe)
 
+    # The model before training tells it: no step is lost.
+    assert not (recipe.parent / "run" / "checkpoints").exists()
+
+
+def test_a_resume_by_another_metric_does_not_keep_the_old_ones_best(make_recipe):
+    by_loss = {"best_metric": "loss", "patience": 1}
+    recipe = make_recipe("run", eval=by_loss, train__learning_rate=0.05)
+    stopped = train_once(recipe)
+    assert stopped["steps"] < 12
+    # Patience with the loss says nothing about another metric.
+    other = train_once(recipe, "eval.best_metric=exact_match", "eval.patience=4", resume="auto")
+    assert (other["steps"], other["best"]["metric"]) == (12, "exact_match")
+    # Without a metric the result is the last step's, also where no step is left to do.
+    shutil.rmtree(recipe.parent / "run" / "adapter")
+    last = train_once(
+        recipe, "eval.best_metric=null", "eval.patience=null", "data.eval=null", resume="auto"
+    )
+    assert (last["samples"], last["best"]) == (0, None)
+
+
+def test_going_on_in_another_folder_takes_the_best_so_far_along(make_recipe, tmp_path: Path):
+    keys: dict[str, Any] = {
+        "eval": {"best_metric": "loss"} | guard(tmp_path / "data" / "train.jsonl"),
+        "train__learning_rate": 0.05,
+        "train__keep_checkpoints": 9,
+    }
+    recipe = make_recipe("run", **keys)
+    expected = train_once(recipe)
+    best, end = expected["best"]["step"], expected["steps"]
+    assert best < 12, expected["best"]
+    checkpoints = recipe.parent / "run" / "checkpoints"
+    other = tmp_path / "other"
+    got = train_once(recipe, f"output_dir={other}", resume=str(checkpoints / "step-000009"))
+    assert (got["best"], got["guard"], got["steps"]) == (expected["best"], expected["guard"], end)
+    for name, tensor in adapter_of(recipe.parent / "run").items():
+        assert torch.equal(tensor, adapter_of(other)[name]), name
+    # Gone, it cannot become the result: that is said before anything is done.
+    shutil.rmtree(checkpoints / f"step-{best:06d}")
+    third = tmp_path / "third"
+    with pytest.raises(VlmtuneError, match=f"the best step so far, {best}"):
+        train_once(recipe, f"output_dir={third}", resume=str(checkpoints / "step-000009"))
+    assert not third.exists()
+
+
+def test_evaluations_after_the_step_to_go_on_from_are_removed(make_recipe):
+    recipe = make_recipe("run", train__keep_checkpoints=9)
+    train_once(recipe)
+    run = recipe.parent / "run"
+    train_once(recipe, "train.eval_every=12", resume=str(run / "checkpoints" / "step-000006"))
+    names = [path.name for path in sorted((run / "eval").iterdir())]
+    assert names == [f"step-{step:06d}" for step in (0, 3, 6, 12)]
+
 
 def guard(data: Path, **keys: Any) -> dict[str, Any]:
     return {"guard": {"data": str(data), "max_samples": 16, **keys}}
@@ -166,6 +219,18 @@ def test_a_guard_that_fell_is_said_and_one_that_held_too(make_recipe, tmp_path: 
         assert (guarded[0], guarded[12]) == (1.0, verdict["after"])
 
 
+def test_a_guard_of_other_data_than_before_training_is_not_compared(make_recipe, tmp_path, caplog):
+    guarded = guard(tmp_path / "data" / "train.jsonl")
+    recipe = make_recipe("run", eval=guarded, train__keep_checkpoints=2)
+    assert train_once(recipe)["guard"] is not None
+    for path in recipe.parent.glob("run/checkpoints/step-000012/*"):
+        path.unlink()
+    with caplog.at_level("WARNING", logger="vlmtune"):
+        resumed = train_once(recipe, "eval.guard.max_samples=8", resume="auto")
+    assert (resumed["steps"], resumed["guard"]) == (12, None)
+    assert "was not measured on its data before training" in caplog.text
+
+
 def test_a_fallen_guard_is_exit_code_1_with_the_result_saved(make_recipe, monkeypatch, tmp_path):
     from typer.testing import CliRunner
 
@@ -186,3 +251,7 @@ def test_a_fallen_guard_is_exit_code_1_with_the_result_saved(make_recipe, monkey
     assert done.exit_code == 1
     assert "forgotten" in done.stdout
     assert (recipe.parent / "run" / "adapter").is_dir()
+    # Asked again, a finished run says the same.
+    again = CliRunner().invoke(app, ["train", str(recipe), "--resume", "auto"])
+    assert again.exit_code == 1
+    assert "forgotten" in again.stdout

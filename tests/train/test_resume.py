@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -167,4 +168,7 @@ def test_a_kill_between_the_last_checkpoint_and_the_result_is_mended(make_recipe
     (run / "adapter").rename(run / ".writing-adapter")
     summary = train_once(recipe, resume="auto")
     assert summary["steps"] == 3 and summary["samples"] == 0
+    # No step, no loss: null, which every reader of JSON knows.
+    assert summary["loss"] is None
+    assert json.loads((run / "summary.json").read_text())["loss"] is None
     assert all(torch.equal(expected[k], v) for k, v in adapter_of(run).items())

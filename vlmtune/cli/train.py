@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vlmtune.models.load import VLM
     from vlmtune.recipe.load import LoadedRecipe
     from vlmtune.recipe.schema import Recipe
+    from vlmtune.train.best import Best
     from vlmtune.train.checkpoint import Checkpoint
     from vlmtune.train.feed import StepDataset
     from vlmtune.train.loop import Evaluate, TrainResult
@@ -106,6 +107,7 @@ class Session:
         from vlmtune.models.quantize import quantization_report
         from vlmtune.models.summary import trained_rows
         from vlmtune.train import build, checkpoint, run_folder
+        from vlmtune.train.best import best_by
         from vlmtune.train.loop import is_finished
 
         recipe = self.recipe
@@ -118,11 +120,13 @@ class Session:
         )
         held_out = load_held_out(recipe)
         total_steps = build.total_steps_of(recipe, len(conversations))
-        if start is not None and is_finished(start.state, recipe, total_steps):
+        best_at = None
+        if start is not None:
+            if (best := best_by(start.state.best, recipe.eval.best_metric)) is not None:
+                best_at = run_folder.find_best(self.folder, best, self.resume)
             finished = run_folder.finished_result(self.folder)
-            if finished is not None:
-                steps = start.state.step
-                return {"run": self.folder, "steps": steps, "result": finished} | NOT_RUN
+            if finished is not None and is_finished(start.state, recipe, total_steps):
+                return self.of_finished(finished, start.state.step, best)
         ledger = build.build_ledger(
             recipe, folder=self.folder, num_samples=len(conversations) + len(skipped)
         )
@@ -165,7 +169,7 @@ class Session:
             folder=self.folder,
         )
         # Only now: a recipe that fails on the way here leaves no folder and moves no old run.
-        self.prepare_folder(hashes, vlm.commit, ledger, start)
+        self.prepare_folder(hashes, vlm.commit, ledger, start, best_at)
         if self.accelerator.is_main_process:
             run_folder.write_modules(self.folder, trained=trained, linear_modules=linear_modules)
         result = self.train(trainee, dataset, total_steps, fingerprint, ledger, evaluate, start)
@@ -177,12 +181,22 @@ class Session:
             self.accelerator.wait_for_everyone()
         summary = summary_of(self.folder, saved, result, trainee)
         if saved is not None:
-            step = result.steps if result.best is None else result.best.step
-            verdict = verdict_of_run(recipe, self.folder, step=step)
-            summary["guard"] = None if verdict is None else verdict.as_dict()
+            summary["guard"] = self.guard_at(result.steps, result.best)
         if self.accelerator.is_main_process:
             run_folder.write_summary(self.folder, summary)
         return summary
+
+    def of_finished(self, result: Path, steps: int, best: Best | None) -> dict[str, Any]:
+        """What `--json` prints of a run that has no step left to do."""
+        known = {"run": self.folder, "steps": steps, "result": result}
+        chosen = None if best is None else dataclasses.asdict(best)
+        return NOT_RUN | known | {"best": chosen, "guard": self.guard_at(steps, best)}
+
+    def guard_at(self, steps: int, best: Best | None) -> dict[str, object] | None:
+        """The guard's verdict on the result: the best step's, or the last of `steps`."""
+        step = steps if best is None else best.step
+        verdict = verdict_of_run(self.recipe, self.folder, step=step)
+        return None if verdict is None else verdict.as_dict()
 
     def load_model(self) -> VLM:
         from vlmtune.models.load import load_vlm
@@ -207,6 +221,7 @@ class Session:
         commit: str | None,
         ledger: SkipLedger,
         start: Checkpoint | None,
+        best_at: Path | None,
     ) -> None:
         """Set aside what this run replaces, and write what it is; the main process does."""
         from vlmtune.recipe.load import dump_recipe
@@ -225,7 +240,12 @@ class Session:
                 environment=environment | {"model_commit": commit, "data_sha256": hashes},
             )
             if start is not None:
-                run_folder.set_aside_newer(self.folder, start.state.step)
+                step = start.state.step
+                run_folder.set_aside_newer(self.folder, step)
+                if self.resume != "auto":
+                    other = Path(str(self.resume)).resolve().parent.parent
+                    run_folder.bring_from(other, self.folder, step=step, best=best_at)
+            run_folder.drop_evaluations_after(self.folder, 0 if start is None else step)
             ledger.write()
         self.accelerator.wait_for_everyone()
 

@@ -9,6 +9,7 @@ eval.guard.data -> fixed subset -> answers       -> guard_exact_match, …
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -199,21 +200,31 @@ def build_evaluation(
     )
 
 
+def _is_same_set(*reports: Path) -> bool:
+    """Whether the reports in these folders are of the same task on the same data."""
+    texts = [(folder / "metrics.json").read_text(encoding="utf-8") for folder in reports]
+    about = [[json.loads(text).get(k) for k in ("task", "data", "num_samples")] for text in texts]
+    return all(values == about[0] for values in about)
+
+
 def verdict_of_run(recipe: Recipe, folder: Path, *, step: int) -> GuardVerdict | None:
     """Whether the guard's figure at `step` fell too far below the one before training; None where
-    there is no guard, or one of the two was never measured (said in a warning)."""
+    there is no guard, or one of the two was never measured on its data (said in a warning)."""
     from vlmtune.evaluation.guard import BEFORE, guard_verdict, guarded_metric, read_figures
 
     guard = recipe.eval.guard
     if guard is None:
         return None
-    before = read_figures(folder / BEFORE)
-    after = read_figures(folder / "eval" / f"guard-step-{step:06d}")
-    if before is None or after is None:
-        logger.warning(
-            "the guard could not be checked: it was not measured %s",
-            "before training" if before is None else "at the end",
-        )
+    after_folder = folder / "eval" / f"guard-step-{step:06d}"
+    before, after = read_figures(folder / BEFORE), read_figures(after_folder)
+    if after is None:
+        logger.warning("the guard could not be checked: it was not measured at the end")
         return None
     name = guarded_metric(after, guard.metric)
+    # Both may be of another recipe: the keys of `eval` may change between a stop and its resume.
+    if before is None or name not in before or not _is_same_set(folder / BEFORE, after_folder):
+        logger.warning(
+            "the guard could not be checked: %s was not measured on its data before training", name
+        )
+        return None
     return guard_verdict(before[name], after[name], metric=name, max_drop=guard.max_drop)

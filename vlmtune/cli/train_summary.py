@@ -45,7 +45,7 @@ def summary_of(
         "result": saved,
         "steps": result.steps,
         "samples": result.samples,
-        "loss": result.loss,
+        "loss": result.loss if result.samples else None,
         "samples_per_second": result.samples / seconds,
         f"{trainee.objective.unit}_per_second": result.terms / seconds,
         "peak_memory_bytes": result.peak_memory_bytes,
@@ -67,11 +67,12 @@ def print_summary(summary: dict[str, Any]) -> None:
             file=sys.stderr,
         )
         return
-    if summary["loss"] is None:
+    lines = []
+    if summary["trainable_parameters"] is None:
         print(f"already finished: {summary['result']}", file=sys.stderr)
-        return
-    loss = f", loss {summary['loss']:.4f}" if summary["samples"] else ""
-    lines = [f"{summary['result']}: {summary['steps']} steps{loss}"]
+    else:
+        loss = "" if summary["loss"] is None else f", loss {summary['loss']:.4f}"
+        lines = [f"{summary['result']}: {summary['steps']} steps{loss}"]
     if summary["best"] is not None:
         best = summary["best"]
         lines.append(f"the result is step {best['step']}'s: {best['metric']} {best['value']:.4f}")
@@ -88,7 +89,8 @@ def print_summary(summary: dict[str, Any]) -> None:
             f"{verdict} {guard['metric']} went from {guard['before']:.4f} to {guard['after']:.4f}, "
             f"allowed is a drop of {guard['max_drop']:g}"
         )
-    print("\n".join(lines))
+    for line in lines:
+        print(line)
 
 
 def print_model(vlm: VLM, num_samples: int, linear_modules: Sequence[Any]) -> None:

@@ -14,6 +14,7 @@ adapter/ or model/     the result, written beside and renamed
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -23,14 +24,21 @@ from typing import Any
 from vlmtune.errors import VlmtuneError
 from vlmtune.models.quantize import BitsRow
 from vlmtune.models.summary import TrainedRow
+from vlmtune.train.best import Best
 from vlmtune.train.checkpoint import (
+    WRITING,
     Checkpoint,
+    checkpoint_path,
     complete_checkpoints,
+    is_complete,
     load_checkpoint,
     sync_folder,
 )
+from vlmtune.train.finite import finite_or_null
 
 RESULTS = ("adapter", "model")
+EVALUATION = re.compile(r"(?:guard-)?step-(\d+)")
+"""Names of the folders in eval/ that training writes."""
 
 
 def is_occupied(folder: Path) -> bool:
@@ -90,6 +98,57 @@ def set_aside(folder: Path) -> Path | None:
     return target
 
 
+def find_best(folder: Path, best: Best, resume: str | None) -> Path:
+    """The checkpoint of the best step so far, of the run that is gone on with: the result, should
+    nothing better come. Raises `VlmtuneError` where it is gone."""
+    places = [folder / "checkpoints"]
+    if resume not in (None, "auto"):
+        places.insert(0, Path(str(resume)).resolve().parent)
+    found = [path for p in places if is_complete(path := checkpoint_path(p, best.step))]
+    if not found:
+        raise VlmtuneError(
+            f"the checkpoint of the best step so far, {best.step}, is gone",
+            file=places[0],
+            expected=checkpoint_path(places[0], best.step).name,
+            do="put it back, go on from a checkpoint before it, or set eval.best_metric: null",
+        )
+    return found[0]
+
+
+def bring_from(other: Path, folder: Path, *, step: int, best: Path | None) -> None:
+    """Copy what a run goes on with from the run folder `other`: the best checkpoint, and the
+    evaluations up to `step`, with which later ones are compared."""
+    for path in evaluations(other):
+        target = folder / "eval" / path.name
+        if evaluated_step(path) <= step and not target.exists():
+            shutil.copytree(path, target)
+    if best is not None and best.parent.resolve() != (folder / "checkpoints").resolve():
+        target = folder / "checkpoints" / best.name
+        writing = folder / "checkpoints" / f"{WRITING}{best.name}"
+        for old in (target, writing):
+            shutil.rmtree(old, ignore_errors=True)
+        shutil.copytree(best, writing)
+        writing.rename(target)
+
+
+def evaluations(folder: Path) -> list[Path]:
+    """The folders in eval/ that training wrote."""
+    return [path for path in folder.glob("eval/*") if EVALUATION.fullmatch(path.name)]
+
+
+def evaluated_step(path: Path) -> int:
+    """The step of one of `evaluations`."""
+    return int(path.name.rpartition("-")[2])
+
+
+def drop_evaluations_after(folder: Path, step: int) -> None:
+    """Remove the evaluations of steps that are about to be done again. The lines of metrics.jsonl
+    go too; left, they would be taken for those of the new steps."""
+    for path in evaluations(folder):
+        if evaluated_step(path) > step:
+            shutil.rmtree(path)
+
+
 def set_aside_newer(folder: Path, step: int) -> None:
     """Rename checkpoints after `step`, and the result they led to, to `superseded-…`.
 
@@ -139,7 +198,9 @@ def write_modules(
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """`summary.json`: the figures of a finished or stopped session."""
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1, default=str) + "\n")
+    (folder / "summary.json").write_text(
+        json.dumps(finite_or_null(summary), indent=1, default=str) + "\n"
+    )
 
 
 def write_result(folder: Path, name: str, save: Callable[[Path], None]) -> Path:
