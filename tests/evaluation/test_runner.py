@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,33 @@ def test_a_sample_without_reference_is_an_error_with_its_line() -> None:
     with pytest.raises(ErrorGroup, match=r"(?s)d\.jsonl:7: .*d\.jsonl:8: "):
         check_references([asked(7, None), asked(8, None)])
     check_references([asked(1), asked(2, None, answers=("red",))])
+
+
+def test_a_choice_needs_options_and_a_reference_that_is_one_of_them() -> None:
+    letter, text, answers = asked(1, "B"), asked(2, "Blue."), asked(3, None, answers=("x", "red"))
+    neither, twice, without = asked(7, "green"), asked(8, "red"), asked(9, "red")
+    options = {1: ("red", "blue"), 8: ("red", "red")}
+    good = [replace(c, options=options[1]) for c in (letter, text, answers)]
+    check_references(good, task="choice")
+    bad = [replace(neither, options=options[1]), replace(twice, options=options[8]), without]
+    with pytest.raises(ErrorGroup) as caught:
+        check_references([*good, *bad], task="choice", metrics=["choice_likelihood"])
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[1] for line in lines] == ["7", "8", "9"]
+    assert "none of the options" in lines[0] and "'green'" in lines[0]
+    assert "no options" in lines[2]
+    # Other metrics do not look at options.
+    check_references(bad, task="choice", metrics=["exact_match"])
+    check_references(bad, task="vqa")
+
+
+def test_where_no_metric_applies_there_is_an_error_not_an_empty_table() -> None:
+    with pytest.raises(VlmtuneError, match="nothing to measure: no sample has what grounding"):
+        check_references([asked(1), asked(2)], task="grounding")
+    with pytest.raises(VlmtuneError, match="vqa_accuracy"):
+        check_references([asked(1)], metrics=["vqa_accuracy", "yes_no"])
+    check_references([asked(1), asked(2, "[0, 0, 1, 1]")], task="grounding")
+    check_references([asked(1), asked(2, "yes")], metrics=["vqa_accuracy", "yes_no"])
 
 
 def test_an_unknown_metric_is_an_error(vlm: VLM, encoder: Encoder) -> None:

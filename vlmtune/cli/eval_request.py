@@ -78,9 +78,10 @@ class Request:
 
         if section.task == "retrieval":
             wanted_figures(section.metrics)
-        if conversations:
-            check = retrieval_items if section.task == "retrieval" else check_references
-            check(conversations)
+            if conversations:
+                retrieval_items(conversations)
+        elif conversations:
+            check_references(conversations, task=section.task, metrics=section.metrics)
         if self.output is not None:
             make_folder(self.output)
         return Plan(

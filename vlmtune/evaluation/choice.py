@@ -19,9 +19,9 @@ from vlmtune.data.types import Conversation
 from vlmtune.errors import SampleError
 from vlmtune.evaluation.generate import evaluating
 from vlmtune.evaluation.likelihood import LikelihoodScorer
-from vlmtune.evaluation.metrics.base import Answered, Statistics
+from vlmtune.evaluation.metrics.base import Statistics
 from vlmtune.evaluation.metrics.multiple_choice import reference_options
-from vlmtune.evaluation.references import reference_answer
+from vlmtune.evaluation.references import answered_sample
 from vlmtune.models.load import VLM
 
 
@@ -56,10 +56,7 @@ def choice_statistics(
     None where no reference is one of the options."""
     statistics: list[Statistics | None] = []
     for conversation, index in zip(conversations, chosen, strict=True):
-        sample = Answered(
-            "", reference_answer(conversation), conversation.answers, conversation.options
-        )
-        right = reference_options(sample)
+        right = reference_options(answered_sample(conversation, ""))
         score = float(index in right)
         statistics.append(Statistics(score, (score, 1.0)) if right else None)
     return statistics

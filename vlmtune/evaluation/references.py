@@ -5,30 +5,79 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
-from vlmtune.data.media import locate_image
+from vlmtune.data.media import locate_image, shorten
 from vlmtune.data.types import Conversation, Image
-from vlmtune.errors import ErrorGroup, SampleError
+from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
+from vlmtune.evaluation.metrics.base import Answered, Metric
+from vlmtune.evaluation.metrics.multiple_choice import reference_options
+from vlmtune.evaluation.metrics.registry import CHOICE_LIKELIHOOD, TASKS, metrics_for
 
 MAX_ERRORS_SHOWN = 20
 
 
-def check_references(conversations: Sequence[Conversation]) -> None:
-    """Raise for conversations without an answer to compare with: a SampleError, or an ErrorGroup of
-    the first `MAX_ERRORS_SHOWN`."""
-    errors = [
-        SampleError(
-            "sample has no reference answer",
-            file=conversation.source.file,
-            line=conversation.source.line,
-            got=f"a last turn of role '{conversation.turns[-1].role}' and no `answers`",
-            expected="a last turn of role 'assistant', or `answers`",
-        )
-        for conversation in conversations
-        if reference_answer(conversation) is None and not conversation.answers
-    ]
+CHOICE_METRICS = {"multiple_choice", CHOICE_LIKELIHOOD}
+
+
+def check_references(
+    conversations: Sequence[Conversation], *, task: str = "vqa", metrics: Sequence[str] = ()
+) -> None:
+    """Raise for conversations that cannot be scored: without an answer to compare with, or, where a
+    choice is scored, without options or with a reference that is none of them.
+
+    A SampleError, or an ErrorGroup of the first `MAX_ERRORS_SHOWN`. A VlmtuneError where no metric
+    applies to any of them.
+    """
+    is_choice = task == "choice" and bool(CHOICE_METRICS & set(metrics or TASKS[task]))
+    found = (_problem(conversation, is_choice=is_choice) for conversation in conversations)
+    errors = [error for error in found if error is not None]
     if errors:
         raise errors[0] if len(errors) == 1 else ErrorGroup(errors[:MAX_ERRORS_SHOWN])
+    measured = metrics_for(task, metrics)
+    samples = [answered_sample(conversation, "") for conversation in conversations]
+    if measured and not any(_applies(metric, samples) for metric in measured.values()):
+        raise VlmtuneError(
+            f"there is nothing to measure: no sample has what {', '.join(measured)} needs",
+            got=f"{len(samples)} samples",
+            do="name another task or other metrics; docs/metrics.md says what each needs",
+        )
+
+
+def answered_sample(conversation: Conversation, text: str) -> Answered:
+    """`text` as the answer to a conversation, with what it is compared with."""
+    return Answered(
+        text, reference_answer(conversation), conversation.answers, conversation.options
+    )
+
+
+def _problem(conversation: Conversation, *, is_choice: bool) -> SampleError | None:
+    sample = answered_sample(conversation, "")
+    place: dict[str, Any] = {"file": conversation.source.file, "line": conversation.source.line}
+    if not sample.references:
+        return SampleError(
+            "sample has no reference answer",
+            got=f"a last turn of role '{conversation.turns[-1].role}' and no `answers`",
+            expected="a last turn of role 'assistant', or `answers`",
+            **place,
+        )
+    if is_choice and not sample.options:
+        return SampleError("sample has no options to choose from", expected="`options`", **place)
+    if is_choice and not reference_options(sample):
+        # Where the last turn is the reference, `answers` are not looked at.
+        got = sample.references if sample.answer is None else (sample.answer,)
+        return SampleError(
+            "the reference is none of the options, or the text of several",
+            got=", ".join(repr(shorten(text, 40)) for text in got[:3]),
+            expected="the text of one option, or its letter",
+            **place,
+        )
+    return None
+
+
+def _applies(metric: Metric, samples: Sequence[Answered]) -> bool:
+    """Whether to any sample; mostly known from the first one."""
+    return any(metric.statistics([sample])[0] is not None for sample in samples)
 
 
 def reference_answer(conversation: Conversation) -> str | None:

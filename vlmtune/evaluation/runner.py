@@ -68,7 +68,7 @@ def evaluate(
             gather=gather,
         )
     generated = metrics_for(section.task, section.metrics)
-    check_references(conversations)
+    check_references(conversations, task=section.task, metrics=section.metrics)
     asked = conversations if shown is None else shown
     chosen = None
     if CHOICE_LIKELIHOOD in section.metrics:

@@ -12,10 +12,10 @@ import numpy as np
 
 from vlmtune.data.types import Conversation
 from vlmtune.evaluation.choice import choice_statistics
-from vlmtune.evaluation.metrics.base import Answered, Mean, Metric, Statistics
+from vlmtune.evaluation.metrics.base import Mean, Metric, Statistics
 from vlmtune.evaluation.metrics.bootstrap import Interval, bootstrap_intervals
 from vlmtune.evaluation.metrics.registry import CHOICE_LIKELIHOOD, metrics_for
-from vlmtune.evaluation.references import picture_name, question_of, reference_answer
+from vlmtune.evaluation.references import answered_sample, picture_name, question_of
 from vlmtune.evaluation.types import EvalReport, Prediction
 
 
@@ -31,11 +31,8 @@ def score_answers(
     """The report of `texts` as answers to `conversations`, without a model. `chosen` are the
     numbers of the options that the model found likeliest."""
     by_name = metrics_for(task, metrics)
-    answered = [
-        Answered(text, reference_answer(conversation), conversation.answers, conversation.options)
-        for conversation, text in zip(conversations, texts, strict=True)
-    ]
-    statistics = {name: metric.statistics(answered) for name, metric in by_name.items()}
+    samples = [answered_sample(c, text) for c, text in zip(conversations, texts, strict=True)]
+    statistics = {name: metric.statistics(samples) for name, metric in by_name.items()}
     if chosen is not None:
         by_name[CHOICE_LIKELIHOOD] = Mean(CHOICE_LIKELIHOOD, lambda sample: None)
         statistics[CHOICE_LIKELIHOOD] = choice_statistics(conversations, chosen)
@@ -51,7 +48,7 @@ def score_answers(
             scores={n: s.score for n, of in statistics.items() if (s := of[index]) is not None},
             question_type=conversation.question_type,
         )
-        for index, (conversation, sample) in enumerate(zip(conversations, answered, strict=True))
+        for index, (conversation, sample) in enumerate(zip(conversations, samples, strict=True))
     ]
     kinds = sorted({p.question_type for p in predictions if p.question_type is not None})
     slices = {None: range(len(predictions))} | {
