@@ -199,7 +199,7 @@ def test_retrieval_is_compared_in_each_direction(tmp_path: Path) -> None:
 
 
 def test_an_answer_may_hold_any_character(tmp_path: Path) -> None:
-    texts = ["one\u2028two\x85three\nfour"]
+    texts = ["one\u2028two\x85three\nfour\\ud83d \ud83d five é"]
     assert result(tmp_path, "a", texts).rows["0"]["prediction"] == texts[0]
 
 

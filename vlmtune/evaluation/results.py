@@ -92,9 +92,10 @@ def _parsed(path: Path, text: str, line: int) -> dict[str, Any]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
+    """Write a file of JSON that appears whole or not at all."""
     unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("w", encoding="utf-8") as file:
+    # Half a surrogate pair is legal in JSON, as \ud83d, but not in UTF-8.
+    with unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
