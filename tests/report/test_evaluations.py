@@ -73,10 +73,35 @@ def test_the_guard_is_a_pair_of_its_own(run: Path) -> None:
         write_evaluation(run, step, data_of(run), ["yes"] * 4, name=name)
     record = read_run(run)
     evaluations = read_evaluations(record)
-    guard = guard_pair(evaluations, choose_pair(evaluations, record))
+    guard = guard_pair(evaluations, record)
     assert guard.before is not None and guard.after is not None
     assert (guard.before.name, guard.after.name) == ("guard-step-000000", "guard-step-000030")
     assert chosen(run) == ("step-000000", "step-000030")
+
+
+def test_the_guard_is_that_of_the_best_step_also_beside_a_later_eval(run: Path) -> None:
+    for step in (0, 20, 30):
+        name = f"guard-step-{step:06d}"
+        write_evaluation(run, step, data_of(run), ["yes"] * 4, name=name)
+    write_evaluation(run, 30, data_of(run), ["yes"] * 4, name="later")
+    best = {"step": 20, "metric": "exact_match", "value": 1.0}
+    write_json(run / "summary.json", {"steps": 30, "stopped_by": None, "best": best})
+    record = read_run(run)
+    guard = guard_pair(read_evaluations(record), record)
+    assert guard.after is not None
+    assert guard.after.name == "guard-step-000020"
+
+
+def test_an_answer_with_a_line_separator_is_one_line(run: Path) -> None:
+    path = run / "eval" / "step-000030" / "predictions.jsonl"
+    text = path.read_text(encoding="utf-8").replace(
+        '"prediction": "yes"', '"prediction": "a\u2028b"'
+    )
+    path.write_text(text, encoding="utf-8")
+    record = read_run(run)
+    rows = next(e for e in read_evaluations(record) if e.step == 30).rows
+    assert [row["prediction"] for row in rows] == ["a\u2028b", "no"] * 2
+    assert record.unreadable == {}
 
 
 @pytest.mark.parametrize(

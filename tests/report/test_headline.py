@@ -30,7 +30,7 @@ def found(run: Path) -> list[Finding]:
         recipe,
         pair=pair,
         widest=choose_widest(evaluations, record, pair),
-        guard=guard_pair(evaluations, pair),
+        guard=guard_pair(evaluations, record),
     )
 
 

@@ -117,8 +117,7 @@ def choose_widest(
 
 def _of_result(evaluations: Sequence[Evaluation], record: RunRecord) -> list[Evaluation]:
     """Those after training began. Where a best step was chosen, others do not speak for it."""
-    best = (record.summary or {}).get("best")
-    best_step = best.get("step") if isinstance(best, dict) else None
+    best_step = _best_step(record)
     return [
         e
         for e in evaluations
@@ -126,15 +125,20 @@ def _of_result(evaluations: Sequence[Evaluation], record: RunRecord) -> list[Eva
     ]
 
 
+def _best_step(record: RunRecord) -> int | None:
+    best = (record.summary or {}).get("best")
+    return best.get("step") if isinstance(best, dict) else None
+
+
 def _age(evaluation: Evaluation) -> tuple[float, int]:
     return evaluation.written, evaluation.step or 0
 
 
-def guard_pair(evaluations: Sequence[Evaluation], pair: Pair) -> Pair:
-    """The guard's evaluations before training and at the result's step (or the last)."""
+def guard_pair(evaluations: Sequence[Evaluation], record: RunRecord) -> Pair:
+    """The guard's evaluations before training and at the result's step: the best, or the last."""
     guards = [e for e in evaluations if e.is_guard and e.step is not None]
     before = next((e for e in guards if e.step == 0), None)
-    wanted = None if pair.after is None else pair.after.step
+    wanted = _best_step(record)
     after = [e for e in guards if e.step != 0]
     chosen = next((e for e in after if e.step == wanted), after[-1] if after else None)
     return Pair(before, chosen)

@@ -118,7 +118,7 @@ def page_values(record: RunRecord) -> dict[str, Any]:
     evaluations = read_evaluations(record)
     pair = choose_pair(evaluations, record)
     widest = choose_widest(evaluations, record, pair)
-    guard = guard_pair(evaluations, pair)
+    guard = guard_pair(evaluations, record)
     values = parse_recipe(record.resolved_text)
     charts, charts_left_out = metric_charts(record.lines)
     thumbnails = Thumbnails()

@@ -87,7 +87,8 @@ def read_lines(path: Path, unreadable: dict[str, int]) -> list[Line]:
     half-written, say) are counted under the file's name."""
     text = _read_text(path) or ""
     found: list[Line] = []
-    for line in text.splitlines():
+    # Not splitlines: an answer may hold a character that Unicode counts as the end of a line.
+    for line in text.split("\n"):
         if not line.strip():
             continue
         try:
