@@ -7,7 +7,7 @@ from vlmtune.report.curves import (
     downsample,
     draw_chart,
     nice_range,
-    tick_label,
+    tick_labels,
     ticks_between,
 )
 
@@ -72,14 +72,29 @@ def test_a_single_point_is_drawn() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "unit", "label"),
+    ("values", "unit", "labels"),
     [
-        (1.45e9, "bytes", "1.45 GB"),
-        (0.25, "share", "25\u00a0%"),
-        (4000, "number", "4,000"),
-        (2e-6, "number", "2e-6"),
-        (0, "number", "0"),
+        ([0, 1.45e9, 2.9e9], "bytes", ["0 GB", "1.45 GB", "2.9 GB"]),
+        ([0.24, 0.25, 0.26], "share", ["24\u00a0%", "25\u00a0%", "26\u00a0%"]),
+        ([0, 4000, 8000], "number", ["0", "4,000", "8,000"]),
+        ([0, 2e-6, 4e-6], "number", ["0", "2e-6", "4e-6"]),
+        ([2e-4, 2.5e-4, 3e-4], "number", ["2e-4", "2.5e-4", "3e-4"]),
+        ([5e-4, 1e-3, 1.5e-3], "number", ["5e-4", "0.001", "0.0015"]),
+        ([0.7911, 0.7912, 0.7913], "number", ["0.7911", "0.7912", "0.7913"]),
+        ([1234.5, 1235.0], "number", ["1,234.5", "1,235"]),
+        ([1.4250e9, 1.4255e9], "bytes", ["1.425 GB", "1.4255 GB"]),
+        ([-2e6, 0, 2e6], "number", ["-2e6", "0", "2e6"]),
     ],
 )
-def test_ticks_are_written_in_their_unit(value: float, unit: str, label: str) -> None:
-    assert tick_label(value, unit) == label
+def test_ticks_have_the_digits_that_tell_them_apart(
+    values: list[float], unit: str, labels: list[str]
+) -> None:
+    assert tick_labels(values, unit) == labels
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.99e-4, 2.01e-4), (3e-4, 3e-4), (0.79141, 0.79143)])
+def test_no_tick_of_a_narrow_chart_is_written_twice(low: float, high: float) -> None:
+    series = Series("language", ((0.0, low), (1.0, high)))
+    chart = draw_chart("c", "Learning rate", [series], x_range=(0, 1))
+    labels = [tick.label for tick in chart.y_ticks]
+    assert len(set(labels)) == len(labels) > 2

@@ -82,7 +82,10 @@ def draw_chart(
         x_ticks=tuple(
             Tick(100 * _share(x, x_range), f"{x:g}") for x in ticks_between(*x_range, whole=True)
         ),
-        y_ticks=tuple(Tick(100 - 100 * _share(y, y_range), tick_label(y, unit)) for y in y_values),
+        y_ticks=tuple(
+            Tick(100 - 100 * _share(y, y_range), label)
+            for y, label in zip(y_values, tick_labels(y_values, unit), strict=True)
+        ),
     )
 
 
@@ -127,16 +130,24 @@ def ticks_between(low: float, high: float, *, whole: bool = False) -> list[float
     return [number * step for number in range(first, last + 1)]
 
 
-def tick_label(value: float, unit: str) -> str:
-    if unit == "bytes":
-        return f"{value / 1e9:.3g} GB"
-    if unit == "share":
-        return f"{100 * value:.4g}{PER_CENT}"
-    if value == 0:
+def tick_labels(values: Sequence[float], unit: str) -> list[str]:
+    """Evenly spaced `values`, each with as few digits as tell it from the next."""
+    size, ending = {"bytes": (1e9, " GB"), "share": (0.01, PER_CENT)}.get(unit, (1.0, ""))
+    shown = [value / size for value in values]
+    close = abs(shown[1] - shown[0]) / 100 if len(shown) > 1 else 0.0
+    return [_rounded(value, close) + ending for value in shown]
+
+
+def _rounded(value: float, close: float) -> str:
+    """`value` to within `close`, with the fewest digits."""
+    if abs(value) <= close:
         return "0"
-    if 1000 <= abs(value) < 1e6:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if 1e-3 <= abs(value) < 1000 else f"{value:.0e}".replace("e-0", "e-")
+    digits = next(n for n in range(1, 18) if abs(float(f"{value:.{n}g}") - value) <= close)
+    value = float(f"{value:.{digits}g}")
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    if 1e-3 <= abs(value) < 1e6:
+        return f"{value:,.{max(0, digits - 1 - int(exponent))}f}"
+    return f"{mantissa}e{int(exponent)}"
 
 
 def _nice_step(rough: float) -> float:

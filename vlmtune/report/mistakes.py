@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlmtune.report.curves import Tick, nice_range, tick_label
+from vlmtune.report.curves import Tick, nice_range, tick_labels
 from vlmtune.report.evaluations import Evaluation, Pair, is_right
 from vlmtune.report.figures import PER_CENT, Figure
 
@@ -108,7 +108,9 @@ def _range_of(figures: Sequence[Figure]) -> tuple[float, float, list[Tick]]:
         return 0.0, 1.0, [Tick(25.0 * n, f"{25 * n}{PER_CENT}") for n in range(5)]
     known = [x for f in figures for x in (f.value, f.low, f.high) if x is not None]
     (low, high), values = nice_range(min(known), max(known))
-    ticks = [Tick(100 * (v - low) / (high - low), tick_label(v, "number")) for v in values]
+    labels = tick_labels(values, "number")
+    places = [100 * (value - low) / (high - low) for value in values]
+    ticks = [Tick(place, label) for place, label in zip(places, labels, strict=True)]
     return low, high, ticks
 
 

@@ -44,6 +44,20 @@
     if (unit === "bytes") return `${Number((value / 1e9).toPrecision(3))} GB`;
     return short(value);
   };
+  const tickLabels = (values, unit) => {
+    const [size, ending] = { share: [0.01, "\u00a0%"], bytes: [1e9, " GB"] }[unit] ?? [1, ""];
+    const shown = values.map((value) => value / size);
+    const close = shown.length > 1 ? Math.abs(shown[1] - shown[0]) / 100 : 0;
+    return shown.map((value) => {
+      if (Math.abs(value) <= close) return `0${ending}`;
+      let digits = 1;
+      while (digits < 17 && Math.abs(Number(value.toPrecision(digits)) - value) > close) digits++;
+      const rounded = Number(value.toPrecision(digits));
+      const isPlain = Math.abs(rounded) >= 1e-3 && Math.abs(rounded) < 1e6;
+      return (isPlain ? rounded.toLocaleString("en", { maximumFractionDigits: 17 })
+        : rounded.toExponential().replace("e+", "e")) + ending;
+    });
+  };
   const niceTicks = (low, high, wanted, smallest) => {
     const rough = (high - low) / wanted;
     const power = 10 ** Math.floor(Math.log10(rough));
@@ -100,10 +114,10 @@
       return;
     }
     const below = (y) => `${(100 * (y1 - y)) / (y1 - y0)}%`;
-    const rows = niceTicks(y0, y1, 4, 0);
+    const rows = niceTicks(y0, y1, 4, 0), labels = tickLabels(rows, chart.unit);
     chart.grid.replaceChildren(...rows.map((y) => svgElement("line", { x1: 0, x2: "100%", y1: below(y), y2: below(y) })));
-    chart.yAxis.replaceChildren(...rows.map((y) =>
-      svgElement("text", { x: "100%", y: below(y), dy: "0.32em", "text-anchor": "end" }, write(y, chart.unit))));
+    chart.yAxis.replaceChildren(...rows.map((y, i) =>
+      svgElement("text", { x: "100%", y: below(y), dy: "0.32em", "text-anchor": "end" }, labels[i])));
     chart.xAxis.replaceChildren(...niceTicks(x0, x1, 5, 1).map((x) =>
       svgElement("text", { x: `${(100 * (x - x0)) / (x1 - x0)}%`, y: 14, "text-anchor": "middle" }, String(x))));
   };
