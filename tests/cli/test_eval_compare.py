@@ -175,6 +175,22 @@ def test_a_report_of_other_samples_than_the_data_is_refused_before_a_model_is_lo
     assert "4 samples, 2 of them in --data" in stderr
 
 
+@pytest.mark.parametrize("wrong", ["./typo", "unfinished", "empty"])
+def test_a_target_that_cannot_be_opened_shows_before_the_first_is_answered(
+    wrong: str, tiny_vlm: Path, run_folder: Path, data: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "unfinished").mkdir()
+    recipe = (run_folder / "recipe.resolved.yaml").read_text()
+    (tmp_path / "unfinished" / "recipe.resolved.yaml").write_text(recipe)
+    code, _, stderr = run_eval(tiny_vlm, wrong, "--data", data, "--output", "out")
+    assert code == 2
+    assert wrong in stderr
+    assert "answered" not in stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_report_alone_has_nothing_to_be_compared_with(finished: Path) -> None:
     code, _, stderr = run_eval(finished)
     assert code == 2

@@ -75,6 +75,7 @@ class Request:
         from vlmtune.evaluation.references import check_references
         from vlmtune.evaluation.retrieval.items import retrieval_items
         from vlmtune.evaluation.retrieval.runner import wanted_figures
+        from vlmtune.models.open import check_target
 
         if section.task == "retrieval":
             wanted_figures(section.metrics)
@@ -82,6 +83,9 @@ class Request:
                 retrieval_items(conversations)
         elif conversations:
             check_references(conversations, task=section.task, metrics=section.metrics)
+        for target in self.targets:
+            if target not in self.finished:
+                check_target(target)  # the last one's mistake shows before the first is answered
         if self.output is not None:
             make_folder(self.output)
         return Plan(

@@ -27,7 +27,7 @@ from vlmtune.errors import VlmtuneError
 from vlmtune.models.adapters.wrapping import WEIGHTS_FILE, adapter_tensors, expected_warnings
 from vlmtune.models.load import VLM, load_vlm
 from vlmtune.models.processor import TOKENIZER_FILES, load_processor
-from vlmtune.models.source import first_line
+from vlmtune.models.source import check_source, first_line
 from vlmtune.recipe.load import load_resolved
 from vlmtune.recipe.schema import Recipe
 
@@ -63,6 +63,7 @@ def open_target(
     Raises VlmtuneError for a target that is nothing of this, an unfinished run, and an adapter that
     does not fit its base in every key.
     """
+    check_target(target)
     folder = Path(target).expanduser()
     if (folder / RUN_FILE).is_file():
         return _open_run(folder, dtype, device, quantization_bit, trust_remote_code)
@@ -77,12 +78,6 @@ def open_target(
             device=device,
         )
         return OpenTarget(with_adapter(vlm, folder, trust_remote_code), "adapter", None)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise VlmtuneError(
-            "the folder is no run, adapter or model",
-            file=folder,
-            expected=f"{RUN_FILE}, {ADAPTER_FILE} or config.json in it",
-        )
     vlm = load_vlm(
         str(folder) if folder.is_dir() else str(target),
         trust_remote_code=trust_remote_code,
@@ -92,6 +87,23 @@ def open_target(
     )
     vlm.model.requires_grad_(False)
     return OpenTarget(vlm, "model", None)
+
+
+def check_target(target: str | Path) -> None:
+    """Raise VlmtuneError for a target of which its files' names show that it cannot be opened."""
+    folder = Path(target).expanduser()
+    if (folder / RUN_FILE).is_file():
+        result_of_run(folder)
+    elif (folder / ADAPTER_FILE).is_file():
+        base_of_adapter(folder)
+    elif folder.is_dir() and not (folder / "config.json").is_file():
+        raise VlmtuneError(
+            "the folder is no run, adapter or model",
+            file=folder,
+            expected=f"{RUN_FILE}, {ADAPTER_FILE} or config.json in it",
+        )
+    else:
+        check_source(str(target))
 
 
 def _open_run(
