@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -204,3 +205,29 @@ def test_the_page_goes_where_it_is_sent(run: Path, tmp_path: Path) -> None:
 def test_words_between_backticks_are_code() -> None:
     assert coded("`a`: <b>, `c`") == "<code>a</code>: &lt;b&gt;, <code>c</code>"
     assert re.search("<b>", coded("<b>")) is None
+
+
+def test_long_names_and_reasons_do_not_swell_the_page(run: Path) -> None:
+    path = run / "eval" / "step-000030" / "predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    long = {"question_type": "k" * 300_000, "images": []}
+    write_lines(path, [row | long | {"id": "z" * 300_000 + row["id"]} for row in rows])
+    reason = {"file": "f", "line": 1, "reason": "r" * 300_000}
+    write_lines(run / "skipped.jsonl", [{"id": str(number), **reason} for number in range(60)])
+    assert write_page(run).num_bytes < 500_000
+
+
+def test_a_recipe_without_held_out_data_says_so(run: Path) -> None:
+    resolved = run / "recipe.resolved.yaml"
+    resolved.write_text(re.sub(r", eval: [^}]*", "", resolved.read_text()))
+    shutil.rmtree(run / "eval")
+    assert "the recipe has no data.eval" in page_of(run).text
+
+
+@pytest.mark.parametrize("objective", ["next_token", "contrastive"])
+def test_what_is_taught_is_said_of_the_objective(run: Path, objective: str) -> None:
+    resolved = run / "recipe.resolved.yaml"
+    resolved.write_text(resolved.read_text() + f"objective: {objective}\n")
+    text = page_of(run).text
+    assert ("the loss is taken on these tokens alone" in text) is (objective == "next_token")
+    assert ("told from those of other samples" in text) is (objective == "contrastive")

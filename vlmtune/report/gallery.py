@@ -135,7 +135,7 @@ def _entry(key: tuple[str, str], before: dict[str, Any] | None, after: dict[str,
 
 
 def spoken_slice(kind: object) -> str:
-    return str(kind).replace("_", " ")
+    return clipped(kind).replace("_", " ")
 
 
 def _card(entry: _Entry, thumbnails: Thumbnails, embedded: Mapping[tuple[str, int], Image]) -> Card:
@@ -146,7 +146,7 @@ def _card(entry: _Entry, thumbnails: Thumbnails, embedded: Mapping[tuple[str, in
         found = embedded.get((entry.key[0], index))
         pictures.append(thumbnails.of_path(name) if found is None else thumbnails.of(found))
     return Card(
-        id=entry.key[0],
+        id=clipped(entry.key[0]),
         outcome=entry.outcome,
         slice=entry.slice,
         question=clipped(row.get("question")),

@@ -14,6 +14,7 @@ from vlmtune.evaluation.metrics.bootstrap import Interval
 from vlmtune.report.change import apart, difference
 from vlmtune.report.evaluations import Evaluation, Pair, is_right
 from vlmtune.report.figures import Figure, number, plural, sentence, short_number, spoken
+from vlmtune.report.gallery import clipped
 from vlmtune.report.mistakes import mixups, worst_slices
 from vlmtune.report.recipe_diff import value_at
 from vlmtune.report.run import RunRecord
@@ -139,7 +140,8 @@ def _still_wrong(shown: Evaluation | None) -> Finding:
 
 def _skipped(record: RunRecord) -> Finding:
     question = "Was anything skipped?"
-    details = [f"{plural(n, 'sample')}: {reason}" for reason, n in grouped_reasons(record.skipped)]
+    reasons = grouped_reasons(record.skipped)
+    details = [f"{plural(count, 'sample')}: {clipped(reason)}" for reason, count in reasons]
     notes = (record.summary or {}).get("notes")
     if isinstance(notes, dict):
         details += [f"{plural(count, 'sample')}: {note}" for note, count in notes.items()]

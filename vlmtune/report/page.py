@@ -38,7 +38,7 @@ from vlmtune.report.evaluations import (
     read_evaluations,
 )
 from vlmtune.report.figures import number, plural, sentence, short_number, spoken, spoken_bytes
-from vlmtune.report.gallery import build_gallery
+from vlmtune.report.gallery import build_gallery, clipped
 from vlmtune.report.headline import findings, grouped_reasons
 from vlmtune.report.metrics_charts import metric_charts
 from vlmtune.report.mistakes import draw_scale, mixups
@@ -96,6 +96,7 @@ def render_page(record: RunRecord) -> str:
         "plural": plural,
         "sentence": sentence,
         "coded": coded,
+        "clipped": clipped,
     }
     return environment.get_template("page.html").render(
         **page_values(record),
@@ -130,6 +131,8 @@ def page_values(record: RunRecord) -> dict[str, Any]:
         "name": record.folder.absolute().name,
         "record": record,
         "recipe": values,
+        "names_eval_data": value_at(values, "data.eval") is not None,
+        "objective": value_at(values, "objective"),
         "findings": findings(record, values, pair=pair, widest=widest, guard=guard),
         "differences": None if values is None else differences(values),
         "environment": _flat(record.environment or {}),
