@@ -15,7 +15,9 @@ import torch
 
 from tests.train.training import METHODS, adapter_of, metrics_of, train_once, write_recipe
 from vlmtune.errors import VlmtuneError
-from vlmtune.train.checkpoint import complete_checkpoints
+from vlmtune.recipe.load import load_recipe
+from vlmtune.train.build import fingerprint_of
+from vlmtune.train.checkpoint import check_fingerprint, complete_checkpoints
 
 
 @pytest.fixture
@@ -132,6 +134,15 @@ def test_a_changed_recipe_is_not_resumed(make_recipe):
     train_once(recipe)
     with pytest.raises(VlmtuneError, match=r"train.learning_rate changed.*0.001 -> 0.002"):
         train_once(recipe, "train.learning_rate=2e-3", resume="auto")
+
+
+def test_a_checkpoint_from_before_there_were_objectives_goes_on(make_recipe):
+    values = load_recipe(make_recipe("run")).recipe
+    fingerprint = fingerprint_of(values, {})
+    assert not [key for key in fingerprint if key.startswith(("objective", "contrastive"))]
+    other = values.model_copy(update={"objective": "contrastive"})
+    with pytest.raises(VlmtuneError, match="objective"):
+        check_fingerprint(fingerprint, fingerprint_of(other, {}), path=Path("run"))
 
 
 def test_a_bad_target_leaves_no_folder_and_moves_no_run(make_recipe):

@@ -85,6 +85,9 @@ def fingerprint_of(recipe: Recipe, data_hashes: dict[str, str]) -> dict[str, Any
     }
     if recipe.objective == "contrastive":  # a key of `eval` that decides what is trained
         kept["eval.embedding_prompt"] = recipe.eval.embedding_prompt
+    else:  # left out: a checkpoint from before there were objectives goes on
+        new = ("objective", "contrastive")
+        kept = {k: v for k, v in kept.items() if k.split(".")[0] not in new}
     return kept | {f"content of {name}": digest for name, digest in data_hashes.items()}
 
 
