@@ -217,6 +217,18 @@ def test_a_guard_whose_data_is_gone_is_an_error_before_anything_is_answered(
         (["--decoding", "nucleus"], "--decoding"),
         (["--scorer", "embedding"], "--scorer has no effect with --task vqa"),
         (["--task", "retrieval", "--stop", "x"], "--stop has no effect"),
+        (
+            ["--task", "retrieval", "--scorer", "embedding", "--no-subtract-prior"],
+            "--subtract-prior has no effect with --scorer embedding",
+        ),
+        (
+            ["--task", "retrieval", "--embedding-prompt", "One word:"],
+            "add --scorer embedding, or leave --embedding-prompt out",
+        ),
+        (
+            ["--task", "choice", "--metrics", "choice_likelihood", "--max-new-tokens", "4"],
+            "--max-new-tokens has no effect: choice_likelihood generates no answers",
+        ),
         (["--metrics", "choice_likelihood"], "unknown metric"),
         (["--task", "retrieval", "--metrics", "text_to_picture_r2"], "text_to_picture_r1"),
         (["--task", "retrieval", "--blind"], "--blind has no effect"),

@@ -17,6 +17,7 @@ logger = logging.getLogger("vlmtune")
 Options = Mapping[str, Any]
 
 RETRIEVAL = ("scorer", "subtract_prior", "embedding_prompt")
+SCORED_BY = {"subtract_prior": "likelihood", "embedding_prompt": "embedding"}
 GENERATION = ("max_new_tokens",)
 DECODING = {
     "method": (),
@@ -110,8 +111,11 @@ def _validated(base: EvalSection, updates: Mapping[str, Any]) -> EvalSection:
 
 def _check_effects(section: EvalSection, options: Options) -> None:
     """An option that would change nothing is a mistake."""
+    from vlmtune.evaluation.metrics.registry import CHOICE_LIKELIHOOD
+
     method = section.decoding.method
     is_retrieval = section.task == "retrieval"
+    generates = not is_retrieval and section.metrics != [CHOICE_LIKELIHOOD]
     for key in options:
         name = f"--{key.replace('_', '-')}"
         needed = DECODING.get(key, ())
@@ -120,13 +124,20 @@ def _check_effects(section: EvalSection, options: Options) -> None:
                 f"{name} has no effect with --decoding {method}",
                 do=f"add --decoding {needed[0]}, or leave {name} out",
             )
-        if is_retrieval and (key in DECODING or key in GENERATION):
+        if not generates and (key in DECODING or key in GENERATION):
             shown = "--decoding" if key == "method" else name
-            raise VlmtuneError(f"{shown} has no effect: retrieval generates no answers")
+            what = section.task if is_retrieval else CHOICE_LIKELIHOOD
+            raise VlmtuneError(f"{shown} has no effect: {what} generates no answers")
         if not is_retrieval and key in RETRIEVAL:
             raise VlmtuneError(
                 f"{name} has no effect with --task {section.task}",
                 do=f"add --task retrieval, or leave {name} out",
+            )
+        scorer = SCORED_BY.get(key, section.scorer)
+        if section.scorer != scorer:
+            raise VlmtuneError(
+                f"{name} has no effect with --scorer {section.scorer}",
+                do=f"add --scorer {scorer}, or leave {name} out",
             )
 
 
