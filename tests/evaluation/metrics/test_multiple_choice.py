@@ -111,3 +111,26 @@ def test_figures_by_hand() -> None:
 def test_any_right_option_will_do() -> None:
     entries = multiple_choice.statistics([Answered("C", None, ("B", "a black dog"), ANIMALS)])
     assert entries[0] is not None and entries[0].score == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "named"),
+    [
+        ("The answer is 1.", 0),
+        ("There are 2, I think", 1),
+        ("about 3%", 2),
+        ("Type-1", 0),
+        ("x = 4", 3),
+        ("1.5", None),
+        ("The answer is -1", None),
+        ("-1", None),
+        ("x=\u22121", None),
+        ("1,000", None),
+        ("2:30", None),
+        ("1/2", None),
+        ("1-2", None),
+        ("10", None),
+    ],
+)
+def test_a_number_inside_another_is_not_named(answer: str, named: int | None) -> None:
+    assert parse_choice(answer, ("1", "2", "3", "4")) == named

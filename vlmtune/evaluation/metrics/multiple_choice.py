@@ -131,9 +131,16 @@ def _take_texts(text: str, texts: Sequence[str]) -> tuple[set[int], str]:
         found.add(_plain(match[0]))
         return "_"
 
-    pattern = rf"(?<!\w)(?:{'|'.join(map(re.escape, wanted))})(?!\w)"
+    pattern = rf"(?<!\w)(?:{'|'.join(map(_as_pattern, wanted))})(?!\w)"
     rest = re.sub(pattern, take, " ".join(text.split()), flags=re.IGNORECASE)
     return {index for index, option in enumerate(texts) if option in found}, rest
+
+
+def _as_pattern(option: str) -> str:
+    """A number inside another is no word of its own: "1" is not in "1.5", "-1" or "1:30"."""
+    before = r"(?<!\d[.,:/-])(?<!^[-\u2212])(?<!\W[-\u2212])" if option[0].isdigit() else ""
+    after = r"(?![.,:/-]\d)" if option[-1].isdigit() else ""
+    return before + re.escape(option) + after
 
 
 def _is_sought(option: str) -> bool:
