@@ -175,6 +175,12 @@ def test_going_on_in_another_folder_takes_the_best_so_far_along(make_recipe, tmp
     assert (got["best"], got["guard"], got["steps"]) == (expected["best"], expected["guard"], end)
     for name, tensor in adapter_of(recipe.parent / "run").items():
         assert torch.equal(tensor, adapter_of(other)[name]), name
+    # The best itself under another name.
+    renamed = tmp_path / "kept"
+    shutil.copytree(checkpoints / f"step-{best:06d}", renamed)
+    fourth = tmp_path / "fourth"
+    got = train_once(recipe, f"output_dir={fourth}", resume=str(renamed))
+    assert got["best"] == expected["best"]
     # Gone, it cannot become the result: that is said before anything is done.
     shutil.rmtree(checkpoints / f"step-{best:06d}")
     third = tmp_path / "third"

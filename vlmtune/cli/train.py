@@ -123,7 +123,9 @@ class Session:
         best_at = None
         if start is not None:
             if (best := best_by(start.state.best, recipe.eval.best_metric)) is not None:
-                best_at = run_folder.find_best(self.folder, best, self.resume)
+                best_at = run_folder.find_best(
+                    self.folder, best, resume=self.resume, step=start.state.step
+                )
             finished = run_folder.finished_result(self.folder)
             if finished is not None and is_finished(start.state, recipe, total_steps):
                 return self.of_finished(finished, start.state.step, best)

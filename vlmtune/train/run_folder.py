@@ -32,6 +32,7 @@ from vlmtune.train.checkpoint import (
     complete_checkpoints,
     is_complete,
     load_checkpoint,
+    read_state,
     sync_folder,
 )
 from vlmtune.train.finite import finite_or_null
@@ -98,18 +99,21 @@ def set_aside(folder: Path) -> Path | None:
     return target
 
 
-def find_best(folder: Path, best: Best, resume: str | None) -> Path:
-    """The checkpoint of the best step so far, of the run that is gone on with: the result, should
-    nothing better come. Raises `VlmtuneError` where it is gone."""
-    places = [folder / "checkpoints"]
+def find_best(folder: Path, best: Best, *, resume: str | None, step: int) -> Path:
+    """The checkpoint of the best step so far, of the run that is gone on with from `step`: the
+    result, should nothing better come. Raises `VlmtuneError` where it is gone."""
+    candidates = [checkpoint_path(folder / "checkpoints", best.step)]
     if resume not in (None, "auto"):
-        places.insert(0, Path(str(resume)).resolve().parent)
-    found = [path for p in places if is_complete(path := checkpoint_path(p, best.step))]
+        start = Path(str(resume)).resolve()
+        candidates.insert(0, checkpoint_path(start.parent, best.step))
+        if best.step == step:  # whatever it is called
+            candidates.insert(0, start)
+    found = [path for path in candidates if is_complete(path)]
     if not found:
         raise VlmtuneError(
             f"the checkpoint of the best step so far, {best.step}, is gone",
-            file=places[0],
-            expected=checkpoint_path(places[0], best.step).name,
+            file=candidates[0].parent,
+            expected=candidates[0].name,
             do="put it back, go on from a checkpoint before it, or set eval.best_metric: null",
         )
     return found[0]
@@ -117,18 +121,28 @@ def find_best(folder: Path, best: Best, resume: str | None) -> Path:
 
 def bring_from(other: Path, folder: Path, *, step: int, best: Path | None) -> None:
     """Copy what a run goes on with from the run folder `other`: the best checkpoint, and the
-    evaluations up to `step`, with which later ones are compared."""
-    for path in evaluations(other):
-        target = folder / "eval" / path.name
-        if evaluated_step(path) <= step and not target.exists():
-            shutil.copytree(path, target)
-    if best is not None and best.parent.resolve() != (folder / "checkpoints").resolve():
-        target = folder / "checkpoints" / best.name
-        writing = folder / "checkpoints" / f"{WRITING}{best.name}"
-        for old in (target, writing):
-            shutil.rmtree(old, ignore_errors=True)
-        shutil.copytree(best, writing)
-        writing.rename(target)
+    evaluations up to `step`, with which later ones are compared. Raises `VlmtuneError` where the
+    disk refuses."""
+    try:
+        for path in evaluations(other):
+            target = folder / "eval" / path.name
+            if evaluated_step(path) <= step and not target.exists():
+                shutil.copytree(path, target)
+        if best is None:
+            return
+        target = checkpoint_path(folder / "checkpoints", read_state(best).step)
+        if best.resolve() != target.resolve():
+            writing = target.with_name(f"{WRITING}{target.name}")
+            for old in (target, writing):
+                shutil.rmtree(old, ignore_errors=True)
+            shutil.copytree(best, writing)
+            writing.rename(target)
+    except OSError as error:
+        raise VlmtuneError(
+            f"the best checkpoint so far and the evaluations could not be copied: {error}",
+            file=folder,
+            do="free space and run again",
+        ) from error
 
 
 def evaluations(folder: Path) -> list[Path]:
