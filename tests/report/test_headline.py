@@ -52,6 +52,17 @@ def test_learning_is_judged_by_the_paired_difference(
     assert "Training loss went from 2 to 0.129." in learned.details
 
 
+def test_the_losses_are_those_up_to_the_best_step(tmp_path: Path, tiny_vlm: Path) -> None:
+    run = make_run(tmp_path / "r", model=tiny_vlm, num_samples=4)
+    lines = [{"step": s, "loss": 5.0 - s, "eval_loss": 4.0 + (s - 2) ** 2} for s in (1, 2, 3, 4)]
+    write_lines(run / "metrics.jsonl", lines)
+    best = {"step": 2, "metric": "loss", "value": 4.0}
+    write_json(run / "summary.json", {"steps": 4, "stopped_by": None, "best": best})
+    details = found(run)[0].details
+    assert "Held-out loss went from 5 to 4." in details  # not to 8, the last step's
+    assert "Training loss went from 4 to 3." in details
+
+
 def test_the_difference_is_the_mean_of_the_samples_differences(
     tmp_path: Path, tiny_vlm: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -56,20 +57,25 @@ def grouped_reasons(skipped: Sequence[Mapping[str, Any]]) -> list[tuple[str, int
     return counts.most_common(MAX_REASONS)
 
 
-def loss_course(record: RunRecord, name: str = "loss") -> tuple[float, float] | None:
-    """The first and the last logged value; None with fewer than two."""
-    values = [v for line in record.lines if (v := number(line.get(name))) is not None]
+def loss_course(
+    record: RunRecord, name: str = "loss", *, until: float = math.inf
+) -> tuple[float, float] | None:
+    """The first and the last value logged up to step `until`; None with fewer than two."""
+    lines = [line for line in record.lines if line["step"] <= until]
+    values = [v for line in lines if (v := number(line.get(name))) is not None]
     return (values[0], values[-1]) if len(values) > 1 else None
 
 
 def _learned(record: RunRecord, pair: Pair, widest: Evaluation | None) -> Finding:
     question = "Did it learn?"
+    best = (record.summary or {}).get("best")
+    best_step = number(best.get("step")) if isinstance(best, dict) else None
+    until = math.inf if best_step is None else best_step
     details = tuple(
         f"{what} went from {short_number(course[0])} to {short_number(course[1])}."
         for name, what in (("loss", "Training loss"), ("eval_loss", "Held-out loss"))
-        if (course := loss_course(record, name)) is not None
+        if (course := loss_course(record, name, until=until)) is not None
     )
-    best = (record.summary or {}).get("best")
     if isinstance(best, dict):
         details += (f"The result is step {best.get('step')}'s, the best by {best.get('metric')}.",)
     name = pair.main_figure
