@@ -175,6 +175,19 @@ def test_a_report_of_other_samples_than_the_data_is_refused_before_a_model_is_lo
     assert "4 samples, 2 of them in --data" in stderr
 
 
+def test_reports_that_were_made_otherwise_are_compared_with_a_warning(
+    finished: Path, tmp_path: Path
+) -> None:
+    other = doctored(tmp_path / "other", finished, {})
+    code, _, stderr = run_eval(finished, other, "--output", tmp_path / "alike")
+    assert (code, "was not evaluated as" in stderr) == (0, False)
+    summary = json.loads((other / "metrics.json").read_text())
+    (other / "metrics.json").write_text(json.dumps(summary | {"max_new_tokens": 5}))
+    code, _, stderr = run_eval(finished, other, "--output", tmp_path / "out")
+    assert code == 0
+    assert "other was not evaluated as finished was: max_new_tokens 5 (not 32)" in stderr
+
+
 @pytest.mark.parametrize("wrong", ["./typo", "unfinished", "empty"])
 def test_a_target_that_cannot_be_opened_shows_before_the_first_is_answered(
     wrong: str, tiny_vlm: Path, run_folder: Path, data: Path, tmp_path: Path, monkeypatch

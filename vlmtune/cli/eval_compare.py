@@ -14,14 +14,20 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmtune.cli.eval_asked import Plan
 from vlmtune.cli.eval_output import make_folder, new_folder, short_name
 from vlmtune.cli.eval_tables import print_comparison, print_result
 from vlmtune.cli.eval_target import evaluate_target, free_memory
 
+if TYPE_CHECKING:
+    from vlmtune.evaluation.results import Result
+
 logger = logging.getLogger("vlmtune")
+
+HOW = ("pixel_budget", "scorer", "max_new_tokens", "decoding")
+"""What a report says of how its target was asked."""
 
 
 def names_of(targets: Sequence[str]) -> dict[str, str]:
@@ -84,6 +90,7 @@ def compare_targets(
     if not main:
         return {"targets": results, "comparison": None}
     read = [read_result(place, name) for name, place in folders.items()]
+    _tell_differences(read)
     comparisons, changes = compare(read, metrics=plan.section.metrics, seed=plan.seed)
     summary = {
         "against": read[0].name,
@@ -103,6 +110,22 @@ def compare_targets(
         print(f"comparison: {folder}")
     changes_file = str((folder / "changes.jsonl").absolute())
     return {"targets": results, "comparison": summary | {"changes": changes_file}}
+
+
+def _tell_differences(results: Sequence[Result]) -> None:
+    """Say where reports were made otherwise than the first: then not only the models differ."""
+    first = results[0]
+    for other in results[1:]:
+        common = first.summary.keys() & other.summary.keys()
+        differing = [
+            f"{name} {other.summary[name]} (not {first.summary[name]})"
+            for name in HOW
+            if name in common and first.summary[name] != other.summary[name]
+        ]
+        if differing:
+            logger.warning(
+                "%s was not evaluated as %s was: %s", other.name, first.name, ", ".join(differing)
+            )
 
 
 def _unfinished_or_new(what: Mapping[str, Any], plan: Plan) -> Path:
