@@ -204,6 +204,31 @@ def test_a_target_that_cannot_be_opened_shows_before_the_first_is_answered(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_report_of_other_references_than_the_data_is_refused_before_a_model_is_loaded(
+    finished: Path, tiny_vlm: Path, data: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows[2]["messages"][-1]["content"] = "corrected"
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, stderr = run_eval(finished, tiny_vlm, "--data", changed, "--output", tmp_path / "out")
+    assert code == 2
+    assert f"another answer than --data has; got: sample '{rows[2]['id']}'" in stderr
+    assert "answered" not in stderr
+
+
+def test_guessing_from_one_of_several_training_sets_is_said(
+    run_folder: Path, tiny_vlm: Path, data: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text(data.read_text())
+    run = write_run(tmp_path / "b", tiny_vlm, other, "{}")
+    _, _, stderr = run_eval(run_folder, run, "./typo", "--data", data, "--blind")
+    assert "--blind guesses from the training data of the first run" in stderr
+    _, _, stderr = run_eval(run_folder, "./typo", "--data", data, "--blind")
+    assert "--blind guesses" not in stderr
+
+
 def test_a_report_alone_has_nothing_to_be_compared_with(finished: Path) -> None:
     code, _, stderr = run_eval(finished)
     assert code == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from vlmtune.data.types import Conversation
     from vlmtune.evaluation.results import Result
     from vlmtune.recipe.schema import Recipe
+
+logger = logging.getLogger("vlmtune")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Request:
             conversations = load_conversations(self.data)[0][: self.max_samples]
         for target, report in reports.items():
             if section.task != "retrieval":  # whose rows are queries
-                _check_ids(conversations, report, target)
+                _check_samples(conversations, report, target)
         guesses = self._guesses(section.task, conversations, recipes)
         if settings["with_guard"]:
             _check_guards(recipes)
@@ -171,6 +174,10 @@ class Request:
                     got="no run among the targets, and no --train",
                     do="name the data with --train FILE",
                 )
+            if any(of_run != of_runs[0] for of_run in of_runs):
+                logger.warning(
+                    "--blind guesses from the training data of the first run; the others' differ"
+                )
             files = [of_runs[0]] if isinstance(of_runs[0], str) else list(of_runs[0])
         training, _ = load_conversations(files, on_bad_sample="skip", check_media=False)
         return majority_answers(training, conversations)
@@ -192,8 +199,10 @@ def _check_guards(recipes: Mapping[str, Recipe]) -> None:
                 )
 
 
-def _check_ids(conversations: Sequence[Conversation], report: Result, target: str) -> None:
+def _check_samples(conversations: Sequence[Conversation], report: Result, target: str) -> None:
     """A finished report must be of the data that the other targets are about to be evaluated on."""
+    from vlmtune.evaluation.references import answered_sample, question_of
+
     ids = {conversation.id for conversation in conversations}
     if conversations and ids != report.rows.keys():
         raise VlmtuneError(
@@ -202,3 +211,19 @@ def _check_ids(conversations: Sequence[Conversation], report: Result, target: st
             got=f"{len(report.rows)} samples, {len(ids & report.rows.keys())} of them in --data",
             expected=f"the {len(ids)} of --data",
         )
+    for conversation in conversations:
+        sample, row = answered_sample(conversation, ""), report.rows[conversation.id]
+        in_data = {
+            "question": question_of(conversation),
+            "answer": sample.answer,
+            "answers": list(sample.answers),
+            "options": list(sample.options),
+        }
+        changed = [key for key, value in in_data.items() if row[key] != value]
+        if changed:
+            raise VlmtuneError(
+                f"the report is of another {changed[0]} than --data has",
+                file=target,
+                got=f"sample {conversation.id!r}",
+                do="evaluate its target anew: name that instead of the report",
+            )
