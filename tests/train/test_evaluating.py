@@ -109,6 +109,7 @@ def test_patience_stops_the_run_and_a_resume_finds_it_finished(make_recipe):
     assert stopped["result"].is_dir()
     again = train_once(recipe, resume="auto")
     assert (again["steps"], again["samples"]) == (stopped["steps"], 0)
+    assert again["best"] == stopped["best"]
     # More patience is a reason to go on.
     further = train_once(recipe, "eval.patience=9", resume="auto")
     assert further["steps"] == 12

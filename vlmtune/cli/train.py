@@ -122,13 +122,13 @@ class Session:
         total_steps = build.total_steps_of(recipe, len(conversations))
         best_at = None
         if start is not None:
-            if (best := best_by(start.state.best, recipe.eval.best_metric)) is not None:
-                best_at = run_folder.find_best(
-                    self.folder, best, resume=self.resume, step=start.state.step
-                )
+            best = best_by(start.state.best, recipe.eval.best_metric)
+            step = start.state.step
             finished = run_folder.finished_result(self.folder)
             if finished is not None and is_finished(start.state, recipe, total_steps):
-                return self.of_finished(finished, start.state.step, best)
+                return self.of_finished(finished, step, best)
+            if best is not None:
+                best_at = run_folder.find_best(self.folder, best, resume=self.resume, step=step)
         ledger = build.build_ledger(
             recipe, folder=self.folder, num_samples=len(conversations) + len(skipped)
         )
