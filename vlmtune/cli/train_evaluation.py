@@ -40,8 +40,10 @@ class HeldOut:
 
 def load_held_out(recipe: Recipe) -> HeldOut:
     """The fixed subsets of `data.eval` and `eval.guard.data`. Raises VlmtuneError for bad rows;
-    with `data.on_bad_sample: skip` they are named and left out."""
+    with `data.on_bad_sample: skip` they are named and left out. Raises for rows that cannot be
+    scored, which the first evaluation would find, hours later."""
     from vlmtune.data.source import load_conversations
+    from vlmtune.evaluation.guard import guard_section
     from vlmtune.evaluation.subset import fixed_subset
     from vlmtune.train.build import as_list
 
@@ -52,10 +54,23 @@ def load_held_out(recipe: Recipe) -> HeldOut:
         return fixed_subset(found, num, seed=recipe.seed)
 
     guard = recipe.eval.guard
-    return HeldOut(
-        load(recipe.data.eval, recipe.eval.max_samples),
-        [] if guard is None else load(guard.data, guard.max_samples),
-    )
+    samples = load(recipe.data.eval, recipe.eval.max_samples)
+    _check_scorable(samples, recipe.eval)
+    if guard is None:
+        return HeldOut(samples, [])
+    guarded = load(guard.data, guard.max_samples)
+    _check_scorable(guarded, guard_section(recipe.eval))
+    return HeldOut(samples, guarded)
+
+
+def _check_scorable(samples: Sequence[Conversation], section: EvalSection) -> None:
+    from vlmtune.evaluation.references import check_references
+    from vlmtune.evaluation.retrieval.items import retrieval_items
+
+    if samples and section.task == "retrieval":
+        retrieval_items(samples)
+    elif samples:
+        check_references(samples, task=section.task, metrics=section.metrics)
 
 
 @dataclasses.dataclass(frozen=True)
