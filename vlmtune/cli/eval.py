@@ -22,7 +22,7 @@ from vlmtune.cli.common import (
 from vlmtune.cli.eval_request import Request
 from vlmtune.cli.eval_tables import guard_line
 from vlmtune.cli.processes import is_main_process, joined_processes
-from vlmtune.cli.target import DtypeOption, QuantizationOption, TrustOption
+from vlmtune.cli.target import DtypeOption, QuantizationOption, TrustOption, check_bit
 from vlmtune.errors import CheckFailed
 
 
@@ -142,6 +142,7 @@ def eval_command(
     """Measure runs, adapters or models on a data file; compare several."""
     quiet = quiet or not is_main_process()
     setup_logging(quiet)
+    check_bit(quantization_bit)
     given = {
         "task": task,
         "metrics": None if metrics is None else [name.strip() for name in metrics.split(",")],

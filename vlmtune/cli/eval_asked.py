@@ -83,15 +83,12 @@ class Asked:
         """Answers and scores; `shown` are the conversations as the model sees them, where these
         are not the ones to score; `what` goes before the progress. A collective."""
         from vlmtune.evaluation.answers import KeptAnswers
-        from vlmtune.evaluation.retrieval.items import retrieval_items
-        from vlmtune.evaluation.runner import evaluate
+        from vlmtune.evaluation.runner import evaluate, num_to_do
 
         processes = self.plan.processes
         rank, world_size = processes.rank, processes.world_size
-        num, told = len(conversations), f"{what}answered"
-        if section.task == "retrieval":
-            num, told = len(retrieval_items(conversations).pictures), f"{what}pictures scored"
-        num_mine = len(range(rank, num, world_size))
+        told = f"{what}pictures scored" if section.task == "retrieval" else f"{what}answered"
+        num_mine = num_to_do(conversations, section.task, rank=rank, world_size=world_size)
         with contextlib.ExitStack() as stack:
             kept = None
             if section.task != "retrieval":

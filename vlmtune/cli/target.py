@@ -57,10 +57,7 @@ def open_for_answers(
 
     Raises VlmtuneError where it cannot be opened.
     """
-    if quantization_bit not in (None, 4, 8, 16):
-        raise VlmtuneError(
-            "wrong value for --quantization-bit", got=quantization_bit, expected="4, 8 or 16"
-        )
+    check_bit(quantization_bit)
     from vlmtune.evaluation.precision import inference_dtype
     from vlmtune.models.open import open_target
 
@@ -73,6 +70,14 @@ def open_for_answers(
     )
     _compare_budgets(opened)
     return opened
+
+
+def check_bit(quantization_bit: int | None) -> None:
+    """Raise VlmtuneError for a width that no base model can have."""
+    if quantization_bit not in (None, 4, 8, 16):
+        raise VlmtuneError(
+            "wrong value for --quantization-bit", got=quantization_bit, expected="4, 8 or 16"
+        )
 
 
 def answering_encoder(opened: OpenTarget) -> Encoder:

@@ -152,12 +152,16 @@ class TrainingEvaluation:
     ) -> EvalReport:
         from accelerate.utils import gather_object
 
-        from vlmtune.evaluation.runner import evaluate, write_report
+        from vlmtune.evaluation.runner import evaluate, num_to_do, write_report
         from vlmtune.models.processor import pixel_budget
         from vlmtune.train.build import as_list
 
         accelerator = self.accelerator
-        share = len(conversations) // accelerator.num_processes
+        processes = {
+            "rank": accelerator.process_index,
+            "world_size": accelerator.num_processes,
+        }
+        num = num_to_do(conversations, section.task, **processes)
         with accelerator.autocast():
             report = evaluate(
                 self.vlm,
@@ -165,10 +169,9 @@ class TrainingEvaluation:
                 encoder=self.encoder,
                 section=section,
                 seed=self.recipe.seed,
-                on_progress=lambda done: on_progress(done, share),
-                rank=accelerator.process_index,
-                world_size=accelerator.num_processes,
+                on_progress=lambda done: on_progress(done, num),
                 gather=gather_object,
+                **processes,
             )
         if accelerator.is_main_process:
             about: dict[str, Any] = {

@@ -19,6 +19,7 @@ from vlmtune.evaluation.metrics.registry import CHOICE_LIKELIHOOD, metrics_for
 from vlmtune.evaluation.references import check_references
 from vlmtune.evaluation.references import picture_name as picture_name
 from vlmtune.evaluation.results import write_report as write_report
+from vlmtune.evaluation.retrieval.items import retrieval_items
 from vlmtune.evaluation.retrieval.runner import evaluate_retrieval
 from vlmtune.evaluation.scoring import score_answers
 from vlmtune.evaluation.types import EvalReport
@@ -108,6 +109,16 @@ def evaluate(
         seed=seed,
         chosen=chosen,
     )
+
+
+def num_to_do(
+    conversations: Sequence[Conversation], task: str, *, rank: int, world_size: int
+) -> int:
+    """What a process's `on_progress` counts up to: answers, or pictures in retrieval."""
+    num = len(conversations)
+    if task == "retrieval":
+        num = len(retrieval_items(conversations).pictures)
+    return len(range(rank, num, world_size))
 
 
 def answer_all(
