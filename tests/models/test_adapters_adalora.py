@@ -325,3 +325,28 @@ def test_pruned_tensors_are_exact_on_a_bfloat16_base(model_folder, tmp_path):
     for path, layer in tuner_layers(opened.vlm.model).items():
         mask = adapter.allocator.masks[path]
         assert torch.equal(layer.lora_A["default"], adapter.allocator.triplets[path].a[mask])
+
+
+def test_a_bfloat16_base_trains_the_same_tensors_and_forgets_no_rank(model_folder):
+    adapters = {
+        dtype: build_adapter(
+            open_base(model_folder, dtype=dtype),
+            recipe_for(model_folder, adalora=SECTION),
+            total_steps=10,
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    trained = {
+        dtype: {n for n, p in adapter.model.named_parameters() if p.requires_grad}
+        for dtype, adapter in adapters.items()
+    }
+    assert trained[torch.bfloat16] == trained[torch.float32]
+    assert not [name for name in trained[torch.bfloat16] if "ranknum" in name]
+    # Once with autocast, as training does it on a bfloat16 base.
+    adapter = adapters[torch.bfloat16]
+    randomise(adapter.model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = adapter.model(**text_inputs(), use_cache=False).logits.float().logsumexp(-1).mean()
+    loss.backward()
+    reached = {n: p.grad is not None for n, p in adapter.model.named_parameters() if "lora_E" in n}
+    assert all(has for name, has in reached.items() if ".visual." not in name)

@@ -74,7 +74,10 @@ def wrap(vlm: VLM, config: LoraConfig, plan: AdapterPlan) -> PeftModel:
         model = get_peft_model(vlm.model, config, adapter_name=ADAPTER)
     config.base_model_name_or_path = vlm.source
     config.revision = vlm.commit
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:
+            # A count, frozen by PEFT and unfrozen where its cast to float32 makes it anew.
+            parameter.requires_grad_(False)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
