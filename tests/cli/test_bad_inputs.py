@@ -140,7 +140,7 @@ TRAIN_CASES: dict[str, tuple[Spoil, list[str]]] = {
     ),
     "nothing to train": (with_key("lora_target", []), ["lora_target", "modules_to_save"]),
     "missing data file": (with_key("data.train", "gone.jsonl"), ["recipe.yaml:", "gone.jsonl"]),
-    "data is a folder": (with_key("data.train", "."), ["recipe.yaml:", "a folder"]),
+    "data is a folder": (with_key("data.train", "."), ["a folder"]),
     "missing model folder": (with_key("model", "./no-model"), ["recipe.yaml:1", "no-model"]),
     "model without config": (
         lambda b: (b.folder.joinpath("m").mkdir(), with_key("model", "./m")(b)),

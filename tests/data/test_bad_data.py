@@ -53,8 +53,8 @@ BAD_ROWS = {
     "messages a text": ({"messages": "Hi"}, "messages is not a list"),
     "empty messages": ({"messages": []}, "messages is empty"),
     "turn a text": ({"messages": ["Hi", "Yo"]}, "turn 1 is not an object"),
-    "unknown form": ({"messages": [{"speaker": "a", "says": "b"}]}, "no known format"),
-    "mixed forms": (_messages(USER, {"from": "gpt", "value": "Yo"}), "mix formats"),
+    "unknown form": ({"messages": [{"speaker": "a", "says": "b"}]}, "turn 1 has no role"),
+    "mixed forms": (_messages(USER, {"from": "gpt", "value": "Yo"}), "turn 2 has no role"),
     "no role": (_messages({"content": "Hi"}, ASSISTANT), "turn 1 has no role"),
     "no content": (_messages({"role": "user"}, ASSISTANT), "turn 1 has no content"),
     "unknown role": (_messages({"role": "usr", "content": "Hi"}), "did you mean 'user'"),
@@ -99,7 +99,7 @@ BAD_ROWS = {
         "1 in image\\(s\\), 0 placeholders",
     ),
     "image and images": (_messages(USER, ASSISTANT, image="a", images=["b"]), "both image and"),
-    "images a number": (_messages(USER, ASSISTANT, images=3), "images cannot be used"),
+    "images a number": (_messages(USER, ASSISTANT, images=3), "reference cannot be used"),
     "id a list": (_messages(USER, ASSISTANT, id=[1]), "id cannot be used"),
     "id taken": (_messages(USER, ASSISTANT, id="first"), "'first' is taken.*data.jsonl:1"),
     "answers a text": (_messages(USER, ASSISTANT, answers="yes"), "answers cannot be used"),
@@ -127,18 +127,23 @@ def folder(tmp_path):
     return tmp_path
 
 
-def _write(folder, second) -> str:
+def _write(folder, second, *, good=GOOD) -> str:
     line = second if isinstance(second, bytes) else json.dumps(second).encode()
-    first = json.dumps({**GOOD, "id": "first"}).encode()
+    first = json.dumps({**good, "id": "first"}).encode()
     path = folder / "data.jsonl"
-    path.write_bytes(first + b"\n" + line + b"\n" + json.dumps(GOOD).encode() + b"\n")
+    path.write_bytes(first + b"\n" + line + b"\n" + json.dumps(good).encode() + b"\n")
     return str(path)
+
+
+def _neighbours(name) -> dict:
+    """A good row in the format of the bad one."""
+    return _sharegpt("Hi", "Yo") if name.startswith("sharegpt") else GOOD
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_a_bad_row_is_an_error_at_its_place(name, folder):
     second, reason = BAD_ROWS[name]
-    path = _write(folder, second)
+    path = _write(folder, second, good=_neighbours(name))
     with pytest.raises(ErrorGroup, match=reason) as caught:
         load_conversations([path])
     (error,) = caught.value.errors
@@ -150,7 +155,8 @@ def test_a_bad_row_is_an_error_at_its_place(name, folder):
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_a_bad_row_can_be_skipped_with_its_reason(name, folder):
     second, _ = BAD_ROWS[name]
-    conversations, skipped = load_conversations([_write(folder, second)], on_bad_sample="skip")
+    path = _write(folder, second, good=_neighbours(name))
+    conversations, skipped = load_conversations([path], on_bad_sample="skip")
     assert [conversation.id for conversation in conversations] == ["first", "data:3"]
     ((row),) = skipped
     assert (row.id, row.source.line) == ("data:2", 2)

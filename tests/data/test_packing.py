@@ -8,13 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlmtune.data.order import Order
 from vlmtune.data.packing import (
-    epoch_order,
     num_steps,
     plan_micro_batches,
     process_share,
     step_samples,
 )
+
+
+def epoch_order(seed, epoch, num_samples):
+    order = Order.uniform(seed, num_samples)
+    return [order.row_at(epoch * num_samples + place) for place in range(num_samples)]
+
 
 few = settings(max_examples=60, deadline=None)
 counts = st.integers(1, 40)
@@ -41,7 +47,7 @@ def test_steps_cover_each_epoch_exactly_once(seed, num_samples, batch_size, epoc
         index
         for step in range(1, steps + 1)
         for index in step_samples(
-            step, seed=seed, num_samples=num_samples, batch_size=batch_size, epochs=epochs
+            step, order=Order.uniform(seed, num_samples), batch_size=batch_size, epochs=epochs
         )
     ]
     whole, rest = divmod(len(stream), num_samples)
@@ -51,14 +57,14 @@ def test_steps_cover_each_epoch_exactly_once(seed, num_samples, batch_size, epoc
     assert max(Counter(stream[whole * num_samples :]).values(), default=1) == 1
     assert abs(len(stream) - epochs * num_samples) < 1
     last = step_samples(
-        steps + 1, seed=seed, num_samples=num_samples, batch_size=batch_size, epochs=epochs
+        steps + 1, order=Order.uniform(seed, num_samples), batch_size=batch_size, epochs=epochs
     )
     assert last == []
 
 
 def test_without_epochs_every_step_is_full_and_a_step_may_cross_epochs():
-    first = step_samples(1, seed=3, num_samples=5, batch_size=4)
-    second = step_samples(2, seed=3, num_samples=5, batch_size=4)
+    first = step_samples(1, order=Order.uniform(3, 5), batch_size=4)
+    second = step_samples(2, order=Order.uniform(3, 5), batch_size=4)
     assert len(first) == len(second) == 4
     assert sorted(first + second[:1]) == list(range(5))
     assert second[1:] == epoch_order(3, 1, 5)[:3]

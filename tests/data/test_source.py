@@ -176,7 +176,8 @@ def test_a_byte_order_mark_crlf_and_blank_lines_do_not_matter(tmp_path):
 def test_keys_that_are_not_used_are_counted_in_one_line(load, caplog):
     with caplog.at_level(logging.INFO, logger="vlmtune"):
         load({**GOOD, "author": "me"}, {**GOOD, "author": "you", "split": 1}, GOOD)
-    (record,) = caplog.records
+    detected, record = caplog.records
+    assert "3 rows, format messages (detected)" in detected.getMessage()
     assert "author (2), split (1)" in record.getMessage()
 
 

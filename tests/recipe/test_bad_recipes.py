@@ -9,6 +9,7 @@ import pytest
 
 from vlmtune.errors import ErrorGroup, VlmtuneError
 from vlmtune.recipe.load import load_recipe
+from vlmtune.recipe.schema import DataEntry
 
 GOOD = """\
 model: org/some-vlm
@@ -91,7 +92,20 @@ WHOLE = {  # a whole file -> (line or None, parts of the message)
     b"model: a/b\noutput_dir: o\ndata:\n  eval: train.jsonl\n": (3, "missing key 'data.train'"),
     b"model: a/b\noutput_dir: ''\ndata: {train: train.jsonl}\n": (2, "bad value of output_dir"),
     b"model: a/b\noutput_dir: o\ndata: {train: no.jsonl}\n": (3, "no such data file", "no.jsonl"),
-    b"model: a/b\noutput_dir: o\ndata: {train: .}\n": (3, "a folder, not a file"),
+    b"model: a/b\noutput_dir: o\ndata: {train: {path: no.jsonl}}\n": (3, "no such data file"),
+    b"model: a/b\noutput_dir: o\ndata:\n  train: {path: train.jsonl,\n    wieght: 2}\n": (
+        5,
+        "unknown key 'data.train.wieght'; did you mean 'data.train.weight'?",
+    ),
+    b"model: a/b\noutput_dir: o\ndata:\n  train:\n  - path: train.jsonl\n    weight: 0\n": (
+        6,
+        "bad value of data.train[0].weight; got: 0; expected: a number, above 0",
+    ),
+    b"model: a/b\noutput_dir: o\ndata:\n  train:\n  - {path: train.jsonl, format: lava}\n": (
+        5,
+        "unknown value of data.train[0].format",
+    ),
+    b"model: a/b\noutput_dir: o\ndata: {train: org/name}\n": (3, "write hub:org/name"),
     b"model: a/b\noutput_dir: o\ndata: {train: []}\n": (3, "bad value of data.train"),
     b"model: a/b\noutput_dir: o\ndata:\n  train:\n    - train.jsonl\n    - no.jsonl\n": (
         6,
@@ -266,4 +280,4 @@ def test_a_guard_with_answers_makes_their_keys_count_beside_retrieval(tmp_path: 
     )
     guard = load_recipe(recipe).recipe.eval.guard
     assert guard is not None
-    assert guard.data == str(tmp_path / "known.jsonl")
+    assert guard.data == [DataEntry(path=str(tmp_path / "known.jsonl"))]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vlmtune.errors import ErrorGroup, VlmtuneError
 from vlmtune.recipe.keys import OTHER_TOOLS, suggest, walk_keys
 from vlmtune.recipe.load import dump_recipe, load_recipe, load_resolved, recipe_json_schema
-from vlmtune.recipe.schema import Recipe
+from vlmtune.recipe.schema import DataEntry, Recipe
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -123,10 +123,10 @@ def test_paths_are_relative_to_the_recipe_and_output_dir_stays(recipe_file: Path
     recipe = load_recipe(recipe_file).recipe
     folder = str(recipe_file.parent)
     assert recipe.model == os.path.join(folder, "base")
-    assert recipe.data.train == os.path.join(folder, "train.jsonl")
+    assert [entry.path for entry in recipe.data.train] == [os.path.join(folder, "train.jsonl")]
     assert recipe.data.eval == [
-        os.path.join(folder, "a.jsonl"),
-        os.path.join(folder, "sub", "b.jsonl"),
+        DataEntry(path=os.path.join(folder, "a.jsonl")),
+        DataEntry(path=os.path.join(folder, "sub", "b.jsonl")),
     ]
     assert recipe.output_dir == "runs/test"
 

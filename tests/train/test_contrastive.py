@@ -16,6 +16,7 @@ from tests.tiny_models import save_tiny_model
 from tests.train.test_processes import train_in_two
 from tests.train.training import adapter_of, metrics_of, train_once, write_recipe
 from vlmtune.cli.eval_section import choose_section, prompt_of_folders
+from vlmtune.data.order import Order
 from vlmtune.data.source import load_conversations
 from vlmtune.data.types import SideBatch
 from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
@@ -113,9 +114,9 @@ def step_of(
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.05)
     forward = EmbeddingForward(adapter.model, vlm.family).train()
-    conversations, _ = load_conversations([str(loaded.data.train)])
+    conversations, _ = load_conversations(loaded.data.train)
     settings = FeedSettings(
-        seed=0,
+        order=Order.uniform(0, len(conversations)),
         epochs=None,
         batch_size=9,
         micro_batch_tokens=budget,

@@ -13,6 +13,7 @@ import torch
 
 from tests.train.training import METHODS, adapter_of, copy_sample, metrics_of, write_recipe
 from tests.train.training import train_once as train_alone
+from vlmtune.data.order import Order
 from vlmtune.data.source import load_conversations
 from vlmtune.models.forward import SupervisedForward
 from vlmtune.models.load import load_vlm
@@ -88,13 +89,13 @@ def test_a_mean_of_the_processes_means_would_be_another_loss(make_recipe):
     recipe = make_recipe("run", **METHODS["lora"])
     train_alone(recipe)
     loaded = load_recipe(recipe).recipe
-    conversations, _ = load_conversations([str(loaded.data.train)])
+    conversations, _ = load_conversations(loaded.data.train)
     vlm = load_vlm(loaded.model, dtype=torch.float32)
     forward = SupervisedForward(vlm.model, vlm.family).eval()
     sums, counts = [], []
     for rank in (0, 1):
         settings = FeedSettings(
-            seed=loaded.seed,
+            order=Order.uniform(loaded.seed, len(conversations)),
             epochs=None,
             batch_size=3,
             micro_batch_tokens=4000,

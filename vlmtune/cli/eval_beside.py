@@ -89,12 +89,12 @@ def evaluate_guard(asked: Asked, folder: Path) -> tuple[GuardVerdict, EvalReport
 
 def _guard_conversations(recipe: Recipe, encoder: Encoder) -> list[Conversation]:
     """The samples on which the guard was measured in training."""
-    from vlmtune.data.source import load_conversations
+    from vlmtune.data.source import access_of, load_conversations
     from vlmtune.evaluation.subset import fixed_subset
-    from vlmtune.train.build import as_list, usable
+    from vlmtune.train.build import usable
 
     guard, policy = recipe.eval.guard, recipe.data.on_bad_sample
     assert guard is not None
-    found, _ = load_conversations(as_list(guard.data), on_bad_sample=policy)
+    found, _ = load_conversations(guard.data, on_bad_sample=policy, access=access_of(recipe.data))
     chosen = fixed_subset(found, guard.max_samples, seed=recipe.seed)
     return usable(chosen, encoder=encoder, skip=policy == "skip")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vlmtune.cli.processes import Processes
     from vlmtune.data.types import Conversation
     from vlmtune.evaluation.results import Result
-    from vlmtune.recipe.schema import Recipe
+    from vlmtune.recipe.schema import DataEntry, Recipe
 
 logger = logging.getLogger("vlmtune")
 
@@ -165,7 +165,7 @@ class Request:
         from vlmtune.data.source import load_conversations
         from vlmtune.evaluation.blind import majority_answers
 
-        files: list[str | Path] = list(self.train)
+        files: list[Path | DataEntry] = list(self.train)
         if not files:
             of_runs = [recipe.data.train for recipe in recipes.values()]
             if not of_runs:
@@ -178,7 +178,7 @@ class Request:
                 logger.warning(
                     "--blind guesses from the training data of the first run; the others' differ"
                 )
-            files = [of_runs[0]] if isinstance(of_runs[0], str) else list(of_runs[0])
+            files = list(of_runs[0])
         training, _ = load_conversations(files, on_bad_sample="skip", check_media=False)
         return majority_answers(training, conversations)
 
@@ -188,9 +188,8 @@ def _check_guards(recipes: Mapping[str, Recipe]) -> None:
     for target, recipe in recipes.items():
         if recipe.eval.guard is None:
             continue
-        files = recipe.eval.guard.data
-        for file in [files] if isinstance(files, str) else files:
-            if not Path(file).is_file():
+        for file in [entry.path for entry in recipe.eval.guard.data]:
+            if not Path(file).exists():
                 raise VlmtuneError(
                     "the data of the run's eval.guard is gone",
                     file=target,

@@ -96,7 +96,7 @@ def print_comparison(comparisons: Sequence[Comparison], changes: Sequence[Change
 
 def change_lines(changes: Sequence[Change]) -> list[str]:
     """The first few changes for the worse, then for the better."""
-    from vlmtune.data.media import shorten
+    from vlmtune.data.text import shorten
 
     lines = []
     for kinds in (("right_to_wrong", "worse"), ("wrong_to_right", "better")):

@@ -102,7 +102,7 @@ class Session:
 
     def run(self, start: Checkpoint | None) -> dict[str, Any]:
         """Load, build, train, save; what `--json` prints. Contains collectives."""
-        from vlmtune.data.source import load_conversations
+        from vlmtune.data.source import access_of, open_conversations
         from vlmtune.models.adapters.registry import build_adapter
         from vlmtune.models.quantize import quantization_report
         from vlmtune.models.summary import trained_rows
@@ -115,11 +115,13 @@ class Session:
         fingerprint = build.fingerprint_of(recipe, hashes)
         if start is not None:
             checkpoint.check_fingerprint(start.state.fingerprint, fingerprint, path=self.folder)
-        conversations, skipped = load_conversations(
-            build.as_list(recipe.data.train), on_bad_sample=recipe.data.on_bad_sample
+        conversations, skipped = open_conversations(
+            recipe.data.train,
+            on_bad_sample=recipe.data.on_bad_sample,
+            access=access_of(recipe.data),
         )
         held_out = load_held_out(recipe)
-        total_steps = build.total_steps_of(recipe, len(conversations))
+        total_steps = build.total_steps_of(recipe, conversations)
         best_at = None
         if start is not None:
             best = best_by(start.state.best, recipe.eval.best_metric)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vlmtune.evaluation.guard import GuardVerdict
     from vlmtune.evaluation.types import EvalReport
     from vlmtune.models.load import VLM
-    from vlmtune.recipe.schema import EvalSection, Recipe
+    from vlmtune.recipe.schema import DataEntry, EvalSection, Recipe
     from vlmtune.train.loop import Progress
     from vlmtune.train.trainee import Trainee
 
@@ -42,13 +42,16 @@ def load_held_out(recipe: Recipe) -> HeldOut:
     """The fixed subsets of `data.eval` and `eval.guard.data`. Raises VlmtuneError for bad rows;
     with `data.on_bad_sample: skip` they are named and left out. Raises for rows that cannot be
     scored, which the first evaluation would find, hours later."""
-    from vlmtune.data.source import load_conversations
+    from vlmtune.data.source import access_of, load_conversations
     from vlmtune.evaluation.guard import guard_section
     from vlmtune.evaluation.subset import fixed_subset
-    from vlmtune.train.build import as_list
 
-    def load(files: str | list[str] | None, num: int | None) -> list[Conversation]:
-        found, bad = load_conversations(as_list(files), on_bad_sample=recipe.data.on_bad_sample)
+    def load(entries: list[DataEntry] | None, num: int | None) -> list[Conversation]:
+        found, bad = load_conversations(
+            entries or [],
+            on_bad_sample=recipe.data.on_bad_sample,
+            access=access_of(recipe.data),
+        )
         for row in bad:
             logger.warning("not evaluated on: %s", row.reason)
         return fixed_subset(found, num, seed=recipe.seed)
@@ -96,7 +99,7 @@ class TrainingEvaluation:
                 self.recipe.eval,
                 step=step,
                 name=f"step-{step:06d}",
-                files=self.recipe.data.eval,
+                entries=self.recipe.data.eval,
                 on_progress=on_progress,
             )
             values |= {f"eval_{name}": m.value for name, m in report.metrics.items()}
@@ -106,7 +109,7 @@ class TrainingEvaluation:
                 guard_section(self.recipe.eval),
                 step=step,
                 name=f"guard-step-{step:06d}",
-                files=self.recipe.eval.guard.data,
+                entries=self.recipe.eval.guard.data,
                 on_progress=on_progress,
             )
             guarded_metric(report.metrics, self.recipe.eval.guard.metric)  # now, not at the end
@@ -147,14 +150,13 @@ class TrainingEvaluation:
         *,
         step: int,
         name: str,
-        files: str | list[str] | None,
+        entries: list[DataEntry] | None,
         on_progress: Progress,
     ) -> EvalReport:
         from accelerate.utils import gather_object
 
         from vlmtune.evaluation.runner import evaluate, num_to_do, write_report
         from vlmtune.models.processor import pixel_budget
-        from vlmtune.train.build import as_list
 
         accelerator = self.accelerator
         processes = {
@@ -178,7 +180,7 @@ class TrainingEvaluation:
                 "target": str(self.folder),
                 "kind": "run",
                 "step": step,
-                "data": as_list(files),
+                "data": [entry.path for entry in entries or []],
                 "pixel_budget": pixel_budget(self.vlm.processor),
                 "max_new_tokens": section.max_new_tokens,
             }

@@ -16,8 +16,8 @@ import torch
 
 from vlmtune.data.alignment import Segment
 from vlmtune.data.masks import MaskError, label_targets
-from vlmtune.data.media import shorten
 from vlmtune.data.template import ChatTemplate, Rendered, TemplateError, special_tokens
+from vlmtune.data.text import shorten
 from vlmtune.data.types import IGNORED, Conversation, Source, Text, Turn
 from vlmtune.errors import SampleError, VlmtuneError
 

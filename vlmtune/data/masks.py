@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from vlmtune.data.alignment import Segment, tokens_of_span
-from vlmtune.data.media import shorten
 from vlmtune.data.template import Rendered, Span
+from vlmtune.data.text import shorten
 from vlmtune.data.types import IGNORED
 from vlmtune.errors import VlmtuneError
 

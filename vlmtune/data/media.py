@@ -18,7 +18,8 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from vlmtune.data.types import Image
+from vlmtune.data.text import shorten
+from vlmtune.data.types import Image, Media
 from vlmtune.errors import VlmtuneError
 
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
@@ -33,6 +34,8 @@ def locate_image(image: Image) -> Path | bytes:
     Raises VlmtuneError where there is no such file or the reference is of an unknown kind.
     """
     ref = image.ref
+    if image.content is not None:
+        return image.content
     if ref[:8].lower().startswith(("http://", "https://")):
         raise VlmtuneError(
             "pictures are not fetched from the network",
@@ -61,6 +64,16 @@ def locate_image(image: Image) -> Path | bytes:
         expected=f"a file, relative to {image.base_dir}",
         do="correct the path, or skip such samples with data.on_bad_sample: skip",
     )
+
+
+def locate_media(media: Media) -> None:
+    """Look for a picture, a video file or a video's frames. Raises VlmtuneError."""
+    if isinstance(media, Image):
+        locate_image(media)
+        return
+    refs = media.ref if isinstance(media.ref, tuple) else (media.ref,)
+    for ref in refs:
+        locate_image(Image(ref, media.base_dir, media.content, media.access))
 
 
 def open_image(image: Image, *, max_pixels: int) -> PIL.Image.Image:
@@ -99,14 +112,6 @@ def open_image(image: Image, *, max_pixels: int) -> PIL.Image.Image:
             got=name,
             do="replace the file; it may be cut off",
         ) from error
-
-
-def shorten(text: str, limit: int = 120) -> str:
-    """`text` for a message: at most `limit` characters, the middle left out."""
-    if len(text) <= limit:
-        return text
-    half = (limit - 1) // 2
-    return f"{text[:half]}…{text[-half:]}"
 
 
 def _check_size(opened: PIL.Image.Image, name: str, max_pixels: int) -> None:

@@ -1,7 +1,8 @@
-"""Which samples make up which step, process and micro-batch: pure functions of seed and lengths.
+"""Which samples make up which step, process and micro-batch: pure functions of order and lengths.
 
-    shuffled epochs, one after the other  ->  steps of `batch_size` samples  ->  one share per
-    process  ->  micro-batches of similar lengths within a token budget
+    shuffled epochs, one after the other (order.py)  ->  steps of `batch_size` samples
+      ->  one share per process
+      ->  micro-batches of similar lengths within a token budget
 
 Nothing here keeps state, so a resumed run finds its place from the step number alone.
 """
@@ -9,22 +10,9 @@ Nothing here keeps state, so a resumed run finds its place from the step number 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
-from functools import lru_cache
 
-
-def epoch_order(seed: int, epoch: int, num_samples: int) -> list[int]:
-    """The order of the samples in one epoch (0-based): each index exactly once."""
-    return list(_epoch_order(seed, epoch, num_samples))
-
-
-@lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, num_samples: int) -> tuple[int, ...]:
-    order = list(range(num_samples))
-    # A text seed is hashed with SHA-512, the same on every machine and Python version.
-    random.Random(f"vlmtune:{seed}:{epoch}").shuffle(order)
-    return tuple(order)
+from vlmtune.data.order import Order
 
 
 def num_steps(epochs: float, num_samples: int, batch_size: int) -> int:
@@ -33,24 +21,18 @@ def num_steps(epochs: float, num_samples: int, batch_size: int) -> int:
 
 
 def step_samples(
-    step: int, *, seed: int, num_samples: int, batch_size: int, epochs: float | None = None
+    step: int, *, order: Order, batch_size: int, epochs: float | None = None
 ) -> list[int]:
-    """The samples of optimizer step `step` (1-based), in the order of the stream.
+    """The rows of optimizer step `step` (1-based), in the order of the stream.
 
     The stream is the concatenation of the shuffled epochs. With `epochs` it ends after so many
     passes, so that the last step holds what is left; without, every step is full.
     """
-    assert step >= 1 and num_samples >= 1 and batch_size >= 1
+    assert step >= 1 and batch_size >= 1
     start, stop = (step - 1) * batch_size, step * batch_size
     if epochs is not None:
-        stop = min(stop, _stream_length(epochs, num_samples))
-    samples: list[int] = []
-    while start < stop:
-        epoch, offset = divmod(start, num_samples)
-        taken = min(stop - start, num_samples - offset)
-        samples.extend(_epoch_order(seed, epoch, num_samples)[offset : offset + taken])
-        start += taken
-    return samples
+        stop = min(stop, _stream_length(epochs, order.num_per_epoch))
+    return [order.row_at(place) for place in range(start, stop)]
 
 
 def process_share(indices: Sequence[int], *, rank: int, world_size: int) -> list[int]:

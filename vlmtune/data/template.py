@@ -194,6 +194,8 @@ def _forms(answer: str) -> tuple[str, ...]:
 
 def _content(turn: Turn) -> list[dict[str, str]]:
     return [
-        {"type": "image"} if isinstance(part, Image) else {"type": "text", "text": part.text}
+        {"type": "text", "text": part.text}
+        if isinstance(part, Text)
+        else {"type": "image" if isinstance(part, Image) else "video"}
         for part in turn.parts
     ]

@@ -21,7 +21,8 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Source:
-    """Where a conversation stands: `line` is 1-based; for a JSON array, the item's number."""
+    """Where a conversation stands: `line` is 1-based; of what has no lines (a JSON array, parquet,
+    a tar file), the row's number."""
 
     file: str
     line: int
@@ -33,20 +34,60 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Access:
+    """What pictures and videos may be read from; the recipe's `data` section says it.
+
+    `allow_outside_paths`: files that are not below the sample's folder. `cache_dir`: where what
+    was fetched is kept, by content.
+    """
+
+    allow_outside_paths: bool = False
+    allow_urls: bool = False
+    allow_private_addresses: bool = False
+    max_download_bytes: int = 100_000_000
+    url_timeout_seconds: float = 20.0
+    cache_dir: Path | None = None
+
+
+LOCAL = Access()
+"""Files below the sample's own folder, and what the row itself holds."""
+
+
+@dataclass(frozen=True)
 class Image:
-    """A picture not yet opened: a path relative to `base_dir`, a `data:` URL or bare base64."""
+    """A picture not yet opened: a path relative to `base_dir`, a URL, a `data:` URL or bare base64.
+
+    `content`: its bytes where the row holds them (a bytes column, a tar member's); `ref` is then
+    only its name.
+    """
 
     ref: str
     base_dir: Path
+    content: bytes | None = field(default=None, repr=False)
+    access: Access = field(default=LOCAL, repr=False)
 
 
-Part = Text | Image
+@dataclass(frozen=True)
+class Video:
+    """A video not yet opened: a file, or the pictures that are its frames."""
+
+    ref: str | tuple[str, ...]
+    base_dir: Path
+    content: bytes | None = field(default=None, repr=False)
+    access: Access = field(default=LOCAL, repr=False)
+
+
+Media = Image | Video
+Part = Text | Image | Video
 
 
 @dataclass(frozen=True)
 class Turn:
+    """`weight`: of an assistant turn, what each of its tokens counts in the loss; 0: nothing."""
+
     role: Role
     parts: tuple[Part, ...]
+    weight: float = 1.0
 
     @property
     def text(self) -> str:
@@ -71,6 +112,10 @@ class Conversation:
     @property
     def images(self) -> tuple[Image, ...]:
         return tuple(p for turn in self.turns for p in turn.parts if isinstance(p, Image))
+
+    @property
+    def videos(self) -> tuple[Video, ...]:
+        return tuple(p for turn in self.turns for p in turn.parts if isinstance(p, Video))
 
 
 @dataclass(frozen=True)

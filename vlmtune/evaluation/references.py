@@ -7,7 +7,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from vlmtune.data.media import locate_image, shorten
+from vlmtune.data.media import locate_image
+from vlmtune.data.text import shorten
 from vlmtune.data.types import Conversation, Image
 from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
 from vlmtune.evaluation.metrics.base import Answered, Metric

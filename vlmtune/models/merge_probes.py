@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vlmtune.data.collate import collate
 from vlmtune.data.encode import Encoder
-from vlmtune.data.source import load_conversations
+from vlmtune.data.source import access_of, load_conversations
 from vlmtune.data.types import Conversation, Image, Part, Sample, Source, Text, Turn
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.models.forward import full_logits
@@ -91,11 +91,15 @@ def _conversation(name: str, parts: tuple[Part, ...]) -> Conversation:
 
 def _conversations_of_run(recipe: Recipe | None) -> list[Conversation]:
     """The run's evaluation data, or its training data, where the files are still there."""
-    for files in () if recipe is None else (recipe.data.eval, recipe.data.train):
-        names = [files] if isinstance(files, str) else files or []
-        if names and all(Path(name).is_file() for name in names):
-            conversations, _ = load_conversations(names, on_bad_sample="skip", check_media=False)
-            return conversations
+    if recipe is None:
+        return []
+    for files in (recipe.data.eval, recipe.data.train):
+        if not files or not all(Path(entry.path).exists() for entry in files):
+            continue
+        conversations, _ = load_conversations(
+            files, on_bad_sample="skip", check_media=False, access=access_of(recipe.data)
+        )
+        return conversations
     return []
 
 

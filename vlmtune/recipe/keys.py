@@ -73,6 +73,18 @@ def section_of(annotation: object) -> type[BaseModel] | None:
     return None
 
 
+def entry_section_of(annotation: object) -> type[BaseModel] | None:
+    """The section of which a field holds a list (`data.train`), or None."""
+    if get_origin(annotation) is Annotated:
+        return entry_section_of(get_args(annotation)[0])
+    if get_origin(annotation) is list:
+        return section_of(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        found = map(entry_section_of, get_args(annotation))
+        return next((section for section in found if section is not None), None)
+    return None
+
+
 def walk_keys(
     section: type[BaseModel] = Recipe, prefix: str = ""
 ) -> Iterator[tuple[str, FieldInfo]]:
@@ -88,8 +100,10 @@ def section_keys(path: Sequence[str | int]) -> list[str] | None:
     """The key names of the section at `path`, or None where there is no section."""
     section: type[BaseModel] | None = Recipe
     for part in path:
-        info = None if section is None else section.model_fields.get(str(part))
-        section = None if info is None else section_of(info.annotation)
+        if isinstance(part, int):  # the place in a list of entries
+            continue
+        info = None if section is None else section.model_fields.get(part)
+        section = None if info is None else _below(info)
     return None if section is None else list(section.model_fields)
 
 
@@ -97,12 +111,18 @@ def expected_at(path: Sequence[str | int]) -> str:
     """What the schema expects at `path`, in plain words."""
     section: type[BaseModel] = Recipe
     for depth, part in enumerate(path):
-        info = section.model_fields[str(part)]
-        below = section_of(info.annotation)
+        if isinstance(part, int):  # the place in a list of entries
+            continue
+        info = section.model_fields[part]
+        below = _below(info)
         if below is None or depth == len(path) - 1:
             return describe(info.annotation, info.metadata, rest=path[depth + 1 :])
         section = below
     return "a mapping of keys"
+
+
+def _below(info: FieldInfo) -> type[BaseModel] | None:
+    return section_of(info.annotation) or entry_section_of(info.annotation)
 
 
 def is_mapping_at(path: Sequence[str | int]) -> bool:
@@ -135,6 +155,8 @@ def describe(
         if type(None) in arguments and not rest:
             words.append("null")
         return (", or " if any("," in word for word in words) else " or ").join(words)
+    if origin is list and section_of(arguments[0]) is not None:
+        return f"a path, {describe(arguments[0])}, or a list of them"
     if origin is list:
         item = describe(arguments[0])
         if rest:

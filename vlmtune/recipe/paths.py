@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import glob
 import os
-from pathlib import Path
+import re
+from pathlib import Path as FolderPath
 from typing import Any
 
 from vlmtune.errors import VlmtuneError
 from vlmtune.recipe.explain import Place, Settings
+from vlmtune.recipe.yaml12 import Path
 
+HUB = "hub:"
+"""What the path of a data set of the hub starts with."""
+
+_BRACES = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<choices>[^{}]*,[^{}]*))\}")
 DATA_KEYS = (("data", "train"), ("data", "eval"), ("eval", "guard", "data"))
 
 
-def resolve_paths(settings: Settings, *, folder: Path) -> list[VlmtuneError]:
+def resolve_paths(settings: Settings, *, folder: FolderPath) -> list[VlmtuneError]:
     """Make `model` (where it is a folder) and the data files absolute, in place; the errors.
 
     Runs before validation, so that a missing file is reported beside all other errors; what is
@@ -29,20 +36,66 @@ def resolve_paths(settings: Settings, *, folder: Path) -> list[VlmtuneError]:
             holder = holder.get(name) if isinstance(holder, dict) else None
         if not isinstance(holder, dict):
             continue
-        path, files = (*above, key), holder.get(key)
-        if isinstance(files, str) and files:
-            holder[key] = _resolve_file(files, settings.place(path), folder, errors)
-        if isinstance(files, list):
+        path, entries = (*above, key), holder.get(key)
+        if isinstance(entries, list):
             holder[key] = [
-                _resolve_file(file, settings.place((*path, at)), folder, errors)
-                if isinstance(file, str) and file
-                else file
-                for at, file in enumerate(files)
+                _resolve_entry(entry, (*path, at), settings, folder, errors)
+                for at, entry in enumerate(entries)
             ]
+        else:
+            holder[key] = _resolve_entry(entries, path, settings, folder, errors)
+        if holder[key] is None:
+            del holder[key]
+    cache_dir = values.get("data")
+    if isinstance(cache_dir, dict) and isinstance(cache_dir.get("cache_dir"), str):
+        cache_dir["cache_dir"] = _absolute(cache_dir["cache_dir"], folder)
     return errors
 
 
-def _resolve_model(name: str, settings: Settings, folder: Path, errors: list[VlmtuneError]) -> str:
+def expand_shards(pattern: str) -> list[str]:
+    """The paths that a pattern of `*`, `?`, `[…]` and `{000..009}` or `{a,b}` stands for, sorted;
+    a path without any of them, and one that is there as it stands, is itself."""
+    if os.path.lexists(pattern):
+        return [pattern]
+    paths = []
+    for written in _expand_braces(pattern):
+        is_pattern = any(c in written for c in "*?[")
+        paths += sorted(glob.glob(written)) if is_pattern else [written]
+    return paths
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    match = _BRACES.search(pattern)
+    if match is None:
+        return [pattern]
+    first, last = match["first"], match["last"]
+    if first is None:
+        choices = match["choices"].split(",")
+    else:
+        choices = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    return [path for choice in choices for path in _expand_braces(head + choice + tail)]
+
+
+def _resolve_entry(
+    entry: Any, path: Path, settings: Settings, folder: FolderPath, errors: list[VlmtuneError]
+) -> Any:
+    """An entry of data, a path or a mapping, with absolute paths."""
+    if isinstance(entry, str) and entry:
+        return _resolve_file(entry, settings.place(path), folder, errors)
+    if isinstance(entry, dict):
+        for name, is_folder in (("path", False), ("annotations", False), ("image_dir", True)):
+            value = entry.get(name)
+            if isinstance(value, str) and value:
+                place = settings.place((*path, name))
+                resolve = _resolve_folder if is_folder else _resolve_file
+                entry[name] = resolve(value, place, folder, errors)
+    return entry
+
+
+def _resolve_model(
+    name: str, settings: Settings, folder: FolderPath, errors: list[VlmtuneError]
+) -> str:
     place = settings.place(("model",))
     path = _absolute(name, folder)
     if os.path.isdir(path):
@@ -59,19 +112,31 @@ def _resolve_model(name: str, settings: Settings, folder: Path, errors: list[Vlm
     return name
 
 
-def _resolve_file(name: str, place: Place, folder: Path, errors: list[VlmtuneError]) -> str:
+def _resolve_file(name: str, place: Place, folder: FolderPath, errors: list[VlmtuneError]) -> str:
+    if name.startswith(HUB):
+        return name
     path = _absolute(name, folder)
-    if not os.path.isfile(path):
-        what = "a folder, not a file" if os.path.isdir(path) else "no such data file"
-        errors.append(_error(what, place, path, _elsewhere(name, folder)))
+    missing = [shard for shard in expand_shards(path) or [path] if not os.path.exists(shard)]
+    if missing:
+        do = _elsewhere(name, folder)
+        if do is None and name.count("/") == 1 and not name.startswith((".", "~")):
+            do = f"for a data set of the hub write {HUB}{name}"
+        errors.append(_error("no such data file", place, missing[0], do))
     return path
 
 
-def _absolute(name: str, folder: Path) -> str:
+def _resolve_folder(name: str, place: Place, folder: FolderPath, errors: list[VlmtuneError]) -> str:
+    path = _absolute(name, folder)
+    if not os.path.isdir(path):
+        errors.append(_error("no such folder of pictures", place, path, _elsewhere(name, folder)))
+    return path
+
+
+def _absolute(name: str, folder: FolderPath) -> str:
     return os.path.abspath(os.path.join(folder, os.path.expanduser(name)))
 
 
-def _elsewhere(name: str, folder: Path) -> str | None:
+def _elsewhere(name: str, folder: FolderPath) -> str | None:
     """What to write instead where the path is there, but relative to the working directory."""
     if os.path.exists(name) and not os.path.isabs(name):
         return f"write {os.path.relpath(name, folder)}: paths are relative to the recipe's folder"

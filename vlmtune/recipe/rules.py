@@ -59,6 +59,11 @@ def unused_keys(recipe: Recipe) -> dict[str, tuple[str, str]]:
     if recipe.objective != "contrastive":
         unused["contrastive"] = ("objective: next_token", "set contrastive, or remove it")
     unused |= _unused_in_eval(recipe)
+    if not recipe.data.streaming:
+        unused["data.shuffle_buffer"] = ("data.streaming: false", "set streaming, or remove it")
+    if not recipe.data.allow_urls:
+        for key in ("allow_private_addresses", "max_download_bytes", "url_timeout_seconds"):
+            unused[f"data.{key}"] = ("data.allow_urls: false", "set allow_urls, or remove it")
     if recipe.data.on_bad_sample == "error":
         unused["data.max_bad_fraction"] = ("data.on_bad_sample: error", "set skip, or remove it")
     return unused
@@ -147,6 +152,17 @@ def _exclusive(recipe: Recipe) -> Iterator[Conflict]:
             ("train.batch_size", "objective"),
             "objective: contrastive tells a sample from the others of its step; with "
             "train.batch_size 1 there are none",
+        )
+    if recipe.data.streaming and recipe.train.max_steps is None:
+        yield Conflict(
+            ("data.streaming", "train.max_steps"),
+            "data.streaming does not know how many samples there are; set train.max_steps",
+        )
+    if recipe.video.min_frames > recipe.video.max_frames:
+        yield Conflict(
+            ("video.min_frames", "video.max_frames"),
+            f"video.min_frames ({recipe.video.min_frames}) must not exceed video.max_frames "
+            f"({recipe.video.max_frames})",
         )
     if recipe.train.epochs is not None and recipe.train.max_steps is not None:
         yield Conflict(

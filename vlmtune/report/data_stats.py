@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlmtune.data.encode import Encoder
-from vlmtune.data.source import load_conversations
+from vlmtune.data.source import access_of, load_conversations
 from vlmtune.data.types import Conversation, Sample
 from vlmtune.errors import VlmtuneError
 from vlmtune.report.figures import plural
@@ -90,10 +90,12 @@ def data_statistics(
     """The statistics of the training data of the run in `folder`; never raises for what is gone."""
     if recipe is None:
         return _none("recipe.resolved.yaml cannot be read")
-    files = recipe.data.train
     try:
         conversations, _ = load_conversations(
-            [files] if isinstance(files, str) else files, on_bad_sample="skip", check_media=False
+            recipe.data.train,
+            on_bad_sample="skip",
+            check_media=False,
+            access=access_of(recipe.data),
         )
         encoder = Encoder(
             _load_processor(recipe, folder),

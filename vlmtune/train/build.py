@@ -12,7 +12,9 @@ import torch
 from accelerate import Accelerator
 
 from vlmtune.data.collate import collate
+from vlmtune.data.dataset import ConversationSet
 from vlmtune.data.encode import Encoder, OverLength
+from vlmtune.data.order import Order
 from vlmtune.data.packing import num_steps
 from vlmtune.data.pairs import encode_pair, side_batches
 from vlmtune.data.source import Skipped, content_hash
@@ -47,15 +49,22 @@ DEFAULT_EPOCHS = 3.0
 FREE_KEYS = {"output_dir", "eval", "data.eval", "data.num_workers"} | {
     f"train.{key}" for key in ("log_every", "eval_every", "save_every", "keep_checkpoints")
 }
+FREE_KEYS |= {f"data.{key}" for key in ("cache", "cache_dir", "url_timeout_seconds")}
 
 
-def total_steps_of(recipe: Recipe, num_samples: int) -> int:
+def total_steps_of(recipe: Recipe, conversations: ConversationSet) -> int:
     """Optimizer steps of the run."""
     epochs = epochs_of(recipe)
     if epochs is None:
         assert recipe.train.max_steps is not None
         return recipe.train.max_steps
-    return num_steps(epochs, num_samples, recipe.train.batch_size)
+    return num_steps(epochs, order_of(recipe, conversations).num_per_epoch, recipe.train.batch_size)
+
+
+def order_of(recipe: Recipe, conversations: ConversationSet) -> Order:
+    """The order of the training stream."""
+    counts, weights = conversations.counts_and_weights()
+    return Order(recipe.seed, counts, weights)
 
 
 def epochs_of(recipe: Recipe) -> float | None:
@@ -63,13 +72,6 @@ def epochs_of(recipe: Recipe) -> float | None:
     if recipe.train.max_steps is not None:
         return None
     return recipe.train.epochs or DEFAULT_EPOCHS
-
-
-def as_list(files: str | list[str] | None) -> list[str]:
-    """One file, several, or none, as a list."""
-    if files is None:
-        return []
-    return [files] if isinstance(files, str) else list(files)
 
 
 def fingerprint_of(recipe: Recipe, data_hashes: dict[str, str]) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def fingerprint_of(recipe: Recipe, data_hashes: dict[str, str]) -> dict[str, Any
 
 
 def data_hashes_of(recipe: Recipe) -> dict[str, str]:
-    return {str(k): v for k, v in content_hash(as_list(recipe.data.train)).items()}
+    return {str(k): v for k, v in content_hash(recipe.data.train).items()}
 
 
 def build_ledger(recipe: Recipe, *, folder: Path, num_samples: int) -> SkipLedger:
@@ -120,7 +122,7 @@ def build_encoder(recipe: Recipe, vlm: VLM) -> Encoder:
 def build_dataset(
     recipe: Recipe,
     *,
-    conversations: Sequence[Conversation],
+    conversations: ConversationSet,
     encoder: Encoder,
     vlm: VLM,
     accelerator: Accelerator,
@@ -134,7 +136,7 @@ def build_dataset(
             expected=f"at least {accelerator.num_processes}",
         )
     settings = FeedSettings(
-        seed=recipe.seed,
+        order=order_of(recipe, conversations),
         epochs=epochs_of(recipe),
         batch_size=recipe.train.batch_size,
         micro_batch_tokens=recipe.train.micro_batch_tokens,

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlmtune.data.collate import MediaLayout, collate
 from vlmtune.data.encode import Encoder, OverLength
+from vlmtune.data.order import Order
 from vlmtune.data.packing import plan_micro_batches, process_share, step_samples
 from vlmtune.data.pairs import Pair, encode_pair, side_batches
 from vlmtune.data.types import IGNORED, Batch, Conversation, Sample, SideBatch
@@ -66,7 +67,7 @@ class FeedSettings:
     goes on for as many steps as are asked for. `embedding_prompt`: what follows the pictures and
     the answer of a sample in contrastive training; None: answers are trained on."""
 
-    seed: int
+    order: Order
     epochs: float | None
     batch_size: int
     micro_batch_tokens: int
@@ -92,14 +93,7 @@ class StepDataset(Dataset[StepData | SampleError]):
 
     def __getitem__(self, step: int) -> StepData | SampleError:
         s = self.settings
-        num_samples = len(self.conversations)
-        whole = step_samples(
-            step,
-            seed=s.seed,
-            num_samples=num_samples,
-            batch_size=s.batch_size,
-            epochs=s.epochs,
-        )
+        whole = step_samples(step, order=s.order, batch_size=s.batch_size, epochs=s.epochs)
         share = process_share(whole, rank=s.rank, world_size=s.world_size)
         samples: list[Sample | Pair] = []
         left_out: list[LeftOut] = []
@@ -113,7 +107,7 @@ class StepDataset(Dataset[StepData | SampleError]):
                     return error
                 left_out.append(_left_out(conversation, error, is_bad=not is_dropped))
         notes = [(note, sample.id) for sample in samples for note in sample.notes]
-        epoch = ((step - 1) * s.batch_size + len(whole)) / num_samples
+        epoch = ((step - 1) * s.batch_size + len(whole)) / s.order.num_per_epoch
         pairs = [x for x in samples if isinstance(x, Pair)]
         return StepData(
             micro_batches=self._pair_batches(pairs) if pairs else self._batches(samples),

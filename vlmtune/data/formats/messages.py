@@ -10,29 +10,42 @@ row's `images` where the row lists any.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from vlmtune.data.formats.rows import (
+    PICTURE_KEYS,
     Row,
     RowImages,
     build_conversation,
-    describe,
-    image_ref,
+    has_turns_with,
     merge_texts,
+    picture,
     text_part,
+    turns_of,
 )
-from vlmtune.data.types import Conversation, Image, Part, Role, Turn
+from vlmtune.data.text import describe
+from vlmtune.data.types import Conversation, Part, Role, Turn
 from vlmtune.errors import nearest
+from vlmtune.recipe.schema import DataEntry
 
 TURN_KEYS = frozenset({"role", "content"})
+KEYS = PICTURE_KEYS | {"messages", "conversations"}
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 _PART_KEYS = {"text": {"type", "text"}, "image": {"type", "image"}}
 
 
-def parse(row: Row, turns: list[dict[str, Any]]) -> Conversation:
+def matches(values: Mapping[str, Any], entry: DataEntry) -> bool:
+    """Whether the row's turns have the keys of this format."""
+    return has_turns_with(values, TURN_KEYS)
+
+
+def parse(row: Row) -> Conversation:
     """The conversation of a row whose turns have `role` and `content`."""
     images = RowImages(row)
-    parsed = [_turn(turn, number, row, images) for number, turn in enumerate(turns, start=1)]
+    parsed = [
+        _turn(turn, number, row, images) for number, turn in enumerate(turns_of(row), start=1)
+    ]
     images.check_all_taken()
     return build_conversation(row, parsed)
 
@@ -87,14 +100,14 @@ def _part(part: object, place: str, role: Role, row: Row, images: RowImages) -> 
         )
     if kind == "text":
         return _text(part.get("text"), place, role, row, images)
-    if "image" not in part and images.refs:
+    if "image" not in part and images.given:
         return [images.take()]
-    return [Image(image_ref(part.get("image"), row), row.base_dir)]
+    return [picture(part.get("image"), row)]
 
 
 def _text(text: object, place: str, role: Role, row: Row, images: RowImages) -> list[Part]:
     checked = text_part(text, row, place=place)
     # Without a list of pictures the word stands for itself.
-    if role == "user" and images.refs:
+    if role == "user" and images.given:
         return images.split(checked.text)
     return [checked] if checked.text else list[Part]()

@@ -1,76 +1,72 @@
-"""The formats that are known, and which one a row is in."""
+"""The formats that are known, and which one the rows of a file are in."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vlmtune.data.formats import messages, sharegpt
-from vlmtune.data.formats.rows import Row, describe
+from vlmtune.data.formats.rows import COMMON_KEYS, Row
+from vlmtune.data.sources.rows import Rows
 from vlmtune.data.types import Conversation
-from vlmtune.errors import nearest
+from vlmtune.errors import SampleError
+from vlmtune.recipe.schema import DataEntry, FormatName
+
+NUM_LOOKED_AT = 20
+"""Rows by which a file's format is told."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """`turn_keys` are the keys that a turn of this format has and one of another does not."""
+    """`matches(values, entry)`: whether a row looks like it; `parse` makes it a conversation, or
+    raises SampleError; `keys` are those it reads, besides COMMON_KEYS."""
 
-    turn_keys: frozenset[str]
-    parse: Callable[[Row, list[dict[str, Any]]], Conversation]
+    matches: Callable[[Mapping[str, Any], DataEntry], bool]
+    parse: Callable[[Row], Conversation]
+    keys: frozenset[str]
 
 
-FORMATS: dict[str, Format] = {
-    "messages": Format(messages.TURN_KEYS, messages.parse),
-    "sharegpt": Format(sharegpt.TURN_KEYS, sharegpt.parse),
+FORMATS: dict[FormatName, Format] = {
+    "messages": Format(messages.matches, messages.parse, messages.KEYS),
+    "sharegpt": Format(sharegpt.matches, sharegpt.parse, sharegpt.KEYS),
 }
-_EXPECTED = "turns of role and content (messages) or of from and value (ShareGPT)"
+"""Where the first rows look like several, the first of them is taken."""
+
+KNOWN_KEYS: dict[FormatName, frozenset[str]] = {
+    name: known.keys | COMMON_KEYS for name, known in FORMATS.items()
+}
 
 
-def parse_row(row: Row) -> Conversation:
-    """The row as a conversation, in the format that its turns' keys show.
+def parse_row(row: Row, name: FormatName) -> Conversation:
+    """The row as a conversation. Raises SampleError with the row's place."""
+    try:
+        return FORMATS[name].parse(row)
+    except SampleError as error:
+        others = _matching(row.values, row.entry)
+        if others and name not in others:
+            raise row.error(
+                f"the row is in the format {others[0]}, its file in {name}",
+                got=f"keys {', '.join(map(str, row.values))}",
+                do="split the file; or name its format: data.train: [{path: …, format: …}]",
+            ) from error
+        raise
 
-    Raises SampleError with the row's place where it is in no format, or in two.
+
+def detect_format(rows: Rows, entry: DataEntry) -> FormatName:
+    """The format that most of the first rows look like, the first in FORMATS of several.
+
+    Where no row looks like any, it is `messages`: every row then says what it lacks.
     """
-    turns = _turns(row)
-    found = sorted(
-        name
-        for name, known in FORMATS.items()
-        if any(known.turn_keys & set(turn) for turn in turns)
-    )
-    if len(found) > 1:
-        raise row.error(
-            "the turns mix formats", got=" and ".join(found), expected="one format in a row"
-        )
-    if not found:
-        raise row.error(
-            "the turns are in no known format",
-            got=", ".join(sorted({key for turn in turns for key in turn})) or "no keys",
-            expected=_EXPECTED,
-        )
-    return FORMATS[found[0]].parse(row, turns)
+    votes: Counter[FormatName] = Counter()
+    for index in range(min(NUM_LOOKED_AT, len(rows))):
+        try:
+            votes.update(_matching(rows.read(index), entry))
+        except SampleError:
+            continue
+    return max(FORMATS, key=lambda name: votes[name])
 
 
-def _turns(row: Row) -> list[dict[str, Any]]:
-    given = [key for key in ("messages", "conversations") if key in row.values]
-    if len(given) == 2:
-        raise row.error("both messages and conversations are given", expected="one of them")
-    if not given:
-        close = next(
-            (key for key in row.values if nearest(key, ("messages", "conversations"))), None
-        )
-        raise row.error(
-            "there are no messages",
-            got=f"keys {', '.join(map(str, row.values))}" if row.values else "no keys",
-            expected="messages or conversations",
-            do=f"is {close!r} misspelt?" if close else None,
-        )
-    turns = row.values[given[0]]
-    if not isinstance(turns, list):
-        raise row.error(f"{given[0]} is not a list", got=describe(turns), expected=_EXPECTED)
-    if not turns:
-        raise row.error(f"{given[0]} is empty", expected=_EXPECTED)
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict):
-            raise row.error(f"turn {number} is not an object", got=describe(turn))
-    return turns
+def _matching(values: Mapping[str, Any], entry: DataEntry) -> list[FormatName]:
+    return [name for name, known in FORMATS.items() if known.matches(values, entry)]

@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlmtune.data.media import shorten
-from vlmtune.data.types import Conversation, Image, Part, Role, Source, Text, Turn
-from vlmtune.errors import SampleError
-
-KNOWN_KEYS = frozenset(
-    {"id", "messages", "conversations", "images", "image", "answers", "question_type", "options"}
+from vlmtune.data.text import describe
+from vlmtune.data.types import (
+    LOCAL,
+    Access,
+    Conversation,
+    Image,
+    Part,
+    Role,
+    Source,
+    Text,
+    Turn,
+    Video,
 )
-PLACEHOLDER = "<image>"
+from vlmtune.errors import SampleError, nearest
+from vlmtune.recipe.schema import DataEntry
 
-_TYPE_NAMES = {
-    dict: "an object",
-    list: "a list",
-    str: "a text",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    type(None): "null",
-}
+COMMON_KEYS = frozenset({"id", "answers", "question_type", "options"})
+PICTURE_KEYS = frozenset({"images", "image"})
+TURN_KEYS = ("messages", "conversations")
+PLACEHOLDER = "<image>"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One JSON object of a data file; `fallback_id` is its name where it has no `id`."""
+    """One row of a data file; `fallback_id` is its name where it has no `id`, `entry` what the
+    recipe says of the file."""
 
     values: dict[str, Any]
     source: Source
     base_dir: Path
     fallback_id: str
+    entry: DataEntry
+    access: Access = LOCAL
 
     def error(
         self,
@@ -71,7 +76,7 @@ class RowImages:
     """The pictures listed beside the turns, handed out in order to the placeholders."""
 
     row: Row
-    refs: list[str] = field(init=False)
+    given: list[Image] = field(init=False)
     num_taken: int = 0
 
     def __post_init__(self) -> None:
@@ -81,19 +86,15 @@ class RowImages:
         given = values.get("images")
         if given is None:
             given = values.get("image")
-        given = [] if given is None else [given] if isinstance(given, str) else given
-        if not isinstance(given, list):
-            raise self.row.error(
-                "images cannot be used", got=describe(given), expected="a path or a list of paths"
-            )
-        self.refs = [image_ref(ref, self.row) for ref in given]
+        given = [] if given is None else given if isinstance(given, list) else [given]
+        self.given = [picture(value, self.row) for value in given]
 
     def take(self) -> Image:
         self.num_taken += 1
-        if self.num_taken > len(self.refs):
+        if self.num_taken > len(self.given):
             # Counted on: `check_all_taken` reports how many placeholders there are in all.
             return Image("", self.row.base_dir)
-        return Image(self.refs[self.num_taken - 1], self.row.base_dir)
+        return self.given[self.num_taken - 1]
 
     def split(self, text: str) -> list[Part]:
         """`text` with each `<image>` replaced by the next picture.
@@ -114,30 +115,65 @@ class RowImages:
         return parts
 
     def check_all_taken(self) -> None:
-        if self.num_taken != len(self.refs):
+        if self.num_taken != len(self.given):
             raise self.row.error(
                 "pictures and image placeholders do not match",
-                got=f"{len(self.refs)} in image(s), {self.num_taken} placeholders in the turns",
+                got=f"{len(self.given)} in image(s), {self.num_taken} placeholders in the turns",
                 expected="one picture for each placeholder",
             )
 
 
-def describe(value: object) -> str:
-    """What a JSON value is, for a message: its type and, where short, its content."""
-    kind = _TYPE_NAMES.get(type(value), type(value).__name__)
-    if isinstance(value, (dict, list)) or value is None:
-        return kind
-    return f"{kind}: {shorten(repr(value), 60)}"
-
-
-def image_ref(ref: object, row: Row) -> str:
-    if not isinstance(ref, str) or not ref.strip():
+def picture(value: object, row: Row) -> Image:
+    """A picture as rows give it: a reference, its bytes, or `{bytes, path}` as in `datasets`."""
+    name = ""
+    if isinstance(value, dict) and {"bytes", "path"} & value.keys():
+        name = value.get("path") or ""
+        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, bytes):
+        return Image(name, row.base_dir, content=value, access=row.access)
+    if not isinstance(value, str) or not value.strip():
         raise row.error(
             "a picture's reference cannot be used",
-            got=describe(ref),
-            expected="a path, a data: URL or base64",
+            got=describe(value),
+            expected="a path, a URL, a data: URL, base64 or bytes",
         )
-    return ref
+    return Image(value, row.base_dir, access=row.access)
+
+
+def turns_of(row: Row) -> list[dict[str, Any]]:
+    """The objects in the row's `messages` or `conversations`. Raises SampleError."""
+    given = [key for key in TURN_KEYS if key in row.values]
+    if len(given) == 2:
+        raise row.error("both messages and conversations are given", expected="one of them")
+    if not given:
+        close = next((key for key in row.values if nearest(key, TURN_KEYS)), None)
+        raise row.error(
+            "there are no messages",
+            got=f"keys {', '.join(map(str, row.values))}" if row.values else "no keys",
+            expected="messages or conversations",
+            do=f"is {close!r} misspelt?" if close else None,
+        )
+    turns = row.values[given[0]]
+    if not isinstance(turns, list):
+        raise row.error(f"{given[0]} is not a list", got=describe(turns), expected="a list")
+    if not turns:
+        raise row.error(f"{given[0]} is empty", expected="turns")
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, dict):
+            raise row.error(f"turn {number} is not an object", got=describe(turn))
+    return turns
+
+
+def has_turns_with(values: Mapping[str, Any], keys: Iterable[str]) -> bool:
+    """Whether some turn of a row has one of `keys`; where turns have no keys at all, yes."""
+    for name in TURN_KEYS:
+        turns = values.get(name)
+        if name in values and not isinstance(turns, list):
+            return True  # its own parser says what is wrong
+        objects = [turn for turn in turns or [] if isinstance(turn, dict) and turn]
+        if name in values and (not objects or any(set(keys) & turn.keys() for turn in objects)):
+            return True
+    return False
 
 
 def text_part(text: object, row: Row, *, place: str) -> Text:
@@ -204,14 +240,14 @@ def _check_turns(row: Row, turns: Sequence[Turn]) -> None:
                 do="let user and assistant take turns, with system, if at all, first",
             )
         if turn.role in ("system", "assistant"):
-            if any(isinstance(part, Image) for part in turn.parts):
+            if has_media(turn):
                 raise row.error(
                     f"turn {number} ({turn.role}) holds a picture",
                     expected="pictures in user turns only",
                 )
             if not turn.text.strip():
                 raise row.error(f"turn {number} ({turn.role}) is empty", expected="a text")
-        elif not turn.parts or not (turn.text.strip() or has_image(turn)):
+        elif not turn.parts or not (turn.text.strip() or has_media(turn)):
             raise row.error(f"turn {number} (user) is empty", expected="a text or a picture")
         expected = ("assistant",) if turn.role == "user" else ("user",)
     if not any(turn.role == "assistant" for turn in turns):
@@ -224,5 +260,5 @@ def _check_turns(row: Row, turns: Sequence[Turn]) -> None:
         raise row.error("the last turn is not answered", got=turns[-1].role, expected="assistant")
 
 
-def has_image(turn: Turn) -> bool:
-    return any(isinstance(part, Image) for part in turn.parts)
+def has_media(turn: Turn) -> bool:
+    return any(isinstance(part, (Image, Video)) for part in turn.parts)

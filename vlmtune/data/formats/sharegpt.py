@@ -6,20 +6,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from vlmtune.data.formats.rows import (
+    PICTURE_KEYS,
     PLACEHOLDER,
     Row,
     RowImages,
     build_conversation,
-    describe,
+    has_turns_with,
     text_part,
+    turns_of,
 )
+from vlmtune.data.text import describe
 from vlmtune.data.types import Conversation, Part, Role, Turn
 from vlmtune.errors import nearest
+from vlmtune.recipe.schema import DataEntry
 
 TURN_KEYS = frozenset({"from", "value"})
+KEYS = PICTURE_KEYS | {"messages", "conversations"}
 ROLES: dict[str, Role] = {
     "system": "system",
     "human": "user",
@@ -29,10 +35,17 @@ ROLES: dict[str, Role] = {
 }
 
 
-def parse(row: Row, turns: list[dict[str, Any]]) -> Conversation:
+def matches(values: Mapping[str, Any], entry: DataEntry) -> bool:
+    """Whether the row's turns have the keys of this format."""
+    return has_turns_with(values, TURN_KEYS)
+
+
+def parse(row: Row) -> Conversation:
     """The conversation of a row whose turns have `from` and `value`."""
     images = RowImages(row)
-    parsed = [_turn(turn, number, row, images) for number, turn in enumerate(turns, start=1)]
+    parsed = [
+        _turn(turn, number, row, images) for number, turn in enumerate(turns_of(row), start=1)
+    ]
     images.check_all_taken()
     return build_conversation(row, parsed)
 
