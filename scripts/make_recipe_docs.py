@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from vlmtune.recipe.keys import describe, section_of
-from vlmtune.recipe.schema import Recipe
+from vlmtune.recipe.schema import DataEntry, Recipe
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"
 
@@ -56,6 +56,8 @@ def recipe_docs() -> str:
         below = section_of(info.annotation)
         if below is not None:
             sections.append(_section(f"`{name}`", below))
+        if name == "data":
+            sections.append(_section("An entry of `data.train`, `data.eval`", DataEntry))
     return "\n".join([INTRODUCTION, *sections])
 
 
