@@ -56,6 +56,7 @@ def load_held_out(recipe: Recipe) -> HeldOut:
             logger.warning("not evaluated on: %s", row.reason)
         return fixed_subset(found, num, seed=recipe.seed)
 
+    _say_without_effect(recipe)
     guard = recipe.eval.guard
     samples = load(recipe.data.eval, recipe.eval.max_samples)
     _check_scorable(samples, recipe.eval)
@@ -64,6 +65,20 @@ def load_held_out(recipe: Recipe) -> HeldOut:
     guarded = load(guard.data, guard.max_samples)
     _check_scorable(guarded, guard_section(recipe.eval))
     return HeldOut(samples, guarded)
+
+
+def _say_without_effect(recipe: Recipe) -> None:
+    """Said, not refused: `data.eval=null` on the command line turns evaluation off for once."""
+    from vlmtune.recipe.rules import given_keys
+
+    if recipe.data.eval is not None:
+        return
+    about_data = {"eval.max_samples", "eval.before"}
+    if recipe.eval.guard is None:
+        about_data |= {"train.eval_every"}
+    given = sorted(about_data & given_keys(recipe))
+    if given:
+        logger.info("without effect, as data.eval is not given: %s", ", ".join(given))
 
 
 def _check_scorable(samples: Sequence[Conversation], section: EvalSection) -> None:
