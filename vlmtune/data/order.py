@@ -10,6 +10,7 @@ rows in an order of its own: with weight 0.5 two epochs see every row once.
 from __future__ import annotations
 
 import random
+from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,12 +90,23 @@ def permuted(place: int, *, size: int, key: str) -> int:
             return place
 
 
-@lru_cache(maxsize=8)
-def _shuffled(key: str, size: int) -> tuple[int, ...]:
+def chosen_entry(place: int, *, seed: int, weights: Sequence[float]) -> int:
+    """The entry whose row stands at `place` of a stream that mixes entries by their weights."""
+    if len(weights) == 1:
+        return 0
+    digest = sha512(f"vlmtune:{seed}:entry at {place}".encode()).digest()
+    ends = list(accumulate(weights))
+    point = int.from_bytes(digest[:8], "little") / (_MASK + 1) * ends[-1]  # in [0, sum)
+    return min(bisect_right(ends, point), len(weights) - 1)
+
+
+# One for each entry with a weight of its own, and the epoch's; 128 take at most 32 MB.
+@lru_cache(maxsize=128)
+def _shuffled(key: str, size: int) -> Sequence[int]:
     order = list(range(size))
     # A text seed is hashed with SHA-512, the same on every machine and Python version.
     random.Random(key).shuffle(order)
-    return tuple(order)
+    return array("I", order)
 
 
 @lru_cache(maxsize=64)

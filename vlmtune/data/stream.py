@@ -1,0 +1,235 @@
+"""The training stream of rows that are read from front to back: mixed, shuffled, and resumed.
+
+    entries -> shards (streams/) -> each entry's rows for ever, in shuffled blocks (blocks.py)
+      -> one entry chosen for each place of the stream, by weight -> StreamRow -> Conversation
+
+A row is parsed only when it is asked for its conversation: whoever passes over rows, as another
+process or worker does, pays for reading alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from vlmtune.data.formats.registry import KNOWN_KEYS, NUM_LOOKED_AT, detect_format, parse_row
+from vlmtune.data.formats.rows import Row
+from vlmtune.data.order import chosen_entry
+from vlmtune.data.streams.blocks import BlockReader, EntryCursor
+from vlmtune.data.streams.registry import open_shards
+from vlmtune.data.streams.shards import RawRow, Shard
+from vlmtune.data.types import LOCAL, Access, Conversation, Source
+from vlmtune.errors import SampleError, VlmtuneError
+from vlmtune.recipe.schema import DataEntry, FormatName
+
+logger = logging.getLogger("vlmtune")
+
+
+@dataclass(frozen=True)
+class StreamFile:
+    """A shard of an entry, and how its rows become conversations. `label`: what the ids of rows
+    without one start with."""
+
+    entry: DataEntry
+    shard: Shard
+    format: FormatName
+    label: str
+    access: Access
+
+
+@dataclass(frozen=True)
+class StreamRow:
+    """A row of the stream, not yet parsed."""
+
+    file: StreamFile
+    raw: RawRow
+
+    @property
+    def id(self) -> str:
+        """Its name where the row itself gives none."""
+        return f"{self.file.label}:{self.raw.line}"
+
+    @property
+    def source(self) -> Source:
+        return Source(self.file.shard.file, self.raw.line)
+
+    def conversation(self) -> Conversation:
+        """Raises SampleError with the place where the row cannot be used."""
+        file = self.file
+        own = file.entry.image_dir
+        row = Row(
+            values=dict(file.shard.parse(self.raw)),
+            source=self.source,
+            base_dir=file.shard.base_dir if own is None else Path(own),
+            fallback_id=self.id,
+            entry=file.entry,
+            access=file.access,
+        )
+        return parse_row(row, file.format)
+
+
+@dataclass(frozen=True)
+class StreamCursor:
+    """Where a stream stands: the next place, and where each entry is."""
+
+    place: int
+    entries: tuple[EntryCursor, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the checkpoint: JSON values."""
+        return asdict(self) | {"entries": [asdict(entry) for entry in self.entries]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StreamCursor:
+        return cls(values["place"], tuple(EntryCursor(**entry) for entry in values["entries"]))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What is streamed, with no file open; pickles. `entries` are the shards of each entry,
+    `block_rows` how many rows are shuffled at a time."""
+
+    entries: tuple[tuple[StreamFile, ...], ...]
+    seed: int
+    block_rows: int
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return tuple(files[0].entry.weight for files in self.entries)
+
+    def start(self) -> StreamCursor:
+        return StreamCursor(0, (EntryCursor(),) * len(self.entries))
+
+    def every_row(self) -> Iterator[StreamRow]:
+        """Each row once, in the order of the files."""
+        for files in self.entries:
+            for file in files:
+                for raw in file.shard.rows(0):
+                    yield StreamRow(file, raw)
+
+
+class OpenStream:
+    """The rows of `stream` from `cursor` on, without end."""
+
+    def __init__(self, stream: Stream, cursor: StreamCursor | None = None) -> None:
+        cursor = cursor or stream.start()
+        assert len(cursor.entries) == len(stream.entries)
+        self._stream = stream
+        self._place = cursor.place
+        self._readers = [
+            BlockReader(
+                [file.shard for file in files],
+                seed=stream.seed,
+                entry=number,
+                block_rows=stream.block_rows,
+                cursor=at,
+            )
+            for number, (files, at) in enumerate(zip(stream.entries, cursor.entries, strict=True))
+        ]
+
+    @property
+    def cursor(self) -> StreamCursor:
+        """Where the next row is."""
+        return StreamCursor(self._place, tuple(reader.cursor for reader in self._readers))
+
+    def take(self) -> StreamRow:
+        """The next row. Raises VlmtuneError where a file cannot be read on."""
+        stream = self._stream
+        entry = chosen_entry(self._place, seed=stream.seed, weights=stream.weights)
+        placed = self._readers[entry].take()
+        self._place += 1
+        return StreamRow(stream.entries[entry][placed.shard], placed.row)
+
+
+def open_stream(
+    entries: Sequence[DataEntry],
+    *,
+    seed: int,
+    block_rows: int,
+    access: Access = LOCAL,
+    cache_dir: Path,
+) -> Stream:
+    """The stream of `entries`; of each, the first shard with rows tells the format.
+
+    Raises VlmtuneError for a file that is missing, empty, listed twice or cannot be streamed.
+    """
+    opened = [(entry, open_shards(entry, cache_dir=cache_dir)) for entry in entries]
+    _check_listed_once([shard.file for _, shards in opened for shard in shards])
+    stems = Counter(_stem(shard.file) for _, shards in opened for shard in shards)
+    streamed = []
+    for entry, shards in opened:
+        name = _format_of(entry, shards)
+        labels = [_stem(s.file) if stems[_stem(s.file)] == 1 else s.file for s in shards]
+        streamed.append(
+            tuple(
+                StreamFile(entry, shard, name, label, access)
+                for shard, label in zip(shards, labels, strict=True)
+            )
+        )
+    return Stream(tuple(streamed), seed, block_rows)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The first rows of a shard, by number."""
+
+    shard: Shard
+    raws: list[RawRow]
+
+    @property
+    def file(self) -> str:
+        return self.shard.file
+
+    @property
+    def base_dir(self) -> Path:
+        return self.shard.base_dir
+
+    def __len__(self) -> int:
+        return len(self.raws)
+
+    def place(self, index: int) -> Source:
+        return Source(self.file, self.raws[index].line)
+
+    def read(self, index: int) -> Mapping[str, Any]:
+        return self.shard.parse(self.raws[index])
+
+
+def _format_of(entry: DataEntry, shards: Sequence[Shard]) -> FormatName:
+    """The format of an entry, which is logged, with the keys that it does not read."""
+    for shard in shards:
+        head = _Head(shard, list(islice(shard.rows(0), NUM_LOOKED_AT)))
+        if head.raws:
+            break
+    else:
+        raise VlmtuneError("there is no sample in the data", file=entry.path)
+    name = entry.format or detect_format(head, entry)
+    found = "named" if entry.format else "detected"
+    logger.info("%s: %d shard(s), streamed, format %s (%s)", entry.path, len(shards), name, found)
+    unused: set[str] = set()
+    for index in range(len(head)):
+        try:
+            unused |= head.read(index).keys() - KNOWN_KEYS[name]
+        except SampleError:
+            continue
+    if unused:
+        names = ", ".join(sorted(map(str, unused)))
+        logger.info("%s: keys kept out of training, in the first rows: %s", entry.path, names)
+    return name
+
+
+def _check_listed_once(files: Sequence[str]) -> None:
+    seen = set()
+    for file in files:
+        place = Path(file).resolve()
+        if place in seen:
+            raise VlmtuneError("the data file is listed twice", file=file, expected="once")
+        seen.add(place)
+
+
+def _stem(file: str) -> str:
+    return Path(file.removesuffix(".gz")).stem
