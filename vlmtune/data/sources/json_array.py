@@ -1,24 +1,25 @@
-"""A JSON array of objects."""
+"""A JSON array of objects, or an object that holds one: items by their place in the file."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmtune.data.sources.json_text import as_row, load_json, reason
+from vlmtune.data.index import Stamp, Table, in_pieces, open_table, read_chunks, read_span, stamp_of
+from vlmtune.data.sources.json_scan import CHUNK_BYTES, JsonScanner
+from vlmtune.data.sources.json_text import parse_line
 from vlmtune.data.types import Source
-from vlmtune.errors import SampleError, VlmtuneError
-
-_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
-class JsonArray:
+class JsonItems:
+    """Objects of a JSON file; `table` has the start and end of each."""
+
     path: Path
-    items: list[Any]
+    stamp: Stamp
+    table: Table
 
     @property
     def file(self) -> str:
@@ -29,29 +30,31 @@ class JsonArray:
         return self.path.parent
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.table)
 
     def place(self, index: int) -> Source:
-        return Source(str(self.path), index + 1)
+        return Source(self.file, index + 1)
 
     def read(self, index: int) -> Mapping[str, Any]:
-        return as_row(self.items[index], self.place(index))
+        start, end = self.table.row(index)
+        return parse_line(read_span(self.path, self.stamp, start, end), self.place(index))
 
 
-def open_json_array(path: Path) -> JsonArray:
+def open_json_array(path: Path, *, cache_dir: Path) -> JsonItems:
     """Raises SampleError where the file is no JSON, VlmtuneError where it cannot be read."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise VlmtuneError(f"the data file cannot be read ({error.strerror})", file=path) from error
-    try:
-        return JsonArray(path, load_json(content.removeprefix(_BOM)))
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise SampleError("the file is not UTF-8", file=path, line=line) from error
-    except json.JSONDecodeError as error:
-        raise SampleError(
-            f"not JSON ({error.msg}, column {error.colno})", file=path, line=error.lineno
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise SampleError(f"not JSON ({reason(error)})", file=path, line=1) from error
+    stamp = stamp_of(path)
+    table = open_table(
+        "array",
+        [(path, stamp)],
+        columns=2,
+        build=lambda extra: in_pieces(_scan(path), columns=2),
+        cache_dir=cache_dir,
+    )
+    return JsonItems(path, stamp, table)
+
+
+def _scan(path: Path) -> Iterator[tuple[int, int]]:
+    scanner = JsonScanner(read_chunks(path, CHUNK_BYTES), path)
+    for item in scanner.items():
+        yield item.start, item.end
+    scanner.check_end()

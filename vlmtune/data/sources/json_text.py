@@ -11,6 +11,8 @@ from vlmtune.data.text import describe, shorten
 from vlmtune.data.types import Source
 from vlmtune.errors import SampleError
 
+BOM = b"\xef\xbb\xbf"
+
 
 def parse_line(line: bytes, source: Source) -> Mapping[str, Any]:
     """The object that a line holds. Raises SampleError with its place."""

@@ -30,5 +30,5 @@ def open_rows(entry: DataEntry, *, cache_dir: Path) -> Sequence[Rows]:
     except OSError as error:
         raise VlmtuneError(f"the data file cannot be read ({error.strerror})", file=path) from error
     if head.removeprefix(_BOM).lstrip().startswith(b"["):
-        return [open_json_array(path)]
-    return [open_jsonl(path)]
+        return [open_json_array(path, cache_dir=cache_dir)]
+    return [open_jsonl(path, cache_dir=cache_dir)]

@@ -1,0 +1,18 @@
+"""What the tests of sources share."""
+
+from __future__ import annotations
+
+import pytest
+
+from vlmtune.data import index
+
+
+@pytest.fixture
+def always_kept(monkeypatch):
+    """Every index goes through the cache, and every table is mapped, however small."""
+    monkeypatch.setattr(index, "KEPT_FROM_BYTES", 1)
+
+
+@pytest.fixture
+def cache_dir(tmp_path):
+    return tmp_path / "cache"
