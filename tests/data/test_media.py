@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
-import struct
 import zlib
 from pathlib import Path
 
@@ -12,8 +12,18 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from vlmtune.data.media import open_image
-from vlmtune.data.types import Image
+from tests.data.odd_pictures import SEEDS, chunk, damaged, encoded, png, turned
+from vlmtune.data.media import (
+    content_digest,
+    locate_image,
+    locate_media,
+    open_image,
+    read_image,
+    upright_size,
+    verify_image,
+)
+from vlmtune.data.pixels import ANIMATED, BROKEN_EXIF, PAGES
+from vlmtune.data.types import LOCAL, Access, Image, Video
 from vlmtune.errors import VlmtuneError
 
 LIMIT = 1_000_000
@@ -21,6 +31,10 @@ LIMIT = 1_000_000
 
 def _open(ref: object, folder: Path = Path("."), *, max_pixels: int = LIMIT) -> PIL.Image.Image:
     return open_image(Image(str(ref), folder), max_pixels=max_pixels)
+
+
+def _bytes(content: bytes) -> Image:
+    return Image("row's bytes", Path("."), content=content)
 
 
 def _png_bytes(picture: PIL.Image.Image) -> bytes:
@@ -42,7 +56,7 @@ def test_a_relative_path_is_found_beside_the_data_file(name, tmp_path, halves):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     halves.save(tmp_path / name)
     assert _open(name, tmp_path).tobytes() == halves.tobytes()
-    assert _open(tmp_path / name, Path("/nowhere")).tobytes() == halves.tobytes()
+    assert _open(tmp_path / name, tmp_path).tobytes() == halves.tobytes()
 
 
 def test_a_data_url_and_bare_base64_hold_the_picture(halves):
@@ -66,21 +80,31 @@ def test_a_file_with_a_base64_like_name_is_a_file(tmp_path, halves):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation, tmp_path, halves):
-    stored = {
-        1: halves,
-        2: halves.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT),
-        3: halves.transpose(PIL.Image.Transpose.ROTATE_180),
-        4: halves.transpose(PIL.Image.Transpose.FLIP_TOP_BOTTOM),
-        5: halves.transpose(PIL.Image.Transpose.TRANSPOSE),
-        6: halves.transpose(PIL.Image.Transpose.ROTATE_90),
-        7: halves.transpose(PIL.Image.Transpose.TRANSVERSE),
-        8: halves.transpose(PIL.Image.Transpose.ROTATE_270),
-    }[orientation]
-    exif = PIL.Image.Exif()
-    exif[0x0112] = orientation
-    stored.save(tmp_path / "a.png", exif=exif)
-    assert _open("a.png", tmp_path).tobytes() == halves.tobytes()
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_exif_orientation_is_applied(orientation, kind, halves):
+    stored, exif = turned(halves, orientation)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    image = _bytes(encoded(stored, kind, exif=exif, **options))
+    assert open_image(image, max_pixels=LIMIT).tobytes() == halves.tobytes()
+    assert upright_size(image, max_pixels=LIMIT) == (8, 4)
+    assert verify_image(image, max_pixels=LIMIT) == (8, 4)
+
+
+def test_a_jpeg_is_turned_upright(halves):
+    stored, exif = turned(halves.resize((80, 40)), 6)
+    image = _bytes(encoded(stored, "JPEG", exif=exif, quality=95))
+    with PIL.Image.open(io.BytesIO(image.content)) as untouched:
+        assert untouched.size == (40, 80)
+    opened = open_image(image, max_pixels=LIMIT)
+    assert opened.size == (80, 40) == upright_size(image, max_pixels=LIMIT)
+    assert opened.getpixel((5, 20))[0] > 200 and opened.getpixel((75, 20))[2] > 200
+
+
+def test_a_picture_with_broken_exif_is_taken_as_upright_and_noted(halves):
+    good = read_image(_bytes(encoded(halves, "PNG")), max_pixels=LIMIT)
+    assert good.notes == ()
+    broken = read_image(_bytes(png(chunk(b"eXIf", b"nonsense"))), max_pixels=LIMIT)
+    assert broken.notes == (BROKEN_EXIF,)
 
 
 def test_transparency_is_laid_on_white(tmp_path):
@@ -118,26 +142,29 @@ def test_other_modes_become_rgb(mode, tmp_path):
     assert (opened.mode, opened.getpixel((1, 1))) == ("RGB", (255, 255, 255))
 
 
-def test_the_first_frame_of_an_animation_is_taken(tmp_path):
-    frames = [PIL.Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert _open("a.gif", tmp_path).getpixel((0, 0)) == (255, 0, 0)
+@pytest.mark.parametrize(
+    ("kind", "note"), [("GIF", ANIMATED), ("WEBP", ANIMATED), ("PNG", ANIMATED), ("TIFF", PAGES)]
+)
+def test_the_first_of_several_frames_is_taken_and_noted(kind, note):
+    frames = [PIL.Image.new("RGB", (4, 4), colour) for colour in ("red", "blue", "green")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    several = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    opened = read_image(_bytes(several), max_pixels=LIMIT)
+    assert opened.picture.getpixel((0, 0)) == (255, 0, 0)
+    assert opened.notes == (note,)
+    alone = read_image(_bytes(encoded(frames[0], kind, **options)), max_pixels=LIMIT)
+    assert alone.notes == ()
 
 
-def _png_header(width: int, height: int) -> bytes:
-    """A PNG that says it is huge and holds a few bytes."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(b"0"))
+def test_the_preview_in_a_camera_jpeg_is_no_second_frame(halves):
+    camera = encoded(halves, "MPO", save_all=True, append_images=[halves.resize((2, 1))])
+    opened = read_image(_bytes(camera), max_pixels=LIMIT)
+    assert (opened.picture.size, opened.notes) == ((8, 4), ())
 
 
-def _chunk(kind: bytes, content: bytes) -> bytes:
-    body = kind + content
-    return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
-
-
-@pytest.mark.parametrize("side", [1001, 10_000, 60_000])
+@pytest.mark.parametrize("side", [1001, 10_000, 30_000, 60_000])
 def test_a_decompression_bomb_is_refused_from_its_header(side, tmp_path):
-    (tmp_path / "bomb.png").write_bytes(_png_header(side, side))
+    (tmp_path / "bomb.png").write_bytes(png(width=side, height=side))
     with pytest.raises(VlmtuneError, match="too many pixels.*at most 1000000"):
         _open("bomb.png", tmp_path)
 
@@ -166,8 +193,10 @@ def test_a_file_cut_off_is_refused(tmp_path):
         ("HTTPS://example.org/a.png", "not fetched from the network"),
         ("file:///tmp/a.png", "plain path"),
         ("missing.png", "no such picture"),
-        ("nul\0.png", "no such picture"),
-        ("x" * 5000, "no such picture"),
+        ("nul\0.png", "no such picture file: no file name has such characters"),
+        ("half \ud800.png", "no such picture file: no file name has such characters"),
+        ("x" * 5000, "no such picture file: too long"),
+        ("x" * 300 + ".png", "no such picture file: too long"),
         ("data:image/png,abc", "not a data: URL"),
         ("data:image/png;base64,a!b", "does not hold base64"),
         ("data:image/png;base64,", "is empty"),
@@ -179,3 +208,162 @@ def test_references_that_lead_nowhere_are_refused(ref, reason, tmp_path):
     with pytest.raises(VlmtuneError, match=reason) as caught:
         _open(ref, tmp_path)
     assert len(str(caught.value)) < 1000
+    str(caught.value).encode()  # can be printed
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"<!DOCTYPE html><p>Not found", "an HTML page"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC picture"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1", "an AVIF picture"),
+        (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2", "a video"),
+        (b"%PDF-1.7\n", "a PDF document"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "a PostScript program"),
+        (b"PK\3\4" + b"\0" * 60, "a ZIP archive"),
+        (b"\x80\4\x95" + b"." * 40, "a pickle"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab", "a Git LFS pointer"),
+        (b'{"error": "gone"}', "JSON"),
+    ],
+)
+def test_what_is_no_picture_is_called_by_its_name(content, reason, tmp_path):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(VlmtuneError, match=f"not a picture in a known format, but {reason}"):
+        _open("a.png", tmp_path)
+
+
+def test_formats_outside_the_list_are_not_read(halves):
+    for kind in ("PPM", "ICO", "TGA", "PCX"):  # Pillow would
+        content = encoded(halves.resize((16, 16)), kind)
+        with PIL.Image.open(io.BytesIO(content)) as opened:
+            opened.load()
+        with pytest.raises(VlmtuneError, match="not a picture in a known format"):
+            open_image(_bytes(content), max_pixels=LIMIT)
+
+
+def test_the_name_of_a_file_says_nothing_about_its_format(tmp_path, halves):
+    (tmp_path / "a.jpg").write_bytes(encoded(halves, "PNG"))
+    (tmp_path / "b.eps").write_bytes(encoded(halves, "PNG"))
+    assert _open("a.jpg", tmp_path).tobytes() == halves.tobytes()
+    assert _open("b.eps", tmp_path).tobytes() == halves.tobytes()
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
+def test_a_bomb_in_a_text_or_profile_of_a_png_is_refused(kind):
+    def with_text(num_bytes: int) -> Image:
+        packed = zlib.compress(b"0" * num_bytes)
+        head = {b"zTXt": b"a\0\0", b"iTXt": b"a\0\1\0\0\0", b"iCCP": b"a\0\0"}[kind]
+        return _bytes(png(chunk(kind, head + packed)))
+
+    assert open_image(with_text(1000), max_pixels=LIMIT).size == (1, 1)
+    with pytest.raises(VlmtuneError, match="cannot be decoded"):
+        open_image(with_text(50_000_000), max_pixels=LIMIT)
+
+
+def test_a_checksum_that_is_wrong_is_refused(halves):
+    good = encoded(halves, "PNG")
+    for name in (b"IHDR", b"IDAT"):
+        broken = bytearray(good)
+        broken[broken.index(name) + 6] ^= 1
+        with pytest.raises(VlmtuneError, match="cannot be decoded"):
+            open_image(_bytes(bytes(broken)), max_pixels=LIMIT)
+
+
+def test_bytes_after_the_end_and_progressive_jpegs_are_read(halves):
+    plain = encoded(halves, "JPEG")
+    wanted = open_image(_bytes(plain), max_pixels=LIMIT).tobytes()
+    assert open_image(_bytes(plain + b"garbage" * 50), max_pixels=LIMIT).tobytes() == wanted
+    progressive = encoded(halves, "JPEG", progressive=True)
+    assert progressive != plain
+    assert open_image(_bytes(progressive), max_pixels=LIMIT).tobytes() == wanted
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1)])
+def test_any_shape_is_opened(size):
+    content = encoded(PIL.Image.new("RGB", size, "red"), "PNG")
+    assert verify_image(_bytes(content), max_pixels=LIMIT) == size
+
+
+def test_floating_point_and_wide_values_are_refused():
+    for dtype, reason in ((np.float32, "floating-point"), (np.int32, "32-bit")):
+        content = encoded(PIL.Image.fromarray(np.full((2, 2), 70_000, dtype)), "TIFF")
+        with pytest.raises(VlmtuneError, match=reason):
+            open_image(_bytes(content), max_pixels=LIMIT)
+
+
+def test_a_palette_of_several_transparencies_is_laid_on_white():
+    layers = PIL.Image.new("RGBA", (2, 1), (200, 0, 0, 255))
+    layers.putpixel((1, 0), (0, 0, 200, 0))
+    content = encoded(layers.quantize(4), "PNG")
+    with PIL.Image.open(io.BytesIO(content)) as stored:
+        assert stored.mode == "P"
+    opened = open_image(_bytes(content), max_pixels=LIMIT)
+    assert [opened.getpixel((x, 0)) for x in (0, 1)] == [(200, 0, 0), (255, 255, 255)]
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_damaged_files_end_in_a_picture_or_in_a_user_error(name):
+    content = SEEDS[name]()
+    assert verify_image(_bytes(content), max_pixels=LIMIT) == (24, 20)
+    refused = 0
+    for broken in damaged(content, num=150, seed=name):
+        try:
+            picture = open_image(_bytes(broken), max_pixels=LIMIT)
+        except VlmtuneError:
+            refused += 1
+        else:
+            assert picture.mode == "RGB"
+            assert picture.size == upright_size(_bytes(broken), max_pixels=LIMIT)
+    assert refused > 0
+
+
+def test_a_digest_is_of_the_bytes_wherever_they_are(tmp_path, halves):
+    content = encoded(halves, "PNG")
+    (tmp_path / "a.png").write_bytes(content)
+    wanted = hashlib.sha256(content).hexdigest()
+    url = "data:image/png;base64," + base64.b64encode(content).decode()
+    for image in (_bytes(content), Image("a.png", tmp_path), Image(url, tmp_path)):
+        assert content_digest(image) == wanted
+    assert content_digest(_bytes(content + b"x")) != wanted
+
+
+def test_bytes_of_the_row_go_before_the_name(tmp_path, halves):
+    image = Image("gone/a.png", tmp_path, content=encoded(halves, "PNG"))
+    assert open_image(image, max_pixels=LIMIT).tobytes() == halves.tobytes()
+    with pytest.raises(VlmtuneError, match="bytes are empty"):
+        locate_image(Image("a.png", tmp_path, content=b""))
+    with pytest.raises(VlmtuneError, match=r"5 bytes \(gone/a.png\)"):
+        open_image(Image("gone/a.png", tmp_path, content=b"hello"), max_pixels=LIMIT)
+
+
+def test_a_picture_outside_is_opened_where_that_is_allowed(tmp_path, halves):
+    (tmp_path / "data").mkdir()
+    halves.save(tmp_path / "a.png")
+    for ref in ("../a.png", str(tmp_path / "a.png")):
+        with pytest.raises(VlmtuneError, match="outside.*allow_outside_paths"):
+            open_image(Image(ref, tmp_path / "data", access=LOCAL), max_pixels=LIMIT)
+        allowed = Image(ref, tmp_path / "data", access=Access(allow_outside_paths=True))
+        assert open_image(allowed, max_pixels=LIMIT).tobytes() == halves.tobytes()
+
+
+def test_videos_and_their_frames_are_looked_for_by_the_same_rules(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.mp4").write_bytes(b"clip")
+    (tmp_path / "out.mp4").write_bytes(b"clip")
+    locate_media(Video("a.mp4", tmp_path / "data"))
+    locate_media(Video(("a.mp4", "a.mp4"), tmp_path / "data"))
+    with pytest.raises(VlmtuneError, match="no such video file"):
+        locate_media(Video(("a.mp4", "b.mp4"), tmp_path / "data"))
+    with pytest.raises(VlmtuneError, match="the video is outside"):
+        locate_media(Video("../out.mp4", tmp_path / "data"))
+
+
+def test_looking_for_a_url_asks_no_network(tmp_path):
+    url = "http://nowhere.invalid/a.png"
+    locate_media(Image(url, tmp_path, access=Access(allow_urls=True)))
+    with pytest.raises(VlmtuneError, match="allow_urls"):
+        locate_media(Image(url, tmp_path))
+    private = Image("http://192.168.0.1/a.png", tmp_path, access=Access(allow_urls=True))
+    with pytest.raises(VlmtuneError, match="not public"):
+        locate_media(private)

@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from vlmtune.data.collate import MediaLayout, collate
 from vlmtune.data.encode import Encoder
-from vlmtune.data.media import locate_image
+from vlmtune.data.media import content_digest
 from vlmtune.data.packing import plan_micro_batches
 from vlmtune.data.types import Conversation, Image, Part, Sample, SideBatch, Text, Turn
 from vlmtune.errors import SampleError, VlmtuneError
@@ -115,7 +114,7 @@ def picture_key(conversation: Conversation) -> str:
     """
     digest = sha256()
     for image in conversation.images:
-        digest.update(sha256(_bytes(image, conversation)).digest())
+        digest.update(bytes.fromhex(_content_digest(image, conversation)))
     return digest.hexdigest()
 
 
@@ -123,14 +122,11 @@ def _as_integer(digest: str) -> int:
     return int(digest[:16], 16) >> 1
 
 
-def _bytes(image: Image, conversation: Conversation) -> bytes:
+def _content_digest(image: Image, conversation: Conversation) -> str:
     try:
-        found = locate_image(image)
-        return found.read_bytes() if isinstance(found, Path) else found
+        return content_digest(image)
     except VlmtuneError as error:
         raise _error(conversation, error.message, got=error.got) from error
-    except OSError as error:
-        raise _error(conversation, f"the picture cannot be read ({error.strerror})") from error
 
 
 def _asked(conversation: Conversation, parts: tuple[Part, ...]) -> Conversation:

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import base64
 import io
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 
 import PIL.Image
-from PIL import ExifTags
 
-from vlmtune.data.media import locate_image
+from vlmtune.data.media import upright_size
 from vlmtune.data.types import Conversation, Image, Part, Turn
 from vlmtune.errors import VlmtuneError
 from vlmtune.evaluation.references import question_of
@@ -66,11 +65,8 @@ def _exchanges(conversation: Conversation) -> Iterator[tuple[str, str]]:
 def _blank(part: Part) -> Part:
     if not isinstance(part, Image):
         return part
-    found = locate_image(part)
-    with PIL.Image.open(found if isinstance(found, Path) else io.BytesIO(found)) as picture:
-        width, height = picture.size
-        if picture.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # turned by a quarter
-            width, height = height, width
+    # The model has seen the picture already, within the limit of pixels.
+    width, height = upright_size(part, max_pixels=sys.maxsize)
     return Image(_grey_picture(width, height), part.base_dir)
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from vlmtune import __version__
 from vlmtune.data.encode import Encoder
-from vlmtune.data.media import locate_image
+from vlmtune.data.fetch import is_url
+from vlmtune.data.media import content_digest, locate_image
 from vlmtune.data.types import Conversation, Image, Part, Text
 from vlmtune.evaluation.references import reference_answer
 from vlmtune.models.load import VLM
@@ -102,6 +103,8 @@ def _identity(part: Part) -> object:
     if isinstance(part, Text):
         return part.text
     assert isinstance(part, Image)
+    if is_url(part.ref):  # downloaded anew, it has a new time
+        return content_digest(part)
     found = locate_image(part)
     if isinstance(found, bytes):
         return hashlib.sha256(found).hexdigest()
