@@ -10,7 +10,7 @@ import pytest
 
 from tests.data.conftest import cached_processor
 from vlmtune.data.encode import Encoder
-from vlmtune.data.source import load_conversations
+from vlmtune.data.source import load_conversations, open_conversations
 from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
 
 USER = {"role": "user", "content": "Hi"}
@@ -76,7 +76,11 @@ BAD_ROWS = {
     "part a text": (_asked("Hi"), "turn 1, part 1 is not an object"),
     "part without type": (_asked({"text": "Hi"}), "part 1 has no type"),
     "unknown part": (_asked({"type": "audio", "audio": "a.wav"}), "unknown type"),
-    "video": (_asked({"type": "video", "video": "a.mp4"}), "arrive"),
+    "missing video": (_asked({"type": "video", "video": "a.mp4"}), "no such .*a.mp4"),
+    "missing frame": (_asked({"type": "video", "video": ["ok.png", "b.png"]}), "no such .*b.png"),
+    "video without frames": (_asked({"type": "video", "video": []}), "no frames"),
+    "video null": (_asked({"type": "video"}), "video's reference cannot be used"),
+    "frames as objects": (_asked({"type": "video", "video": [{}]}), "reference cannot be used"),
     "unknown part key": (_asked({"type": "text", "text": "a", "txt": "b"}), "unknown key.*txt"),
     "image without a picture": (_asked({"type": "image"}), "reference cannot be used"),
     "image null": (_asked(_image(None)), "reference cannot be used"),
@@ -103,7 +107,40 @@ BAD_ROWS = {
     "id a list": (_messages(USER, ASSISTANT, id=[1]), "id cannot be used"),
     "id taken": (_messages(USER, ASSISTANT, id="first"), "'first' is taken.*data.jsonl:1"),
     "answers a text": (_messages(USER, ASSISTANT, answers="yes"), "answers cannot be used"),
-    "question_type": (_messages(USER, ASSISTANT, question_type=1), "question_type cannot"),
+    "answers of numbers": (_messages(USER, ASSISTANT, answers=[1]), "answers cannot be used"),
+    "options a text": (_messages(USER, ASSISTANT, options="a"), "options cannot be used"),
+    "no answers": (_messages(USER, answers=[]), "no assistant turn"),
+    "half a character in answers": (_messages(USER, answers=["\ud83d"]), "surrogate"),
+    "half a character in an id": (_messages(USER, ASSISTANT, id="\ud83d"), "surrogate"),
+    "half a character in a path": (_asked(_image("\ud83d.png")), "surrogate"),
+    "question_type": (_messages(USER, ASSISTANT, question_type=1), "question_type is not a text"),
+    "train a text": (_messages(USER, {**ASSISTANT, "train": "no"}), "train of turn 2 cannot"),
+    "weight a text": (_messages(USER, {**ASSISTANT, "weight": "2"}), "weight of turn 2 cannot"),
+    "weight true": (_messages(USER, {**ASSISTANT, "weight": True}), "weight of turn 2 cannot"),
+    "weight below zero": (_messages(USER, {**ASSISTANT, "weight": -1}), "weight of turn 2 cannot"),
+    "huge weight": (_messages(USER, {**ASSISTANT, "weight": 10**400}), "weight of turn 2 cannot"),
+    "tiny weight": (_messages(USER, {**ASSISTANT, "weight": 1e-300}), "weight of turn 2 cannot"),
+    "train and weight": (
+        _messages(USER, {**ASSISTANT, "train": True, "weight": 1}),
+        "turn 2 has both train and weight",
+    ),
+    "train of a question": (
+        _messages({**USER, "train": True}, ASSISTANT),
+        "turn 1 \\(user\\) has a train key",
+    ),
+    "weight of a question": (
+        _messages({**USER, "weight": 0}, ASSISTANT),
+        "turn 1 \\(user\\) has a weight key",
+    ),
+    "video without a placeholder": (
+        _messages(USER, ASSISTANT, videos=["ok.png"]),
+        "videos and video placeholders.*1 in video\\(s\\), 0 placeholders",
+    ),
+    "video and videos": (_messages(USER, ASSISTANT, video="a", videos=["b"]), "both video and"),
+    "video in an answer": (
+        _messages(USER, {"role": "assistant", "content": [{"type": "video", "video": "ok.png"}]}),
+        "turn 2 \\(assistant\\) holds a video",
+    ),
     "sharegpt: one picture too few": (
         _sharegpt("<image><image> Hi", "Yo", images=["ok.png"]),
         "1 in image\\(s\\), 2 placeholders",
@@ -115,6 +152,15 @@ BAD_ROWS = {
         "did you mean 'human'",
     ),
     "sharegpt: no value": ({"conversations": [{"from": "human"}]}, "turn 1 has no value"),
+    "sharegpt: no video": (_sharegpt("<video> Hi", "Yo"), "0 in video\\(s\\), 1 placeholders"),
+    "sharegpt: video in the answer": (
+        _sharegpt("<video>Hi", "<video>", videos=["ok.png"]),
+        "turn 2 \\(gpt\\) holds a video",
+    ),
+    "sharegpt: weight of a question": (
+        {"conversations": [{"from": "human", "value": "Hi", "weight": 2}]},
+        "turn 1 \\(user\\) has a weight key",
+    ),
     "sharegpt: in the answer": (_sharegpt("Hi", "<image>"), "holds a picture"),
 }
 
@@ -254,3 +300,29 @@ def test_a_bad_picture_is_a_sample_error_at_its_line(name, inline, tmp_path):
     for encode in (encoder.encode, encoder.encode_prompt):
         with pytest.raises(SampleError, match=rf"data\.jsonl:1: .*{reason}"):
             encode(conversation)
+
+
+# Rows that evaluation takes and training refuses.
+UNTRAINABLE = {
+    "answers only": (_messages(USER, answers=["Yo", "Ya"]), "no assistant turn.*`answers` only"),
+    "answers to the last of two": (
+        _messages(USER, ASSISTANT, USER, answers=["Yo"]),
+        "the last turn is not answered",
+    ),
+    "train false": (_messages(USER, {**ASSISTANT, "train": False}), "nothing to learn"),
+    "weights of zero": (
+        _messages(USER, {**ASSISTANT, "weight": 0}, USER, {**ASSISTANT, "train": False}),
+        "nothing to learn",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNTRAINABLE)
+def test_a_row_with_nothing_to_learn_is_for_evaluation_only(name, tmp_path):
+    second, reason = UNTRAINABLE[name]
+    path = _write(tmp_path, second)
+    assert len(load_conversations([path])[0]) == 3
+    with pytest.raises(ErrorGroup, match=rf"data\.jsonl:2: .*{reason}"):
+        open_conversations([path], on_bad_sample="error")
+    kept, skipped = open_conversations([path], on_bad_sample="skip")
+    assert ([c.id for c in kept], len(skipped)) == (["first", "data:3"], 1)

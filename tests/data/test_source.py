@@ -1,17 +1,19 @@
-"""Rows of both formats as conversations: what is read, in which order, from which kinds of file."""
+"""Rows of turns as conversations: what is read, in which order, from which kinds of file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+from typing import get_args
 
 import PIL.Image
 import pytest
 
 from vlmtune.data.formats.registry import FORMATS
 from vlmtune.data.source import content_hash, load_conversations
-from vlmtune.data.types import Image, Text, Turn
+from vlmtune.data.types import Image, Text, Turn, Video
+from vlmtune.recipe.schema import FormatName
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Yo"}
@@ -32,8 +34,8 @@ def load(tmp_path):
     return load_rows
 
 
-def test_the_formats_are_listed_in_one_place():
-    assert set(FORMATS) == {"messages", "sharegpt"}
+def test_every_format_that_a_recipe_may_name_is_there():
+    assert set(FORMATS) == set(get_args(FormatName))
 
 
 def test_messages_with_parts_several_turns_and_pictures(load, tmp_path):
@@ -195,3 +197,79 @@ def test_content_hash_is_the_files_sha256(tmp_path):
     assert content_hash([path]) == {str(path): hashlib.sha256(b"abc").hexdigest()}
     path.write_bytes(b"abd")
     assert content_hash([path]) != {str(path): hashlib.sha256(b"abc").hexdigest()}
+
+
+def test_a_turns_weight_is_its_weight_or_zero_with_train_false(load):
+    answers = [
+        {**ASSISTANT, "train": False},
+        {**ASSISTANT, "weight": 0.5},
+        {**ASSISTANT, "train": True},
+        {**ASSISTANT, "train": None, "weight": None},
+    ]
+    turns = [turn for answer in answers for turn in (USER, answer)]
+    (conversation,) = load({"messages": turns})
+    assert [t.weight for t in conversation.turns if t.role == "assistant"] == [0.0, 0.5, 1.0, 1.0]
+
+
+def test_sharegpts_turns_have_weights_too(load):
+    human, gpt = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}
+    (conversation,) = load({"conversations": [human, {**gpt, "weight": 3}, human, gpt]})
+    assert [turn.weight for turn in conversation.turns] == [1.0, 3.0, 1.0, 1.0]
+
+
+def test_keys_of_turns_that_are_not_used_are_counted_with_those_of_rows(load, caplog):
+    with caplog.at_level(logging.INFO, logger="vlmtune"):
+        load({"messages": [{**USER, "name": "me"}, {**ASSISTANT, "wieght": 2}]})
+    assert "messages[].name (1), messages[].wieght (1)" in caplog.records[1].getMessage()
+
+
+def test_videos_are_files_or_lists_of_frames_in_parts_or_beside_the_turns(load, tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"clip")
+    frames = ["a.png", "b c.png"]
+
+    def asked(*parts, **keys):
+        return {"messages": [{"role": "user", "content": list(parts)}, ASSISTANT], **keys}
+
+    text = {"type": "text", "text": "Hi"}
+    file, listed = Video("a.mp4", tmp_path), Video(tuple(frames), tmp_path)
+    rows = {
+        file: [
+            asked({"type": "video", "video": "a.mp4"}, text),
+            asked({"type": "video"}, text, videos=["a.mp4"]),
+            asked({"type": "text", "text": "<video>\nHi"}, video="a.mp4"),
+        ],
+        listed: [
+            asked({"type": "video", "video": frames, "image": None}, text),
+            asked({"type": "video"}, text, videos=[frames]),
+            asked({"type": "text", "text": "<video>Hi"}, video=frames),
+        ],
+    }
+    for video, same in rows.items():
+        assert [c.turns[0].parts for c in load(*same)] == [(video, Text("Hi"))] * 3
+
+
+def test_pictures_and_videos_are_taken_by_placeholders_of_their_own(load, tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"clip")
+    turns = [{"from": "human", "value": "<video><image>?"}, {"from": "gpt", "value": "Yo"}]
+    (conversation,) = load({"conversations": turns, "image": "a.png", "video": "a.mp4"})
+    assert conversation.turns[0].parts == (
+        Video("a.mp4", tmp_path),
+        Image("a.png", tmp_path),
+        Text("?"),
+    )
+
+
+def test_llavas_video_rows_write_image_for_the_video(load, tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"clip")
+    turns = [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Yo"}]
+    (conversation,) = load({"conversations": turns, "video": "a.mp4"})
+    assert conversation.turns[0].parts == (Video("a.mp4", tmp_path), Text("Hi"))
+
+
+def test_video_is_a_word_of_html_where_none_is_listed(load):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Use <video src>, <video>"}]
+    asked, answered = load(
+        {"messages": [{"role": "user", "content": "a <video> tag"}, ASSISTANT]},
+    ) + load({"conversations": turns})
+    assert asked.turns[0].text == "a <video> tag"
+    assert answered.turns[1].text == "Use <video src>, <video>"

@@ -17,7 +17,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Literal, overload
 
-from vlmtune.data.formats.registry import detect_format, parse_row
+from vlmtune.data.formats.registry import (
+    check_entry,
+    detect_format,
+    format_line,
+    parse_row,
+)
 from vlmtune.data.formats.rows import Row
 from vlmtune.data.sources.registry import open_rows
 from vlmtune.data.sources.rows import Rows
@@ -127,8 +132,9 @@ def open_files(
             raise VlmtuneError("there is no sample in the file", file=rows.file)
         label = stem if stems.count(stem) == 1 else rows.file
         name = entry.format or detect_format(rows, entry)
-        found = "named" if entry.format else "detected"
-        logger.info("%s: %s rows, format %s (%s)", rows.file, f"{len(rows):,}", name, found)
+        check_entry(entry, name, file=rows.file)
+        line = format_line(rows, entry, name)
+        logger.info("%s: %s rows, format %s", rows.file, f"{len(rows):,}", line)
         files.append(OpenFile(entry, rows, name, label, access))
     return files
 

@@ -18,7 +18,8 @@ from vlmtune.data.dataset import (
     OpenFile,
     open_files,
 )
-from vlmtune.data.formats.registry import KNOWN_KEYS, parse_row
+from vlmtune.data.formats.registry import parse_row, unused_keys
+from vlmtune.data.formats.rows import check_trainable
 from vlmtune.data.media import locate_media
 from vlmtune.data.text import shorten
 from vlmtune.data.types import LOCAL, Access, Conversation, Media, Skipped, Source
@@ -127,8 +128,10 @@ def _scan(
             source = file.rows.place(index)
             try:
                 row = file.row(index)
-                unused.update(row.values.keys() - KNOWN_KEYS[file.format])
+                unused.update(unused_keys(row.values, file.entry, file.format))
                 conversation = parse_row(row, file.format)
+                if into is None:
+                    check_trainable(conversation)
                 _check_id(conversation, places)
                 if check_media:
                     check_located(conversation)

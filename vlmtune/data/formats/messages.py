@@ -5,7 +5,8 @@
                   {"role": "assistant", "content": "A cat."}]}
 
 `{"type": "image"}` without a picture, and `<image>` in a user's text, take the next one of the
-row's `images` where the row lists any.
+row's `images` where the row lists any; videos and `<video>` alike. An assistant's turn may have
+`train: false` or a `weight`.
 """
 
 from __future__ import annotations
@@ -13,48 +14,47 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmtune.data.formats.rows import (
-    PICTURE_KEYS,
-    Row,
-    RowImages,
-    build_conversation,
-    has_turns_with,
-    merge_texts,
+from vlmtune.data.formats.beside import (
+    MEDIA_KEYS,
+    MediaBeside,
+    media_beside,
     picture,
-    text_part,
-    turns_of,
+    video,
 )
+from vlmtune.data.formats.rows import Row, build_conversation, listed, merge_texts
+from vlmtune.data.formats.turns import WEIGHT_KEYS, has_turns_with, part_types, turns_of, weight_of
 from vlmtune.data.text import describe
-from vlmtune.data.types import Conversation, Part, Role, Turn
+from vlmtune.data.types import Conversation, Part, Role, Text, Turn
 from vlmtune.errors import nearest
 from vlmtune.recipe.schema import DataEntry
 
-TURN_KEYS = frozenset({"role", "content"})
-KEYS = PICTURE_KEYS | {"messages", "conversations"}
+TURN_KEYS = frozenset({"role", "content"}) | WEIGHT_KEYS
+KEYS = MEDIA_KEYS | {"messages", "conversations"}
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
-_PART_KEYS = {"text": {"type", "text"}, "image": {"type", "image"}}
+PART_TYPES = ("text", "image", "video")
+OPENAI_PARTS = frozenset({"image_url", "input_image", "input_text", "output_text", "video_url"})
 
 
 def matches(values: Mapping[str, Any], entry: DataEntry) -> bool:
-    """Whether the row's turns have the keys of this format."""
-    return has_turns_with(values, TURN_KEYS)
+    """Whether the row's turns have the keys of this format, and no part that OpenAI's has."""
+    return has_turns_with(values, {"role", "content"}) and not part_types(values) & OPENAI_PARTS
 
 
 def parse(row: Row) -> Conversation:
     """The conversation of a row whose turns have `role` and `content`."""
-    images = RowImages(row)
+    beside = media_beside(row, always=False)
     parsed = [
-        _turn(turn, number, row, images) for number, turn in enumerate(turns_of(row), start=1)
+        _turn(turn, number, row, beside) for number, turn in enumerate(turns_of(row), start=1)
     ]
-    images.check_all_taken()
+    beside.check_all_taken()
     return build_conversation(row, parsed)
 
 
-def _turn(turn: dict[str, Any], number: int, row: Row, images: RowImages) -> Turn:
+def _turn(turn: dict[str, Any], number: int, row: Row, beside: MediaBeside) -> Turn:
     for key in ("role", "content"):
         if key not in turn:
             raise row.error(
-                f"turn {number} has no {key}", got=", ".join(turn) or "no keys", expected=key
+                f"turn {number} has no {key}", got=listed(turn) or "no keys", expected=key
             )
     role = turn["role"]
     if role not in ROLES:
@@ -70,44 +70,42 @@ def _turn(turn: dict[str, Any], number: int, row: Row, images: RowImages) -> Tur
     if isinstance(content, list):
         parts: list[Part] = []
         for index, part in enumerate(content, start=1):
-            parts.extend(_part(part, f"{place}, part {index}", role, row, images))
+            parts.extend(_part(part, f"{place}, part {index}", role, row, beside))
     else:
-        parts = _text(content, place, role, row, images)
-    return Turn(role, merge_texts(parts))
+        parts = _text(content, place, role, row, beside)
+    return Turn(role, merge_texts(parts), weight_of(turn, number, role, row))
 
 
-def _part(part: object, place: str, role: Role, row: Row, images: RowImages) -> list[Part]:
+def _part(part: object, place: str, role: Role, row: Row, beside: MediaBeside) -> list[Part]:
     if not isinstance(part, dict):
         raise row.error(f"{place} is not an object", got=describe(part), expected='{"type": …, …}')
-    kind = part.get("type")
+    # Columns of objects fill in every key: what is null is not there.
+    given = {key: value for key, value in part.items() if value is not None}
+    kind = given.get("type")
     if kind is None:
         raise row.error(
-            f"{place} has no type", got=", ".join(part) or "no keys", expected="text | image"
+            f"{place} has no type", got=listed(part) or "no keys", expected=" | ".join(PART_TYPES)
         )
-    if kind not in ("text", "image"):
+    if kind not in PART_TYPES:
         raise row.error(
-            f"{place} has an unknown type",
-            got=describe(kind),
-            expected="text | image",
-            do="videos arrive with a later version" if kind == "video" else None,
+            f"{place} has an unknown type", got=describe(kind), expected=" | ".join(PART_TYPES)
         )
-    unknown = sorted(set(part) - _PART_KEYS[kind])
+    unknown = sorted(given.keys() - {"type", kind})
     if unknown:
         raise row.error(
-            f"{place} has an unknown key",
-            got=", ".join(unknown),
-            expected=" and ".join(sorted(_PART_KEYS[kind])),
+            f"{place} has an unknown key", got=listed(unknown), expected=f"{kind} and type"
         )
     if kind == "text":
-        return _text(part.get("text"), place, role, row, images)
-    if "image" not in part and images.given:
-        return [images.take()]
-    return [picture(part.get("image"), row)]
+        return _text(given.get("text"), place, role, row, beside)
+    if kind == "image":
+        from_list = "image" not in given and beside.given["image"]
+        return [beside.take("image") if from_list else picture(given.get("image"), row)]
+    from_list = "video" not in given and beside.given["video"]
+    return [beside.take("video") if from_list else video(given.get("video"), row)]
 
 
-def _text(text: object, place: str, role: Role, row: Row, images: RowImages) -> list[Part]:
-    checked = text_part(text, row, place=place)
-    # Without a list of pictures the word stands for itself.
-    if role == "user" and images.given:
-        return images.split(checked.text)
-    return [checked] if checked.text else list[Part]()
+def _text(text: object, place: str, role: Role, row: Row, beside: MediaBeside) -> list[Part]:
+    checked = row.text(text, place=place)
+    if role == "user":
+        return beside.split(checked)
+    return [Text(checked)] if checked else []

@@ -3,39 +3,69 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmtune.data.formats import messages, sharegpt
+from vlmtune.data.formats import (
+    alpaca,
+    chartqa,
+    class_folders,
+    coco_captions,
+    docvqa,
+    image_text,
+    messages,
+    openai,
+    query_response,
+    sharegpt,
+    table,
+    vqav2,
+)
 from vlmtune.data.formats.rows import COMMON_KEYS, Row
+from vlmtune.data.formats.turns import has_turns, unused_turn_keys
 from vlmtune.data.sources.rows import Rows
 from vlmtune.data.types import Conversation
-from vlmtune.errors import SampleError
+from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.recipe.schema import DataEntry, FormatName
 
 NUM_LOOKED_AT = 20
 """Rows by which a file's format is told."""
 
+_PROMPTED = ("table", "coco_captions", "image_text", "class_folders")
+
 
 @dataclass(frozen=True)
 class Format:
     """`matches(values, entry)`: whether a row looks like it; `parse` makes it a conversation, or
-    raises SampleError; `keys` are those it reads, besides COMMON_KEYS."""
+    raises SampleError; `keys` are those it reads, besides COMMON_KEYS, and `turn_keys` those of
+    its turns."""
 
     matches: Callable[[Mapping[str, Any], DataEntry], bool]
     parse: Callable[[Row], Conversation]
-    keys: frozenset[str]
+    keys: frozenset[str] | Callable[[Mapping[str, Any], DataEntry], Collection[str]]
+    turn_keys: frozenset[str] = frozenset()
 
 
 FORMATS: dict[FormatName, Format] = {
-    "messages": Format(messages.matches, messages.parse, messages.KEYS),
-    "sharegpt": Format(sharegpt.matches, sharegpt.parse, sharegpt.KEYS),
+    "messages": Format(messages.matches, messages.parse, messages.KEYS, messages.TURN_KEYS),
+    "openai": Format(openai.matches, openai.parse, openai.KEYS, openai.TURN_KEYS),
+    "sharegpt": Format(sharegpt.matches, sharegpt.parse, sharegpt.KEYS, sharegpt.TURN_KEYS),
+    "vqav2": Format(vqav2.matches, vqav2.parse, vqav2.KEYS),
+    "docvqa": Format(docvqa.matches, docvqa.parse, docvqa.KEYS),
+    "chartqa": Format(chartqa.matches, chartqa.parse, chartqa.KEYS),
+    "query_response": Format(query_response.matches, query_response.parse, query_response.KEYS),
+    "alpaca": Format(alpaca.matches, alpaca.parse, alpaca.KEYS),
+    "coco_captions": Format(coco_captions.matches, coco_captions.parse, coco_captions.KEYS),
+    "image_text": Format(image_text.matches, image_text.parse, image_text.KEYS),
+    "class_folders": Format(class_folders.matches, class_folders.parse, class_folders.KEYS),
+    "table": Format(table.matches, table.parse, table.keys_of),
 }
 """Where the first rows look like several, the first of them is taken."""
 
 KNOWN_KEYS: dict[FormatName, frozenset[str]] = {
-    name: known.keys | COMMON_KEYS for name, known in FORMATS.items()
+    name: COMMON_KEYS
+    | (known.keys if isinstance(known.keys, frozenset) else frozenset(table.ALL_NAMES))
+    for name, known in FORMATS.items()
 }
 
 
@@ -48,7 +78,7 @@ def parse_row(row: Row, name: FormatName) -> Conversation:
         if others and name not in others:
             raise row.error(
                 f"the row is in the format {others[0]}, its file in {name}",
-                got=f"keys {', '.join(map(str, row.values))}",
+                got=row.keys,
                 do="split the file; or name its format: data.train: [{path: …, format: …}]",
             ) from error
         raise
@@ -68,5 +98,49 @@ def detect_format(rows: Rows, entry: DataEntry) -> FormatName:
     return max(FORMATS, key=lambda name: votes[name])
 
 
+def unused_keys(values: Mapping[str, Any], entry: DataEntry, name: FormatName) -> set[str]:
+    """A row's keys that its format does not read; those of its turns as `messages[].name`."""
+    known = FORMATS[name]
+    keys = known.keys(values, entry) if callable(known.keys) else known.keys
+    unused = values.keys() - COMMON_KEYS - set(keys)
+    if known.turn_keys:
+        unused |= unused_turn_keys(values, known.turn_keys)
+    return unused
+
+
+def check_entry(entry: DataEntry, name: FormatName, *, file: str) -> None:
+    """Raise VlmtuneError where the recipe says something of a file that its format does not
+    regard."""
+    without_effect = {
+        "columns": bool(entry.columns) and name != "table",
+        "prompt": entry.prompt is not None and name not in _PROMPTED,
+        "annotations": entry.annotations is not None and name != "vqav2",
+    }
+    for key, has_no_effect in without_effect.items():
+        if has_no_effect:
+            raise VlmtuneError(
+                f"`{key}` has no effect in the format {name}",
+                file=file,
+                got="the format named" if entry.format else "the format detected",
+                do=f"take `{key}` away, or name another format with `format:`",
+            )
+
+
+def format_line(rows: Rows, entry: DataEntry, name: FormatName) -> str:
+    """What is said of a file's format when it is opened: where it is from, and a table's columns
+    as its first row has them."""
+    line = f"{name} ({'named' if entry.format else 'detected'})"
+    if name != "table":
+        return line
+    try:
+        columns = table.columns_of(rows.read(0), entry)
+    except SampleError:
+        return line
+    return f"{line}, {', '.join(f'{role}: {column}' for role, column in columns.items())}"
+
+
 def _matching(values: Mapping[str, Any], entry: DataEntry) -> list[FormatName]:
+    """The formats a row looks like. Rows whose columns the recipe names are those of a table."""
+    if entry.columns and not has_turns(values):
+        return ["table"]
     return [name for name, known in FORMATS.items() if known.matches(values, entry)]

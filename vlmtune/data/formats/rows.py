@@ -1,13 +1,15 @@
-"""What the formats share: the keys around the turns, the pictures beside them, the checks."""
+"""A row of a data file, and what every format does with it: names it, reads texts, checks turns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmtune.data.text import describe
+from vlmtune.data.text import describe, shorten
 from vlmtune.data.types import (
     LOCAL,
     Access,
@@ -20,13 +22,11 @@ from vlmtune.data.types import (
     Turn,
     Video,
 )
-from vlmtune.errors import SampleError, nearest
+from vlmtune.errors import SampleError
 from vlmtune.recipe.schema import DataEntry
 
-COMMON_KEYS = frozenset({"id", "answers", "question_type", "options"})
-PICTURE_KEYS = frozenset({"images", "image"})
-TURN_KEYS = ("messages", "conversations")
-PLACEHOLDER = "<image>"
+COMMON_KEYS = frozenset({"id", "answers", "question_type", "options", "__key__"})
+"""Read in every format; `__key__` is a tar member's name, repeated from shard to shard."""
 
 
 @dataclass(frozen=True)
@@ -59,136 +59,58 @@ class Row:
             do=do,
         )
 
-    @property
-    def id(self) -> str:
-        given = self.values.get("id")
+    def text(self, value: object, *, place: str) -> str:
+        """`value` where it is a text that can be encoded: JSON lets half an emoji through."""
+        if not isinstance(value, str):
+            raise self.error(f"{place} is not a text", got=describe(value), expected="a text")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise self.error(
+                f"{place} holds half a character (a lone surrogate)",
+                got=f"\\u{ord(value[error.start]):04x} at character {error.start + 1}",
+                expected="whole characters",
+            ) from error
+        return value
+
+    def written(self, value: object, *, place: str) -> str:
+        """A text, or a number as text: tables and JSON hold answers as either."""
+        is_finite = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+        if is_finite and not isinstance(value, bool):
+            return str(value)
+        return self.text(value, place=place)
+
+    def texts(self, value: object, *, place: str) -> tuple[str, ...]:
+        """A list of texts. None: no text."""
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+            raise self.error(
+                f"{place} cannot be used", got=describe(value), expected="a list of texts"
+            )
+        return tuple(self.text(text, place=f"a text of {place}") for text in value)
+
+    def id(self, key: str = "id") -> str:
+        """What the row calls itself under `key`, or else the name of its place."""
+        given = self.values.get(key)
         if given is None:
             return self.fallback_id
         if isinstance(given, bool) or not isinstance(given, (str, int)) or given == "":
             raise self.error(
-                "the id cannot be used", got=describe(given), expected="a text or a whole number"
+                f"the {key} cannot be used", got=describe(given), expected="a text or a number"
             )
-        return str(given)
+        return self.written(given, place=f"the {key}")
+
+    @property
+    def keys(self) -> str:
+        """The row's keys, for a message."""
+        return f"keys {listed(self.values)}" if self.values else "no keys"
 
 
-@dataclass
-class RowImages:
-    """The pictures listed beside the turns, handed out in order to the placeholders."""
-
-    row: Row
-    given: list[Image] = field(init=False)
-    num_taken: int = 0
-
-    def __post_init__(self) -> None:
-        values = self.row.values
-        if values.get("image") is not None and values.get("images") is not None:
-            raise self.row.error("both image and images are given", expected="one of them")
-        given = values.get("images")
-        if given is None:
-            given = values.get("image")
-        given = [] if given is None else given if isinstance(given, list) else [given]
-        self.given = [picture(value, self.row) for value in given]
-
-    def take(self) -> Image:
-        self.num_taken += 1
-        if self.num_taken > len(self.given):
-            # Counted on: `check_all_taken` reports how many placeholders there are in all.
-            return Image("", self.row.base_dir)
-        return self.given[self.num_taken - 1]
-
-    def split(self, text: str) -> list[Part]:
-        """`text` with each `<image>` replaced by the next picture.
-
-        One line break beside a placeholder goes with it, as LLaVA's own loader has it: the chat
-        template puts its own separator there.
-        """
-        pieces = text.split(PLACEHOLDER)
-        parts: list[Part] = []
-        for index, piece in enumerate(pieces):
-            if index > 0:
-                parts.append(self.take())
-                piece = piece.removeprefix("\n")
-            if index < len(pieces) - 1:
-                piece = piece.removesuffix("\n")
-            if piece:
-                parts.append(Text(piece))
-        return parts
-
-    def check_all_taken(self) -> None:
-        if self.num_taken != len(self.given):
-            raise self.row.error(
-                "pictures and image placeholders do not match",
-                got=f"{len(self.given)} in image(s), {self.num_taken} placeholders in the turns",
-                expected="one picture for each placeholder",
-            )
-
-
-def picture(value: object, row: Row) -> Image:
-    """A picture as rows give it: a reference, its bytes, or `{bytes, path}` as in `datasets`."""
-    name = ""
-    if isinstance(value, dict) and {"bytes", "path"} & value.keys():
-        name = value.get("path") or ""
-        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
-    if isinstance(value, bytes):
-        return Image(name, row.base_dir, content=value, access=row.access)
-    if not isinstance(value, str) or not value.strip():
-        raise row.error(
-            "a picture's reference cannot be used",
-            got=describe(value),
-            expected="a path, a URL, a data: URL, base64 or bytes",
-        )
-    return Image(value, row.base_dir, access=row.access)
-
-
-def turns_of(row: Row) -> list[dict[str, Any]]:
-    """The objects in the row's `messages` or `conversations`. Raises SampleError."""
-    given = [key for key in TURN_KEYS if key in row.values]
-    if len(given) == 2:
-        raise row.error("both messages and conversations are given", expected="one of them")
-    if not given:
-        close = next((key for key in row.values if nearest(key, TURN_KEYS)), None)
-        raise row.error(
-            "there are no messages",
-            got=f"keys {', '.join(map(str, row.values))}" if row.values else "no keys",
-            expected="messages or conversations",
-            do=f"is {close!r} misspelt?" if close else None,
-        )
-    turns = row.values[given[0]]
-    if not isinstance(turns, list):
-        raise row.error(f"{given[0]} is not a list", got=describe(turns), expected="a list")
-    if not turns:
-        raise row.error(f"{given[0]} is empty", expected="turns")
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict):
-            raise row.error(f"turn {number} is not an object", got=describe(turn))
-    return turns
-
-
-def has_turns_with(values: Mapping[str, Any], keys: Iterable[str]) -> bool:
-    """Whether some turn of a row has one of `keys`; where turns have no keys at all, yes."""
-    for name in TURN_KEYS:
-        turns = values.get(name)
-        if name in values and not isinstance(turns, list):
-            return True  # its own parser says what is wrong
-        objects = [turn for turn in turns or [] if isinstance(turn, dict) and turn]
-        if name in values and (not objects or any(set(keys) & turn.keys() for turn in objects)):
-            return True
-    return False
-
-
-def text_part(text: object, row: Row, *, place: str) -> Text:
-    """`text` checked: a text that can be encoded (JSON lets half an emoji through)."""
-    if not isinstance(text, str):
-        raise row.error(f"{place} is not a text", got=describe(text), expected="a text")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise row.error(
-            f"{place} holds half a character (a lone surrogate)",
-            got=f"\\u{ord(text[error.start]):04x} at character {error.start + 1}",
-            expected="whole characters",
-        ) from error
-    return Text(text)
+def listed(keys: Iterable[object]) -> str:
+    """Keys as a message names them."""
+    text = ", ".join(map(str, keys))
+    return shorten(text.encode("utf-8", "backslashreplace").decode("utf-8"), 200)
 
 
 def merge_texts(parts: Sequence[Part]) -> tuple[Part, ...]:
@@ -202,34 +124,69 @@ def merge_texts(parts: Sequence[Part]) -> tuple[Part, ...]:
     return tuple(merged)
 
 
-def build_conversation(row: Row, turns: Sequence[Turn]) -> Conversation:
-    """The conversation of checked turns with the row's id, answers and question type."""
-    _check_turns(row, turns)
-    question_type = row.values.get("question_type")
-    if question_type is not None and not isinstance(question_type, str):
-        raise row.error(
-            "question_type cannot be used", got=describe(question_type), expected="a text"
-        )
+def build_conversation(
+    row: Row,
+    turns: Sequence[Turn],
+    *,
+    id_key: str = "id",
+    answers: Sequence[str] | None = None,
+    question_type: str | None = None,
+) -> Conversation:
+    """The conversation of checked turns.
+
+    `answers` and `question_type` are those of the row's own keys where none are given. Raises
+    SampleError where the turns do not alternate, one is empty, or the last is not answered and
+    there are no `answers` that tell what is right.
+    """
+    if answers is None:
+        answers = row.texts(row.values.get("answers"), place="answers")
+    if question_type is None and row.values.get("question_type") is not None:
+        question_type = row.text(row.values["question_type"], place="question_type")
+    _check_turns(row, turns, has_answers=bool(answers))
     return Conversation(
-        id=row.id,
+        id=row.id(id_key),
         turns=tuple(turns),
         source=row.source,
-        answers=_texts(row, "answers"),
+        answers=tuple(answers),
         question_type=question_type,
-        options=_texts(row, "options"),
+        options=row.texts(row.values.get("options"), place="options"),
     )
 
 
-def _texts(row: Row, key: str) -> tuple[str, ...]:
-    texts = row.values.get(key)
-    if texts is None:
-        return ()
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise row.error(f"{key} cannot be used", got=describe(texts), expected="a list of texts")
-    return tuple(texts)
+def check_trainable(conversation: Conversation) -> None:
+    """Raise SampleError where there is nothing to learn: the last turn is not answered, or every
+    answer has weight 0. Evaluation takes such a conversation, training does not."""
+    last = conversation.turns[-1]
+    if last.role != "assistant":
+        raise SampleError(
+            "there is no assistant turn"
+            if all(turn.role != "assistant" for turn in conversation.turns)
+            else "the last turn is not answered",
+            file=conversation.source.file,
+            line=conversation.source.line,
+            got="`answers` only" if conversation.answers else last.role,
+            expected="a last turn of the assistant, to learn from",
+            do="add the turn; `answers` alone are for evaluation",
+        )
+    if not any(turn.weight for turn in conversation.turns if turn.role == "assistant"):
+        raise SampleError(
+            "there is nothing to learn: no assistant turn is trained on",
+            file=conversation.source.file,
+            line=conversation.source.line,
+            got="`train: false` or `weight: 0` in each",
+        )
 
 
-def _check_turns(row: Row, turns: Sequence[Turn]) -> None:
+def most_common(texts: Sequence[str]) -> str:
+    """The text given most often, of several the first."""
+    return Counter(texts).most_common(1)[0][0]
+
+
+def has_media(turn: Turn) -> bool:
+    return any(isinstance(part, (Image, Video)) for part in turn.parts)
+
+
+def _check_turns(row: Row, turns: Sequence[Turn], *, has_answers: bool) -> None:
     expected: tuple[Role, ...] = ("system", "user")
     for number, turn in enumerate(turns, start=1):
         if turn.role not in expected:
@@ -239,26 +196,29 @@ def _check_turns(row: Row, turns: Sequence[Turn]) -> None:
                 expected=" or ".join(expected),
                 do="let user and assistant take turns, with system, if at all, first",
             )
-        if turn.role in ("system", "assistant"):
-            if has_media(turn):
-                raise row.error(
-                    f"turn {number} ({turn.role}) holds a picture",
-                    expected="pictures in user turns only",
-                )
-            if not turn.text.strip():
-                raise row.error(f"turn {number} ({turn.role}) is empty", expected="a text")
-        elif not turn.parts or not (turn.text.strip() or has_media(turn)):
-            raise row.error(f"turn {number} (user) is empty", expected="a text or a picture")
+        _check_turn(row, turn, number)
         expected = ("assistant",) if turn.role == "user" else ("user",)
+    if turns[-1].role == "assistant" or (turns[-1].role == "user" and has_answers):
+        return
     if not any(turn.role == "assistant" for turn in turns):
         raise row.error(
             "there is no assistant turn",
             got=", ".join(turn.role for turn in turns),
-            expected="an answer to learn or to compare with",
+            expected="an answer to learn, or `answers` to compare with",
         )
-    if turns[-1].role != "assistant":
-        raise row.error("the last turn is not answered", got=turns[-1].role, expected="assistant")
+    raise row.error("the last turn is not answered", got=turns[-1].role, expected="assistant")
 
 
-def has_media(turn: Turn) -> bool:
-    return any(isinstance(part, (Image, Video)) for part in turn.parts)
+def _check_turn(row: Row, turn: Turn, number: int) -> None:
+    if turn.role == "user":
+        if not (turn.text.strip() or has_media(turn)):
+            raise row.error(f"turn {number} (user) is empty", expected="a text or a picture")
+        return
+    if has_media(turn):
+        kind = "picture" if any(isinstance(part, Image) for part in turn.parts) else "video"
+        raise row.error(
+            f"turn {number} ({turn.role}) holds a {kind}",
+            expected=f"{kind}s in user turns only",
+        )
+    if not turn.text.strip():
+        raise row.error(f"turn {number} ({turn.role}) is empty", expected="a text")

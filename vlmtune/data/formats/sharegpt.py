@@ -1,7 +1,10 @@
 """ShareGPT and LLaVA: `from` and `value`, `<image>` in the text, the pictures beside the turns.
 
-{"image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
-                                     {"from": "gpt", "value": "A cat."}]}
+    {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+                                         {"from": "gpt", "value": "A cat."}]}
+
+`<video>` stands for one of `video` or `videos`. Where a row lists videos and no picture, so does
+`<image>`, as LLaVA's video data has it.
 """
 
 from __future__ import annotations
@@ -9,23 +12,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmtune.data.formats.rows import (
-    PICTURE_KEYS,
-    PLACEHOLDER,
-    Row,
-    RowImages,
-    build_conversation,
-    has_turns_with,
-    text_part,
-    turns_of,
-)
+from vlmtune.data.formats.beside import MEDIA_KEYS, NOUNS, MediaBeside, media_beside
+from vlmtune.data.formats.rows import Row, build_conversation, listed
+from vlmtune.data.formats.turns import WEIGHT_KEYS, has_turns_with, turns_of, weight_of
 from vlmtune.data.text import describe
-from vlmtune.data.types import Conversation, Part, Role, Turn
+from vlmtune.data.types import Conversation, Part, Role, Text, Turn
 from vlmtune.errors import nearest
 from vlmtune.recipe.schema import DataEntry
 
-TURN_KEYS = frozenset({"from", "value"})
-KEYS = PICTURE_KEYS | {"messages", "conversations"}
+TURN_KEYS = frozenset({"from", "value"}) | WEIGHT_KEYS
+KEYS = MEDIA_KEYS | {"messages", "conversations"}
 ROLES: dict[str, Role] = {
     "system": "system",
     "human": "user",
@@ -37,24 +33,26 @@ ROLES: dict[str, Role] = {
 
 def matches(values: Mapping[str, Any], entry: DataEntry) -> bool:
     """Whether the row's turns have the keys of this format."""
-    return has_turns_with(values, TURN_KEYS)
+    return has_turns_with(values, {"from", "value"})
 
 
 def parse(row: Row) -> Conversation:
     """The conversation of a row whose turns have `from` and `value`."""
-    images = RowImages(row)
+    beside = media_beside(row, always=True)
+    if beside.given["video"] and not beside.given["image"]:
+        beside.placeholders["<image>"] = "video"
     parsed = [
-        _turn(turn, number, row, images) for number, turn in enumerate(turns_of(row), start=1)
+        _turn(turn, number, row, beside) for number, turn in enumerate(turns_of(row), start=1)
     ]
-    images.check_all_taken()
+    beside.check_all_taken()
     return build_conversation(row, parsed)
 
 
-def _turn(turn: dict[str, Any], number: int, row: Row, images: RowImages) -> Turn:
+def _turn(turn: dict[str, Any], number: int, row: Row, beside: MediaBeside) -> Turn:
     for key in ("from", "value"):
         if key not in turn:
             raise row.error(
-                f"turn {number} has no {key}", got=", ".join(turn) or "no keys", expected=key
+                f"turn {number} has no {key}", got=listed(turn) or "no keys", expected=key
             )
     speaker = turn["from"]
     if not isinstance(speaker, str) or speaker not in ROLES:
@@ -66,12 +64,16 @@ def _turn(turn: dict[str, Any], number: int, row: Row, images: RowImages) -> Tur
             do=f"did you mean {close!r}?" if close else None,
         )
     role = ROLES[speaker]
-    value = text_part(turn["value"], row, place=f"turn {number}")
+    weight = weight_of(turn, number, role, row)
+    value = row.text(turn["value"], place=f"turn {number}")
     if role == "user":
-        return Turn(role, tuple(images.split(value.text)))
-    if PLACEHOLDER in value.text:
-        raise row.error(
-            f"turn {number} ({speaker}) holds a picture", expected="pictures in human turns only"
-        )
-    parts: tuple[Part, ...] = (value,) if value.text else ()
-    return Turn(role, parts)
+        return Turn(role, tuple(beside.split(value)))
+    for word, kind in beside.placeholders.items():
+        # `<video>` is an element of HTML too: in an answer it may stand for itself.
+        if word in value and (word == "<image>" or beside.given[kind]):
+            raise row.error(
+                f"turn {number} ({speaker}) holds a {NOUNS[kind]}",
+                expected=f"{NOUNS[kind]}s in human turns only",
+            )
+    parts: tuple[Part, ...] = (Text(value),) if value else ()
+    return Turn(role, parts, weight)

@@ -1,0 +1,135 @@
+"""A row of a table: a picture and its caption or class, or a question, its answer and a picture.
+
+    {"image_path": "a.png", "caption": "A red ball."}
+    {"image_path": "a.png", "question": "Which colour is it?", "answer": "red"}
+
+The entry's `columns` say which column is what; without a word on a role, it is the column with one
+of the role's usual names, in capitals or not. The question of a caption or a class is the entry's
+`prompt`. A question may do without a picture, an answer may be a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, get_args
+
+from vlmtune.data.formats.pictured import (
+    CAPTION_PROMPT,
+    CLASS_PROMPT,
+    answers_of,
+    asked_of_pictures,
+    best_answer,
+)
+from vlmtune.data.formats.rows import Row, listed
+from vlmtune.data.formats.turns import has_turns
+from vlmtune.data.types import Conversation
+from vlmtune.recipe.schema import ColumnRole, DataEntry
+
+USUAL_NAMES: dict[ColumnRole, tuple[str, ...]] = {
+    "id": ("id",),
+    "image": (
+        "image",
+        "images",
+        "image_path",
+        "img",
+        "img_path",
+        "picture",
+        "file_name",
+        "filename",
+        "image_file",
+        "filepath",
+        "path",
+        "file",
+        "image_url",
+        "url",
+    ),
+    "question": ("question", "query", "prompt"),
+    "answer": ("answer", "answers", "response"),
+    "caption": ("caption", "text", "description"),
+    "label": ("label", "class", "category"),
+}
+ALL_NAMES = frozenset(name for names in USUAL_NAMES.values() for name in names)
+ROLES: tuple[ColumnRole, ...] = get_args(ColumnRole)
+_FORMS: tuple[tuple[ColumnRole, ...], ...] = (
+    ("question", "answer"),
+    ("image", "caption"),
+    ("image", "label"),
+)
+"""The roles that a row must have at least; the first of these that it has is what it is."""
+
+
+def matches(values: Mapping[str, Any], entry: DataEntry) -> bool:
+    """Whether the columns make a sample."""
+    return not has_turns(values) and _form(columns_of(values, entry)) is not None
+
+
+def columns_of(values: Mapping[str, Any], entry: DataEntry) -> dict[ColumnRole, str]:
+    """The column of each role that the row has and is read by."""
+    found = {role: column for role in ROLES if (column := _column(values, entry, role)) is not None}
+    form = _form(found)
+    used = ("id", "image", *form) if form else ROLES
+    return {role: column for role, column in found.items() if role in used}
+
+
+def keys_of(values: Mapping[str, Any], entry: DataEntry) -> Collection[str]:
+    """The columns that are read."""
+    return columns_of(values, entry).values()
+
+
+def parse(row: Row) -> Conversation:
+    """The conversation of a row of a table."""
+    missing = [name for name in row.entry.columns.values() if name not in row.values]
+    if missing:
+        raise row.error(
+            f"there is no column {listed(missing)}",
+            got=row.keys,
+            expected="the columns that the recipe names",
+        )
+    columns = columns_of(row.values, row.entry)
+    form = _form(columns)
+    if form is None:
+        raise row.error(
+            "the columns make no sample",
+            got=row.keys,
+            expected="image and caption, image and label, or question and answer",
+            do="say which is which: columns: {image: …, question: …, answer: …}",
+        )
+    images = row.values.get(columns["image"]) if "image" in columns else None
+    id_key = columns.get("id", "id")
+    if form == ("question", "answer"):
+        several = answers_of(row, columns["answer"])
+        is_one = isinstance(row.values[columns["answer"]], (str, int, float))
+        return asked_of_pictures(
+            row,
+            images,
+            question=row.text(row.values[columns["question"]], place=columns["question"]),
+            answer=best_answer(row, several, columns["answer"]),
+            must_have_picture=False,
+            id_key=id_key,
+            answers=None if is_one and columns["answer"] != "answers" else several,
+        )
+    said = columns[form[1]]
+    prompt = CAPTION_PROMPT if form[1] == "caption" else CLASS_PROMPT
+    return asked_of_pictures(
+        row,
+        images,
+        question=row.entry.prompt or prompt,
+        answer=row.written(row.values[said], place=said),
+        id_key=id_key,
+    )
+
+
+def _column(values: Mapping[str, Any], entry: DataEntry, role: ColumnRole) -> str | None:
+    """The column of `role` in the row: the one the recipe names, or one of a usual name."""
+    if role in entry.columns:
+        return entry.columns[role] if entry.columns[role] in values else None
+    taken = set(entry.columns.values())
+    by_name: dict[str, str] = {}
+    for column in values:
+        if column not in taken:
+            by_name.setdefault(column.lower(), column)
+    return next((by_name[name] for name in USUAL_NAMES[role] if name in by_name), None)
+
+
+def _form(columns: Mapping[ColumnRole, str]) -> tuple[ColumnRole, ...] | None:
+    return next((form for form in _FORMS if all(role in columns for role in form)), None)
