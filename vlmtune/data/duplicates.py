@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from vlmtune.data.media import locate_image
+from vlmtune.data.placed import placed
 from vlmtune.data.types import Conversation, Image, Media, Text
-from vlmtune.errors import SampleError, VlmtuneError
+from vlmtune.errors import VlmtuneError
 
 MAX_REMEMBERED = 100_000
 """Files of pictures whose digests are remembered, so that each is read once."""
@@ -122,10 +123,10 @@ def digests_of(conversation: Conversation, known: PictureDigests) -> Digests:
         try:
             pictures += known.of(media)
         except VlmtuneError as error:
-            raise _placed(conversation, error.message, error) from error
+            raise placed(error, conversation.source) from error
         except OSError as error:
-            reason = f"a picture cannot be read ({error.strerror or error})"
-            raise _placed(conversation, reason, None) from error
+            reason = VlmtuneError(f"a picture cannot be read ({error.strerror or error})")
+            raise placed(reason, conversation.source) from error
     question = question_digest(conversation)
     both = np.array([question, *pictures], dtype="<u8").tobytes()
     turns = [
@@ -200,14 +201,3 @@ def _file_digest(path: Path) -> int:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return int.from_bytes(digest.digest(), "little")
-
-
-def _placed(conversation: Conversation, message: str, cause: VlmtuneError | None) -> SampleError:
-    return SampleError(
-        message,
-        file=conversation.source.file,
-        line=conversation.source.line,
-        got=cause.got if cause else None,
-        expected=cause.expected if cause else None,
-        do=cause.do if cause else None,
-    )
