@@ -79,7 +79,9 @@ class JsonScanner:
             except (ValueError, RecursionError) as error:
                 raise self._fault(reason(error), self._at) from error
             else:
-                if end < len(self._text) or self._is_complete:
+                # "0." and "1e+" are read as 0 and 1 where the text ends there.
+                ahead = 3 if isinstance(value, (int, float)) else 0
+                if end + ahead < len(self._text) or self._is_complete:
                     break
             self._fill()
         text, start = self._text[self._at : end], self._offset
