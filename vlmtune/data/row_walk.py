@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from vlmtune.data.dataset import OpenFile
-from vlmtune.data.formats.registry import KNOWN_KEYS, parse_row
+from vlmtune.data.formats.registry import parse_row, unused_keys
 from vlmtune.data.text import shorten
 from vlmtune.data.types import Conversation, Source
 from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
@@ -70,7 +70,7 @@ class RowWalk:
 
     def _conversation(self, file: OpenFile, index: int) -> Conversation:
         row = file.row(index)
-        self.unused.update(row.values.keys() - KNOWN_KEYS[file.format])
+        self.unused.update(unused_keys(row.values, file.entry, file.format))
         conversation = parse_row(row, file.format)
         if _digest(conversation.id) in self._ids:
             raise SampleError(
