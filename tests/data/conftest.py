@@ -24,12 +24,15 @@ def kind(request) -> str:
 
 @pytest.fixture
 def make_encoder():
-    def make(kind: str, *, max_tokens: int = 2048, over_length: str = "error") -> Encoder:
+    def make(
+        kind: str, *, max_tokens: int = 2048, over_length: str = "error", **options
+    ) -> Encoder:
         return Encoder(
             cached_processor(kind),
             max_tokens=max_tokens,
             over_length=over_length,
             max_image_pixels=10_000_000,
+            **options,
         )
 
     return make

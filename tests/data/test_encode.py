@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -237,6 +238,58 @@ def test_an_extreme_aspect_ratio_is_a_sample_error(make_encoder, make_conversati
     )
     with pytest.raises(SampleError, match=r"train\.jsonl:7: .*aspect ratio"):
         make_encoder("qwen").encode(conversation)
+
+
+def _weighted(conversation, *weights):
+    """The conversation with its assistant turns' weights."""
+    given = iter(weights)
+    turns = tuple(
+        replace(turn, weight=next(given)) if turn.role == "assistant" else turn
+        for turn in conversation.turns
+    )
+    return replace(conversation, turns=turns)
+
+
+def test_only_the_last_answer_is_supervised_with_last_turn(
+    kind, make_encoder, make_conversation, picture
+):
+    conversation = _conversation("multi-turn", make_conversation, picture)
+    sample = make_encoder(kind, train_on="last_turn").encode(conversation)
+    processor = cached_processor(kind)
+    assert _decode_supervised(sample, processor) == LEAD[kind] + "yes, 42 times" + END[kind]
+    both = make_encoder(kind).encode(conversation)
+    assert torch.equal(sample.input_ids, both.input_ids)
+    assert sample.num_supervised < both.num_supervised and sample.weights is None
+
+
+def test_a_turn_of_weight_0_is_not_supervised_and_the_others_weigh_as_said(
+    kind, make_encoder, make_conversation, picture
+):
+    conversation = _conversation("multi-turn", make_conversation, picture)
+    processor, encoder = cached_processor(kind), make_encoder(kind)
+    first = encoder.encode(_weighted(conversation, 1.0, 0.0))
+    assert _decode_supervised(first, processor) == LEAD[kind] + "yes" + END[kind]
+    assert first.weights is None
+    sample = encoder.encode(_weighted(conversation, 0.5, 3.0))
+    number = first.num_supervised
+    assert sample.weights is not None and sample.weights.dtype == torch.float32
+    weights = sample.weights[sample.targets != IGNORED].tolist()
+    assert weights == [0.5] * number + [3.0] * (sample.num_supervised - number)
+    last = make_encoder(kind, train_on="last_turn").encode(_weighted(conversation, 0.5, 3.0))
+    assert last.weights is not None
+    assert last.weights[last.targets != IGNORED].unique().tolist() == [3.0]
+
+
+def test_a_sample_with_nothing_supervised_is_refused(
+    kind, make_encoder, make_conversation, picture
+):
+    conversation = _conversation("multi-turn", make_conversation, picture)
+    with pytest.raises(SampleError, match=r"train\.jsonl:7: there is nothing to learn"):
+        make_encoder(kind).encode(_weighted(conversation, 0.0, 0.0))
+    with pytest.raises(SampleError, match="nothing to learn"):
+        make_encoder(kind, train_on="last_turn").encode(_weighted(conversation, 1.0, 0.0))
+    with pytest.raises(SampleError, match="nothing to learn"):
+        make_encoder(kind).encode(make_conversation(("user", "Hi")))
 
 
 def test_a_slow_tokenizer_is_refused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import PIL.Image
 import pytest
 import torch
@@ -150,3 +152,25 @@ def test_a_question_is_never_cut(kind, make_encoder, make_conversation):
     conversation = make_conversation(("user", "What is it? " * 20), ("assistant", "a cat"))
     with pytest.raises(SampleError, match="too long"):
         make_encoder(kind, max_tokens=20, over_length="trim_text").encode_prompt(conversation)
+
+
+def test_cutting_keeps_weights_beside_their_targets(kind, make_encoder, make_conversation):
+    conversation = make_conversation(("user", "Hi"), ("assistant", "word " * 40))
+    turns = (conversation.turns[0], replace(conversation.turns[1], weight=2.0))
+    weighted = replace(conversation, turns=turns)
+    sample = make_encoder(kind, max_tokens=30, over_length="trim_text").encode(weighted)
+    assert sample.notes[0] == TRIMMED and sample.weights is not None
+    assert sample.weights.shape == sample.targets.shape == (30,)
+    assert sample.weights[sample.targets != IGNORED].unique().tolist() == [2.0]
+
+
+def test_cutting_never_supervises_a_turn_that_was_not_to_be(kind, make_encoder, make_conversation):
+    """The last turn is out of reach: the one before it must not take its place."""
+    conversation = make_conversation(
+        ("user", "Hi"), ("assistant", "Yo"), ("user", "word " * 60), ("assistant", "end")
+    )
+    trimmed = make_encoder(kind, max_tokens=40, over_length="trim_text").encode(conversation)
+    assert "Yo" in _supervised_text(trimmed, kind)
+    encoder = make_encoder(kind, max_tokens=40, over_length="trim_text", train_on="last_turn")
+    with pytest.raises(SampleError, match="no answer is left"):
+        encoder.encode(conversation)

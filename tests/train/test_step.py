@@ -73,9 +73,11 @@ def test_a_loss_that_is_not_finite_names_its_samples(make_recipe, tiny_vlm: Path
 
     calls = []
 
-    def broken(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def broken(logits, targets, weights=None) -> torch.Tensor:
         calls.append(1)
-        return summed_cross_entropy(logits, targets) * (float("nan") if len(calls) > 2 else 1.0)
+        return summed_cross_entropy(logits, targets, weights) * (
+            float("nan") if len(calls) > 2 else 1.0
+        )
 
     monkeypatch.setattr(module, "summed_cross_entropy", broken)
     recipe = make_recipe("run", train__micro_batch_tokens=4000)

@@ -1,14 +1,78 @@
-"""Where each token of a text stands once the processor has written out its pictures.
+"""Where each token that the model sees stands in the rendered text.
 
-The tokenizer alone gives one placeholder token a picture, with character offsets; the processor
-gives many tokens a picture (with rows, columns and borders in some families), without. The text
-between two pictures is the same token for token in both, which is what places it.
+A processor writes a picture or a video out as many tokens, with rows, columns, borders and times
+in some families, where the text has one placeholder. Most processors say which characters they
+wrote in place of which (`align_by_characters`). Of one that does not, the tokens between two
+pictures are those that its tokenizer alone gives, which is what places them (`align_by_tokens`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+Offsets = Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """`offsets`: of each token that the model sees, its characters [start, end) of the rendered
+    text; (0, 0) for a picture's or a video's, for one that the tokenizer adds itself, and for one
+    whose place is not certain. `media_end`: the position after the last picture or video."""
+
+    offsets: Offsets
+    num_media_tokens: int = 0
+    media_end: int = 0
+
+
+def align_by_characters(written: Offsets, replacements: Sequence[Mapping[str, Any]]) -> Alignment:
+    """From the tokens' characters of the text as the processor wrote it out.
+
+    `replacements`, in order, have the characters of a placeholder (`span`) and what stands in its
+    place (`new_span`). Of a token that is part placeholder, part text, the text counts.
+    """
+    offsets: list[tuple[int, int]] = []
+    num_media, media_end, number, shift = 0, 0, 0, 0
+    for position, (start, end) in enumerate(written):
+        while number < len(replacements) and replacements[number]["new_span"][1] <= start:
+            shift = replacements[number]["new_span"][1] - replacements[number]["span"][1]
+            number += 1
+        if number == len(replacements) or end <= replacements[number]["new_span"][0]:
+            offsets.append((start - shift, end - shift) if end > start else (0, 0))
+            continue
+        (old_start, old_end), (new_start, new_end) = (
+            replacements[number][key] for key in ("span", "new_span")
+        )
+        media_end = position + 1
+        if start >= new_start and end <= new_end:
+            num_media += 1
+            offsets.append((0, 0))
+        else:
+            first = start - shift if start < new_start else old_end
+            last = old_start if end <= new_end else old_end + end - new_end
+            offsets.append((first, max(first, last)))
+    return Alignment(offsets, num_media, media_end)
+
+
+def align_by_tokens(
+    plain: Sequence[int], offsets: Offsets, processed: Sequence[int], image_token_id: int
+) -> Alignment | None:
+    """From the tokens `plain` of the text with one token a picture, and their characters
+    `offsets`; None where `processed`, the model's, are not the same outside the pictures."""
+    segments = align_segments(plain, processed, image_token_id)
+    if segments is None:
+        return None
+    placed: list[tuple[int, int]] = [(0, 0)] * len(processed)
+    for start, length, at in segments:
+        if at is not None:
+            placed[at : at + length] = offsets[start : start + length]
+    has_media = len(segments) > 1
+    return Alignment(
+        placed,
+        num_media_tokens=len(processed) - sum(segment.length for segment in segments),
+        media_end=len(processed) - segments[-1].length if has_media else 0,
+    )
 
 
 class Segment(NamedTuple):
@@ -80,9 +144,7 @@ def _find(ids: list[int], text: list[int], position: int) -> int | None:
     return None
 
 
-def tokens_of_span(
-    offsets: Sequence[tuple[int, int]], start: int, end: int
-) -> tuple[int, int] | None:
+def tokens_of_span(offsets: Offsets, start: int, end: int) -> tuple[int, int] | None:
     """First and last token that overlap the characters [start, end).
 
     Tokens without width between them (spaces, in some tokenizers) belong to the span; special

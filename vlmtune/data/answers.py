@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from vlmtune.data.alignment import Segment
 from vlmtune.data.masks import MaskError, label_targets
 from vlmtune.data.template import ChatTemplate, Rendered, TemplateError, special_tokens
 from vlmtune.data.text import shorten
@@ -69,14 +68,13 @@ class AnswerTokenizer:
         try:
             rendered = self._template.render([*_asked(conversation), _answer_turn(text)])
             ids, offsets = self._tokenize(rendered.text)
-            targets, _ = label_targets(
+            targets = label_targets(
                 Rendered(rendered.text, rendered.spans[-1:]),
                 offsets,
-                [Segment(0, len(ids), 0)],
                 torch.tensor(ids),
                 end_token=self._template.end_token,
                 tokenizer=self._tokenizer,
-            )
+            ).targets
         except (TemplateError, MaskError) as error:
             raise _placed(conversation, error) from error
         positions = (targets != IGNORED).nonzero().flatten()  # (n,)

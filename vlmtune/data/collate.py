@@ -30,7 +30,21 @@ def collate(samples: Sequence[Sample], *, pad_token_id: int, media_layout: Media
         sample_ids=tuple(sample.id for sample in samples),
         num_tokens=sum(sample.num_tokens for sample in samples),
         num_images=sum(sample.num_images for sample in samples),
+        weights=_weights(samples),
     )
+
+
+def _weights(samples: Sequence[Sample]) -> torch.Tensor | None:
+    """The weights (S,) of the supervised tokens, row by row; None where no sample has any."""
+    if all(sample.weights is None for sample in samples):
+        return None
+    rows = []
+    for sample in samples:
+        weights = sample.weights
+        if weights is None:
+            weights = torch.ones(sample.num_tokens, dtype=torch.float32)
+        rows.append(weights[sample.targets != IGNORED])
+    return torch.cat(rows)
 
 
 def collate_prompts(

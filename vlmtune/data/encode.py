@@ -1,8 +1,8 @@
 """A conversation as the model sees it: token ids, targets and media, checked by decoding.
 
-    Conversation -> chat template with the answers' characters        template.py
-      -> tokenizer alone: one token a picture, with offsets ---+
-      -> processor: input_ids (T,), media ---------------------+      alignment.py
+    Conversation -> pictures and videos decoded                       media.py, video.py
+      -> chat template with the answers' characters                   template.py
+      -> processor: input_ids (T,), media, each token's characters    process.py, alignment.py
       -> targets (T,), decoded and compared with the answers          masks.py
       -> too long: refused, left out, shrunk or cut                   over_length.py
 
@@ -17,16 +17,18 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import PIL.Image
-import torch
 
-from vlmtune.data.alignment import align_segments
 from vlmtune.data.masks import MaskError, label_targets
-from vlmtune.data.media import open_image
+from vlmtune.data.media import read_image
 from vlmtune.data.over_length import TURNS_LEFT_OUT, cut_text, shrink_images
+from vlmtune.data.process import ProcessError, process
 from vlmtune.data.template import ChatTemplate, Rendered, TemplateError, special_tokens
-from vlmtune.data.types import IGNORED, Conversation, Sample, Text
+from vlmtune.data.types import Conversation, Sample, Text, Turn
+from vlmtune.data.video import Clip, read_video
 from vlmtune.errors import SampleError, VlmtuneError
+from vlmtune.recipe.schema import VideoSection
 
+TrainOn = Literal["assistant", "last_turn"]
 OverLengthPolicy = Literal["error", "drop", "shrink_images", "trim_text"]
 
 UNKNOWN = "characters that the tokenizer does not know"
@@ -34,6 +36,21 @@ UNKNOWN = "characters that the tokenizer does not know"
 
 class OverLength(SampleError):
     """The sample has more than `max_tokens` tokens and is to be left out."""
+
+
+@dataclass(frozen=True)
+class _Media:
+    """A conversation's pictures and videos, decoded, each in their order."""
+
+    pictures: Sequence[PIL.Image.Image]
+    clips: Sequence[Clip]
+    notes: tuple[str, ...]
+
+    @property
+    def shortest_side(self) -> int:
+        """In pixels; 0 where there is neither."""
+        frames = (clip.frames[0] for clip in self.clips)
+        return min((min(picture.size) for picture in (*self.pictures, *frames)), default=0)
 
 
 @dataclass(frozen=True)
@@ -55,7 +72,10 @@ class Encoder:
         max_tokens: int,
         over_length: OverLengthPolicy,
         max_image_pixels: int,
+        train_on: TrainOn = "assistant",
+        video: VideoSection | None = None,
     ) -> None:
+        """`video`: how videos become frames; None: as by the recipe's defaults."""
         tokenizer = processor.tokenizer
         if not tokenizer.is_fast:
             raise VlmtuneError(
@@ -73,24 +93,31 @@ class Encoder:
         self.max_tokens = max_tokens
         self.over_length = over_length
         self.max_image_pixels = max_image_pixels
+        self.train_on = train_on
+        self.video = video or VideoSection()
         self._template = ChatTemplate(processor)
         self.end_token_id = int(tokenizer.convert_tokens_to_ids(self._template.end_token))
         self._image_id = int(tokenizer.convert_tokens_to_ids(processor.image_token))
+        self._takes_videos = (
+            getattr(processor, "video_token", None) is not None
+            and getattr(processor, "video_processor", None) is not None
+        )
         self._reserved = re.compile(_any_of(processor))
 
     def encode(self, conversation: Conversation) -> Sample:
-        """The sample with every assistant turn supervised, within `max_tokens`.
+        """The sample within `max_tokens`, its assistant turns (or the last) supervised by weight.
 
         Raises SampleError, with file and line, where the sample cannot be used, and OverLength
         where it is too long and `over_length` is "drop".
         """
-        pictures = self._open(conversation)
-        encoded = self._encode(conversation, pictures)
+        conversation = self._supervised(conversation)
+        media = self._open(conversation)
+        encoded = self._encode(conversation, media)
         if encoded.sample.num_tokens <= self.max_tokens:
             return encoded.sample
         if self.over_length == "trim_text":
-            return self._trim(conversation, pictures, encoded)
-        return self._shrink_or_refuse(conversation, pictures, encoded, prompt=False)
+            return self._trim(conversation, media, encoded)
+        return self._shrink_or_refuse(conversation, media, encoded, prompt=False)
 
     def encode_prompt(self, conversation: Conversation) -> Sample:
         """The sample up to where the model starts to give the last answer; nothing supervised.
@@ -99,11 +126,11 @@ class Encoder:
         """
         if conversation.turns[-1].role == "assistant":
             conversation = replace(conversation, turns=conversation.turns[:-1])
-        pictures = self._open(conversation)
-        encoded = self._encode(conversation, pictures, prompt=True)
+        media = self._open(conversation)
+        encoded = self._encode(conversation, media, prompt=True)
         if encoded.sample.num_tokens <= self.max_tokens:
             return encoded.sample
-        return self._shrink_or_refuse(conversation, pictures, encoded, prompt=True)
+        return self._shrink_or_refuse(conversation, media, encoded, prompt=True)
 
     def assistant_text(self, conversation: Conversation) -> str:
         """The last answer, as written."""
@@ -112,7 +139,24 @@ class Encoder:
             raise _error(conversation, "the last turn is not answered", expected="assistant")
         return last.text
 
-    def _open(self, conversation: Conversation) -> list[PIL.Image.Image]:
+    def _supervised(self, conversation: Conversation) -> Conversation:
+        """The conversation with the weights that `train_on` leaves its turns."""
+        turns = conversation.turns
+        if self.train_on == "last_turn":
+            answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+            turns = tuple(
+                replace(turn, weight=0.0) if index in answers[:-1] else turn
+                for index, turn in enumerate(turns)
+            )
+        if not _is_supervised(turns):
+            raise _error(
+                conversation,
+                "there is nothing to learn: no answer is supervised",
+                expected="an assistant turn with a weight",
+            )
+        return replace(conversation, turns=turns)
+
+    def _open(self, conversation: Conversation) -> _Media:
         for turn in conversation.turns:
             for part in turn.parts:
                 found = self._reserved.search(part.text) if isinstance(part, Text) else None
@@ -124,123 +168,74 @@ class Encoder:
                         expected="plain text; pictures as parts or in `images`",
                         do="rewrite it, or take the sample out",
                     )
+        if conversation.videos and not self._takes_videos:
+            raise _error(
+                conversation,
+                "the model takes no videos",
+                got=type(self.processor).__name__,
+                expected="a processor with a video token and a video processor",
+                do="take the sample out, or give some frames as pictures",
+            )
+        limit = self.max_image_pixels
         try:
-            return [open_image(i, max_pixels=self.max_image_pixels) for i in conversation.images]
+            pictures = [read_image(image, max_pixels=limit) for image in conversation.images]
+            clips = [
+                read_video(video, section=self.video, max_pixels=limit)
+                for video in conversation.videos
+            ]
         except VlmtuneError as error:
             raise _placed(conversation, error) from error
+        notes = [note for picture in pictures for note in picture.notes]
+        notes += [note for clip in clips for note in clip.notes]
+        return _Media([p.picture for p in pictures], clips, tuple(dict.fromkeys(notes)))
 
     def _encode(
-        self,
-        conversation: Conversation,
-        pictures: Sequence[PIL.Image.Image],
-        *,
-        scale: float = 1.0,
-        prompt: bool = False,
+        self, conversation: Conversation, media: _Media, *, scale: float = 1.0, prompt: bool = False
     ) -> _Encoded:
+        tokenizer = self.processor.tokenizer
         try:
             if prompt:
                 rendered = Rendered(self._template.render_prompt(conversation.turns), ())
             else:
                 rendered = self._template.render(conversation.turns)
-        except TemplateError as error:
-            raise _placed(conversation, error) from error
-        plain, offsets = self._tokenize(rendered.text)
-        sample = self._process(conversation, rendered, pictures, scale)
-        ids = sample.input_ids.tolist()
-        segments = align_segments(plain, ids, self._image_id)
-        if segments is None:
-            raise _error(
-                conversation,
-                "the processor and its tokenizer do not agree on the text",
-                expected="the same tokens outside the pictures",
+            processed = process(
+                self.processor,
+                rendered.text,
+                pictures=media.pictures,
+                clips=media.clips,
+                scale=scale,
             )
-        try:
-            targets, label_notes = label_targets(
+            alignment = processed.alignment
+            labels = label_targets(
                 rendered,
-                offsets,
-                segments,
-                sample.input_ids,
+                alignment.offsets,
+                processed.input_ids,
                 end_token=self._template.end_token,
-                tokenizer=self.processor.tokenizer,
+                tokenizer=tokenizer,
             )
-        except MaskError as error:
+        except (TemplateError, ProcessError, MaskError) as error:
             raise _placed(conversation, error) from error
-        assert not bool((targets == self._image_id).any()), "a picture's token is supervised"
-        notes = [*rendered.notes, *label_notes]
-        unknown = self.processor.tokenizer.unk_token_id
-        if unknown is not None and unknown in plain:
+        assert not bool((labels.targets == self._image_id).any()), "a picture's token is supervised"
+        notes = [*media.notes, *rendered.notes, *labels.notes]
+        unknown = tokenizer.unk_token_id
+        if unknown is not None and unknown in processed.input_ids:
             notes.append(UNKNOWN)
-        media_end = 0 if len(segments) == 1 else len(ids) - segments[-1].length
-        return _Encoded(
-            replace(sample, targets=targets, notes=tuple(dict.fromkeys(notes))),
-            len(plain) - (len(segments) - 1),
-            media_end,
-        )
-
-    def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        encoded = self.processor.tokenizer(
-            text,
-            add_special_tokens=self._adds_special_tokens(text),
-            return_offsets_mapping=True,
-            verbose=False,
-        )
-        return encoded["input_ids"], encoded["offset_mapping"]
-
-    def _adds_special_tokens(self, text: str) -> bool:
-        # A template that writes the BOS token itself must not get a second one.
-        bos = self.processor.tokenizer.bos_token
-        return bos is None or not text.startswith(bos)
-
-    def _process(
-        self,
-        conversation: Conversation,
-        rendered: Rendered,
-        pictures: Sequence[PIL.Image.Image],
-        scale: float,
-    ) -> Sample:
-        """The processor's tensors as a sample without targets."""
-        processor = self.processor
-        options: dict[str, Any] = {}
-        if "mm_token_type_ids" in processor.model_input_names:
-            options["return_mm_token_type_ids"] = True
-        if pictures:
-            options["images"] = [_scaled(picture, scale) for picture in pictures]
-            options.update(_scaled_size(processor, scale))
-        try:
-            output = processor(
-                text=[rendered.text],
-                return_tensors="pt",
-                add_special_tokens=self._adds_special_tokens(rendered.text),
-                **options,
-            )
-        except ValueError as error:
-            raise _error(conversation, f"the processor refuses the sample ({error})") from error
-        length = int(output["input_ids"].shape[1])
         sample = Sample(
             id=conversation.id,
             source=conversation.source,
-            input_ids=output["input_ids"][0].to(torch.int64),
-            targets=torch.full((length,), IGNORED, dtype=torch.int64),
-            num_images=len(pictures),
+            input_ids=processed.input_ids,
+            targets=labels.targets,
+            weights=labels.weights,
+            token_fields=processed.token_fields,
+            media=processed.media,
+            num_images=len(media.pictures),
+            num_videos=len(media.clips),
+            notes=tuple(dict.fromkeys(notes)),
         )
-        for name, value in output.items():
-            if name in ("input_ids", "attention_mask"):
-                continue
-            if not isinstance(value, torch.Tensor):
-                raise _error(
-                    conversation,
-                    f"the processor gives {name}, which is no tensor",
-                    got=type(value).__name__,
-                )
-            if tuple(value.shape) == (1, length) and not value.is_floating_point():
-                sample.token_fields[name] = value[0].to(torch.int64)
-            else:
-                sample.media[name] = value
-        return sample
+        num_text_tokens = sample.num_tokens - alignment.num_media_tokens
+        return _Encoded(sample, num_text_tokens, alignment.media_end)
 
-    def _trim(
-        self, conversation: Conversation, pictures: list[PIL.Image.Image], encoded: _Encoded
-    ) -> Sample:
+    def _trim(self, conversation: Conversation, media: _Media, encoded: _Encoded) -> Sample:
         notes: tuple[str, ...] = ()
         kept = conversation
         while encoded.sample.num_tokens > self.max_tokens:
@@ -249,18 +244,21 @@ class Encoder:
             )
             if trimmed is not None:
                 return replace(trimmed, notes=(*trimmed.notes, *notes))
-            if sum(turn.role == "assistant" for turn in kept.turns) == 1:
-                raise self._too_long(conversation, encoded, "no answer is left where it is cut")
             # The last answer is out of reach, or a picture is in the way: without its exchange.
             kept = replace(kept, turns=kept.turns[:-2])
+            if not _is_supervised(kept.turns):
+                raise self._too_long(conversation, encoded, "no answer is left where it is cut")
             notes = (TURNS_LEFT_OUT,)
-            encoded = self._encode(kept, pictures[: len(kept.images)])
+            left = _Media(
+                media.pictures[: len(kept.images)], media.clips[: len(kept.videos)], media.notes
+            )
+            encoded = self._encode(kept, left)
         return replace(encoded.sample, notes=(*encoded.sample.notes, *notes))
 
     def _shrink_or_refuse(
         self,
         conversation: Conversation,
-        pictures: list[PIL.Image.Image],
+        media: _Media,
         encoded: _Encoded,
         *,
         prompt: bool,
@@ -268,10 +266,10 @@ class Encoder:
         if self.over_length != "shrink_images":
             raise self._too_long(conversation, encoded, None)
         shrunk = shrink_images(
-            lambda scale: self._encode(conversation, pictures, scale=scale, prompt=prompt).sample,
+            lambda scale: self._encode(conversation, media, scale=scale, prompt=prompt).sample,
             encoded.sample,
             num_text_tokens=encoded.num_text_tokens,
-            shortest_side=min((min(picture.size) for picture in pictures), default=0),
+            shortest_side=media.shortest_side,
             max_tokens=self.max_tokens,
         )
         if shrunk is None:
@@ -293,28 +291,16 @@ class Encoder:
         )
 
 
+def _is_supervised(turns: Sequence[Turn]) -> bool:
+    return any(turn.role == "assistant" and turn.weight > 0 for turn in turns)
+
+
 def _any_of(processor: Any) -> str:
     """A pattern of every text that the tokenizer or the processor reads as a control token."""
     reserved = set(special_tokens(processor.tokenizer))
     for name in ("image_token", "video_token", "audio_token"):
         reserved.add(getattr(processor, name, None) or processor.image_token)
     return "|".join(re.escape(token) for token in sorted(reserved, key=len, reverse=True) if token)
-
-
-def _scaled(picture: PIL.Image.Image, scale: float) -> PIL.Image.Image:
-    if scale == 1.0:
-        return picture
-    width, height = (max(1, round(side * scale)) for side in picture.size)
-    return picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
-
-
-def _scaled_size(processor: Any, scale: float) -> dict[str, Any]:
-    """Where every picture is brought to one longest edge, a smaller edge; else nothing."""
-    size = dict(processor.image_processor.size)
-    given = {name: value for name, value in size.items() if value is not None}
-    if scale == 1.0 or set(given) != {"longest_edge"}:
-        return {}
-    return {"size": {"longest_edge": max(1, round(given["longest_edge"] * scale))}}
 
 
 def _error(

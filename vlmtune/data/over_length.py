@@ -31,7 +31,7 @@ def shrink_images(
     """
     too_large, scale = 1.0, 1.0
     room = max_tokens - num_text_tokens
-    if room <= 0 or not sample.num_images:
+    if room <= 0 or not (sample.num_images or sample.num_videos):
         return None
     while sample.num_tokens > max_tokens:
         too_large = scale
@@ -67,6 +67,7 @@ def cut_text(sample: Sample, *, media_end: int, max_tokens: int) -> Sample | Non
         sample,
         input_ids=sample.input_ids[:max_tokens].clone(),
         targets=targets,
+        weights=None if sample.weights is None else sample.weights[:max_tokens].clone(),
         token_fields={n: f[:max_tokens].clone() for n, f in sample.token_fields.items()},
         notes=(*sample.notes, TRIMMED),
     )

@@ -30,12 +30,13 @@ class Span:
     """Characters [start, end) of the rendered text that are supervised for one assistant turn.
 
     With `end_is_rendered` they include the end-of-turn token; without, the template puts none,
-    and the end is taught as the target of the answer's last token.
+    and the end is taught as the target of the answer's last token. `weight` is the turn's.
     """
 
     start: int
     end: int
     end_is_rendered: bool
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,13 @@ class ChatTemplate:
         """
         text = self._render(turns, add_generation_prompt=False)
         constants = self._constants(turns)
-        answers = [turn.text for turn in turns if turn.role == "assistant"]
+        answered = [turn for turn in turns if turn.role == "assistant"]
         spans: list[Span] = []
         notes: list[str] = []
         position = len(constants[0])
         intact = text.startswith(constants[0])
-        for answer, after in zip(answers, constants[1:], strict=True):
+        for turn, after in zip(answered, constants[1:], strict=True):
+            answer = turn.text
             written = next(
                 (form for form in _forms(answer) if text.startswith(form + after, position)), None
             )
@@ -110,18 +112,18 @@ class ChatTemplate:
             if written != answer:
                 notes.append(STRIPPED)
             end = position + len(written)
-            spans.append(self._span(text, position, end, after))
+            spans.append(self._span(text, position, end, after, turn.weight))
             position = end + len(after)
         if position != len(text):
             raise TemplateError("the chat template changes an answer", got=repr(text[position:]))
         return Rendered(text, tuple(spans), tuple(notes))
 
-    def _span(self, text: str, start: int, end: int, after: str) -> Span:
+    def _span(self, text: str, start: int, end: int, after: str, weight: float) -> Span:
         if self.lead and text.endswith(self.lead, 0, start):
             start -= len(self.lead)
         if self.end_of_turn is not None and after.startswith(self.end_of_turn):
-            return Span(start, end + len(self.end_of_turn), end_is_rendered=True)
-        return Span(start, end, end_is_rendered=False)
+            return Span(start, end + len(self.end_of_turn), True, weight)
+        return Span(start, end, False, weight)
 
     def _constants(self, turns: Sequence[Turn]) -> list[str]:
         """What stands before, between and after the answers."""

@@ -132,6 +132,7 @@ class Sample:
     """A conversation as the model sees it.
 
     `targets[t]` is the id that position t must predict (already shifted by one), or `IGNORED`.
+    `weights[t]` is what that target counts in the loss; None: each counts 1.
     `token_fields` are further integer tensors of shape (T,), one value a token
     (`mm_token_type_ids`); `media` are tensors concatenated over samples along dimension 0
     (`pixel_values`, `image_grid_thw`, …). `notes` say what was changed on the way ("pictures
@@ -145,7 +146,9 @@ class Sample:
     token_fields: dict[str, torch.Tensor] = field(default_factory=dict)  # each (T,)
     media: dict[str, torch.Tensor] = field(default_factory=dict)
     num_images: int = 0
+    num_videos: int = 0
     notes: tuple[str, ...] = ()
+    weights: torch.Tensor | None = None  # (T,) float32
 
     @property
     def num_tokens(self) -> int:
@@ -162,7 +165,8 @@ class Batch:
 
     `inputs` are the model's keyword arguments (`input_ids` (B, T), `attention_mask` (B, T),
     media, …); `supervised` (B, T) marks the positions whose logits are computed; `targets` (S,)
-    are the ids to predict there, in row-major order of `supervised`.
+    are the ids to predict there, in row-major order of `supervised`; `weights` (S,) are what they
+    count in the loss, or None where each counts 1.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -171,6 +175,7 @@ class Batch:
     sample_ids: tuple[str, ...]
     num_tokens: int
     num_images: int
+    weights: torch.Tensor | None = None  # (S,) float32
 
 
 @dataclass

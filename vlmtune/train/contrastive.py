@@ -94,8 +94,11 @@ class Contrastive:
     def num_terms(self, data: StepData) -> int:
         return len(data.pair_keys)
 
+    def weight(self, data: StepData) -> float:
+        return float(len(data.pair_keys))
+
     def backward(
-        self, forward: nn.Module, data: StepData, accelerator: Accelerator, num_terms: int
+        self, forward: nn.Module, data: StepData, accelerator: Accelerator, weight: float
     ) -> Tensor:
         batches = [batch for batch in data.micro_batches if isinstance(batch, SideBatch)]
         num_pairs = len(data.pair_keys)
@@ -105,9 +108,9 @@ class Contrastive:
         everyone, start = gathered(own, accelerator)
         keys = _gathered_keys(data.pair_keys, accelerator)
         result = info_nce(everyone[0], everyone[1], keys, self.scale())
-        (result.losses.sum() / max(1, num_terms)).backward()
+        (result.losses.sum() / max(1.0, weight)).backward()
         self._keep_alike(accelerator)
-        self._accuracy = float(result.num_right) / max(1, 2 * num_terms)
+        self._accuracy = float(result.num_right) / max(1.0, 2 * weight)
         assert own.grad is not None
         for number, (batch, state) in enumerate(zip(batches, states, strict=True)):
             restore_random_state(state)

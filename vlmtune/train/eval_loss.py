@@ -14,7 +14,7 @@ from vlmtune.data.packing import plan_micro_batches
 from vlmtune.data.types import Conversation
 from vlmtune.errors import SampleError
 from vlmtune.train.feed import to_device
-from vlmtune.train.loss import summed_cross_entropy
+from vlmtune.train.loss import summed_cross_entropy, total_weight
 
 CHUNK = 256
 """Samples encoded at once: bounds the memory of their pictures."""
@@ -31,12 +31,13 @@ def evaluation_loss(
     pad_token_id: int,
     media_layout: MediaLayout,
 ) -> dict[str, float]:
-    """`loss` in nats per supervised token and `skipped`, the samples that could not be used.
+    """`loss` in nats per supervised token, weighted as in training, and `skipped`, the samples that
+    could not be used.
 
     `forward` is the unwrapped module. Contains one collective.
     """
     mine = conversations[accelerator.process_index :: accelerator.num_processes]
-    total, count, skipped = 0.0, 0, 0
+    total, weight, skipped = 0.0, 0.0, 0
     for start in range(0, len(mine), CHUNK):
         samples = []
         for conversation in mine[start : start + CHUNK]:
@@ -51,9 +52,9 @@ def evaluation_loss(
             batch = to_device(batch, accelerator.device)
             with accelerator.autocast():
                 logits = forward(batch.inputs, batch.supervised)
-            total += summed_cross_entropy(logits, batch.targets).item()
-            count += batch.targets.numel()
-    sums = torch.tensor([total, count, skipped], dtype=torch.float64, device=accelerator.device)
-    total, count, skipped = accelerator.reduce(sums, "sum").tolist()
-    result = {"loss": total / max(1, count)}
+            total += summed_cross_entropy(logits, batch.targets, batch.weights).item()
+            weight += total_weight(batch.targets, batch.weights)
+    sums = torch.tensor([total, weight, skipped], dtype=torch.float64, device=accelerator.device)
+    total, weight, skipped = accelerator.reduce(sums, "sum").tolist()
+    result = {"loss": total / (weight or 1.0)}
     return result | {"skipped": float(skipped)} if skipped else result

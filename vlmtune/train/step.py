@@ -1,10 +1,11 @@
 """One optimizer step: token-exact over micro-batches and processes.
 
-    loss of the step = (sum of its terms over all processes and micro-batches)
-                       / (number of its terms over all processes)
+    loss of the step = (sum of its weighted terms over all processes and micro-batches)
+                       / (sum of their weights over all processes)
 
-A term is a supervised token's cross-entropy (`NextToken`) or a pair's (`contrastive.py`). However
-the step's samples are split, the gradient is that of this one quotient.
+A term is a supervised token's cross-entropy (`NextToken`), weighted as its turn is, or a pair's of
+weight 1 (`contrastive.py`). However the step's samples are split, the gradient is that of this one
+quotient.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from vlmtune.data.types import Batch, SideBatch
 from vlmtune.errors import VlmtuneError
 from vlmtune.train.feed import StepData, to_device
-from vlmtune.train.loss import summed_cross_entropy
+from vlmtune.train.loss import summed_cross_entropy, total_weight
 
 
 class Method(Protocol):
@@ -48,11 +49,14 @@ class Objective(Protocol):
     def num_terms(self, data: StepData) -> int:
         """Terms of the loss in this process's share of a step."""
 
+    def weight(self, data: StepData) -> float:
+        """Their weights' sum; their number where each counts 1."""
+
     def backward(
-        self, forward: nn.Module, data: StepData, accelerator: Accelerator, num_terms: int
+        self, forward: nn.Module, data: StepData, accelerator: Accelerator, weight: float
     ) -> Tensor:
-        """Accumulate the gradient of the step's loss, whose terms are `num_terms` over all
-        processes; the summed terms of each micro-batch, (num micro-batches,). May be a
+        """Accumulate the gradient of the step's loss, whose terms weigh `weight` over all
+        processes; the weighted terms' sum of each micro-batch, (num micro-batches,). May be a
         collective."""
 
     def log(self) -> dict[str, float]:
@@ -61,13 +65,15 @@ class Objective(Protocol):
 
 @dataclass
 class StepResult:
-    """What a step did. `loss` is nats per term, over all processes; `was_skipped`: fp16's loss
-    scaler threw the step away; `stop`: some process was asked to stop."""
+    """What a step did. `loss` is nats per term, over all processes, each counting by its weight;
+    `weight` is that of all; `was_skipped`: fp16's loss scaler threw the step away; `stop`: some
+    process was asked to stop."""
 
     loss: float
     penalty: float | None
     grad_norm: float
     num_terms: int
+    weight: float
     num_left_out: int
     was_skipped: bool
     stop: bool
@@ -97,10 +103,11 @@ def train_step(
     finite on any of them.
     """
     device = accelerator.device
-    local = [objective.num_terms(data), len(data.left_out), stop_requested]
-    counts = accelerator.reduce(torch.tensor(local, device=device, dtype=torch.int64), "sum")
-    num_terms, all_skipped, stop = (int(x) for x in counts.tolist())
-    losses = objective.backward(forward, data, accelerator, num_terms)
+    local = [objective.weight(data), objective.num_terms(data), len(data.left_out), stop_requested]
+    sums = accelerator.reduce(torch.tensor(local, device=device, dtype=torch.float64), "sum")
+    weight = float(sums[0])
+    num_terms, all_skipped, stop = (int(x) for x in sums[1:].tolist())
+    losses = objective.backward(forward, data, accelerator, weight)
     penalty = method.penalty()
     if penalty is not None:
         # After the reduction of the last micro-batch and equal on all processes: added as it is.
@@ -119,10 +126,11 @@ def train_step(
     method_log = method.after_step(step)
     optimizer.zero_grad()
     return StepResult(
-        loss=total / max(1, num_terms),
+        loss=total / (weight or 1.0),
         penalty=None if penalty is None else float(penalty.detach()),
         grad_norm=float(grad_norm),
         num_terms=num_terms,
+        weight=weight,
         num_left_out=all_skipped,
         was_skipped=was_skipped,
         stop=bool(stop),
@@ -132,7 +140,7 @@ def train_step(
 
 
 class NextToken:
-    """The cross-entropy of the supervised tokens."""
+    """The cross-entropy of the supervised tokens, each counting by its turn's weight."""
 
     unit = "supervised_tokens"
     tensors: Mapping[str, nn.Parameter] = {}
@@ -140,8 +148,11 @@ class NextToken:
     def num_terms(self, data: StepData) -> int:
         return sum(batch.targets.numel() for batch in _token_batches(data))
 
+    def weight(self, data: StepData) -> float:
+        return sum(total_weight(batch.targets, batch.weights) for batch in _token_batches(data))
+
     def backward(
-        self, forward: nn.Module, data: StepData, accelerator: Accelerator, num_terms: int
+        self, forward: nn.Module, data: StepData, accelerator: Accelerator, weight: float
     ) -> Tensor:
         losses = []
         batches = _token_batches(data)
@@ -149,9 +160,9 @@ class NextToken:
             on_device = to_device(batch, accelerator.device)
             with reduced_at_last(forward, accelerator, number=number, of=len(batches)):
                 logits = forward(on_device.inputs, on_device.supervised)  # (S, V)
-                loss = summed_cross_entropy(logits, on_device.targets)
-                # DDP takes the mean over processes; the count is already global.
-                accelerator.backward(loss * (accelerator.num_processes / max(1, num_terms)))
+                loss = summed_cross_entropy(logits, on_device.targets, on_device.weights)
+                # DDP takes the mean over processes; the weight is already global.
+                accelerator.backward(loss * (accelerator.num_processes / (weight or 1.0)))
             losses.append(loss.detach())
         return torch.stack(losses)
 

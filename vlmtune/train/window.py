@@ -20,6 +20,7 @@ class Window:
     started: float = field(default_factory=time.monotonic)
     loss_sum: float = 0.0
     num_terms: int = 0
+    weight: float = 0.0
     num_samples: int = 0
     num_tokens: int = 0
     num_images: int = 0
@@ -28,11 +29,12 @@ class Window:
 
     @property
     def loss(self) -> float:
-        return self.loss_sum / max(1, self.num_terms)
+        return self.loss_sum / (self.weight or 1.0)
 
     def add(self, data: StepData, done: StepResult, *, num_processes: int) -> None:
-        self.loss_sum += done.loss * done.num_terms
+        self.loss_sum += done.loss * done.weight
         self.num_terms += done.num_terms
+        self.weight += done.weight
         self.num_samples += data.num_step_samples - done.num_left_out
         # Of this process, times their number: an estimate that costs no collective.
         self.num_tokens += num_processes * sum(b.num_tokens for b in data.micro_batches)
