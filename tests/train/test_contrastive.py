@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from vlmtune.models.merge import merge
 from vlmtune.recipe.load import load_recipe
 from vlmtune.train.build import build_encoder
 from vlmtune.train.contrastive import Contrastive, info_nce
-from vlmtune.train.feed import FeedSettings, StepData, StepDataset
+from vlmtune.train.feed import FeedSettings, StepBuilder, StepData, StepDataset
 from vlmtune.train.probe import freeze_unreached
 from vlmtune.train.runtime import build_accelerator
 
@@ -79,10 +80,12 @@ def captions(sample_data: Path, tmp_path_factory) -> Path:
     """Twelve labels of twelve pictures, two of them of the same picture."""
     lines = (sample_data / "captions_train.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines[:4] + lines[8:40:4]]
+    folder = tmp_path_factory.mktemp("captions")
+    (folder / "images").mkdir()
     for row in rows:
         part = row["messages"][0]["content"][0]
-        part["image"] = str(sample_data / part["image"])
-    path = tmp_path_factory.mktemp("captions") / "captions.jsonl"
+        shutil.copyfile(sample_data / part["image"], folder / part["image"])
+    path = folder / "captions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -116,8 +119,6 @@ def step_of(
     forward = EmbeddingForward(adapter.model, vlm.family).train()
     conversations, _ = load_conversations(loaded.data.train)
     settings = FeedSettings(
-        order=Order.uniform(0, len(conversations)),
-        epochs=None,
         batch_size=9,
         micro_batch_tokens=budget,
         pad_token_id=0,
@@ -128,7 +129,9 @@ def step_of(
         world_size=1,
         embedding_prompt=PROMPT,
     )
-    data = StepDataset(conversations, build_encoder(loaded, vlm), settings)[1]
+    builder = StepBuilder(build_encoder(loaded, vlm), settings)
+    order = Order.uniform(0, len(conversations))
+    data = StepDataset(conversations, builder, order=order, epochs=None)[1]
     assert isinstance(data, StepData)
     trained = {n: p for n, p in adapter.model.named_parameters() if p.requires_grad}
     return forward, data, trained
@@ -183,7 +186,7 @@ def test_cached_gradients_equal_those_of_one_graph(make_recipe, budget: int):
 
 
 def test_a_process_without_a_pair_takes_part_with_zeros(make_recipe, monkeypatch):
-    monkeypatch.setattr(StepDataset, "_encode", refused)
+    monkeypatch.setattr(StepBuilder, "_encode", refused)
     forward, data, trained = step_of(make_recipe("run"), 60)
     objective = Contrastive(0.1, torch.device("cpu"))
     losses = objective.backward(forward, data, build_accelerator("fp32"), 5)
@@ -343,7 +346,7 @@ def test_a_sample_without_a_picture_is_an_error_with_its_place(make_recipe, capt
     recipe = make_recipe("run")
     rows = [json.loads(line) for line in captions.read_text().splitlines()]
     rows[3]["messages"][0]["content"] = "no picture"
-    data = recipe.parent / "data.jsonl"
+    data = captions.with_name("data.jsonl")  # beside the pictures
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(VlmtuneError, match="data.jsonl:4: there is no picture"):
         train_once(recipe, f"data.train={data}")

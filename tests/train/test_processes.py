@@ -19,7 +19,7 @@ from vlmtune.models.forward import SupervisedForward
 from vlmtune.models.load import load_vlm
 from vlmtune.recipe.load import load_recipe
 from vlmtune.train.build import build_encoder
-from vlmtune.train.feed import FeedSettings, StepDataset
+from vlmtune.train.feed import FeedSettings, StepBuilder, StepData, StepDataset
 from vlmtune.train.loss import summed_cross_entropy
 
 
@@ -95,8 +95,6 @@ def test_a_mean_of_the_processes_means_would_be_another_loss(make_recipe):
     sums, counts = [], []
     for rank in (0, 1):
         settings = FeedSettings(
-            order=Order.uniform(loaded.seed, len(conversations)),
-            epochs=None,
             batch_size=3,
             micro_batch_tokens=4000,
             pad_token_id=0,
@@ -106,7 +104,11 @@ def test_a_mean_of_the_processes_means_would_be_another_loss(make_recipe):
             rank=rank,
             world_size=2,
         )
-        (batch,) = StepDataset(conversations, build_encoder(loaded, vlm), settings)[1].micro_batches
+        builder = StepBuilder(build_encoder(loaded, vlm), settings)
+        order = Order.uniform(loaded.seed, len(conversations))
+        data = StepDataset(conversations, builder, order=order, epochs=None)[1]
+        assert isinstance(data, StepData)
+        (batch,) = data.micro_batches
         with torch.no_grad():
             logits = forward(batch.inputs, batch.supervised)
         sums.append(summed_cross_entropy(logits, batch.targets).item())

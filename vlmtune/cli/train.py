@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from vlmtune.recipe.schema import Recipe
     from vlmtune.train.best import Best
     from vlmtune.train.checkpoint import Checkpoint
-    from vlmtune.train.feed import StepDataset
+    from vlmtune.train.feed import StepData
     from vlmtune.train.loop import Evaluate, TrainResult
     from vlmtune.train.skips import SkipLedger
     from vlmtune.train.trainee import Trainee
@@ -102,7 +103,6 @@ class Session:
 
     def run(self, start: Checkpoint | None) -> dict[str, Any]:
         """Load, build, train, save; what `--json` prints. Contains collectives."""
-        from vlmtune.data.source import access_of, open_conversations
         from vlmtune.models.adapters.registry import build_adapter
         from vlmtune.models.quantize import quantization_report
         from vlmtune.models.summary import trained_rows
@@ -115,13 +115,9 @@ class Session:
         fingerprint = build.fingerprint_of(recipe, hashes)
         if start is not None:
             checkpoint.check_fingerprint(start.state.fingerprint, fingerprint, path=self.folder)
-        conversations, skipped = open_conversations(
-            recipe.data.train,
-            on_bad_sample=recipe.data.on_bad_sample,
-            access=access_of(recipe.data),
-        )
+        data, skipped = build.open_training_data(recipe)
         held_out = load_held_out(recipe)
-        total_steps = build.total_steps_of(recipe, conversations)
+        total_steps = build.total_steps_of(recipe, data)
         best_at = None
         if start is not None:
             best = best_by(start.state.best, recipe.eval.best_metric)
@@ -131,15 +127,14 @@ class Session:
                 return self.of_finished(finished, step, best)
             if best is not None:
                 best_at = run_folder.find_best(self.folder, best, resume=self.resume, step=step)
-        ledger = build.build_ledger(
-            recipe, folder=self.folder, num_samples=len(conversations) + len(skipped)
-        )
-        ledger.restore([] if start is None else start.state.left_out)
+        ledger = build.build_ledger(recipe, folder=self.folder, data=data, num_skipped=len(skipped))
+        if start is not None:
+            ledger.restore(start.state.left_out, num_bad=start.state.num_bad)
         ledger.add(build.left_out(skipped), write=False)
         vlm = self.load_model()
         linear_modules = quantization_report(vlm.model, vlm.family)
         if not self.quiet:
-            print_model(vlm, len(conversations), linear_modules)
+            print_model(vlm, build.num_samples_of(data), linear_modules)
         # The adapter's random start is the same on every process; dropout afterwards is not.
         build.seed_everything(recipe.seed, 0)
         adapter = build_adapter(vlm, recipe, total_steps=total_steps)
@@ -149,16 +144,17 @@ class Session:
             recipe,
             vlm=vlm,
             adapter=adapter,
-            conversations=conversations,
+            data=data,
             encoder=encoder,
             accelerator=self.accelerator,
         )
-        dataset = build.build_dataset(
+        make_steps = build.build_steps(
             recipe,
-            conversations=conversations,
+            data=data,
             encoder=encoder,
             vlm=vlm,
             accelerator=self.accelerator,
+            start=None if start is None else start.state,
         )
         trained = trained_rows(adapter.model, vlm.family)
         if not self.quiet:
@@ -176,7 +172,7 @@ class Session:
         self.prepare_folder(hashes, vlm.commit, ledger, start, best_at)
         if self.accelerator.is_main_process:
             run_folder.write_modules(self.folder, trained=trained, linear_modules=linear_modules)
-        result = self.train(trainee, dataset, total_steps, fingerprint, ledger, evaluate, start)
+        result = self.train(trainee, make_steps, total_steps, fingerprint, ledger, evaluate, start)
         saved = None
         if result.stopped_by is None:
             saved = self.folder / ("model" if adapter.name == "full" else "adapter")
@@ -256,23 +252,20 @@ class Session:
     def train(
         self,
         trainee: Trainee,
-        dataset: StepDataset,
+        make_steps: Callable[[int, int], Iterator[StepData]],
         total_steps: int,
         fingerprint: dict[str, Any],
         ledger: SkipLedger,
         evaluate: Evaluate | None,
         start: Checkpoint | None,
     ) -> TrainResult:
-        from vlmtune.train.feed import steps_from
         from vlmtune.train.loop import Schedule, train
 
         return train(
             trainee,
             section=self.recipe.train,
             schedule=Schedule.of(self.recipe.train, self.recipe.eval, total_steps),
-            make_steps=lambda first, last: steps_from(
-                dataset, first=first, last=last, num_workers=self.recipe.data.num_workers
-            ),
+            make_steps=make_steps,
             accelerator=self.accelerator,
             folder=self.folder,
             fingerprint=fingerprint,

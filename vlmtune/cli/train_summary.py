@@ -93,11 +93,13 @@ def print_summary(summary: dict[str, Any]) -> None:
         print(line)
 
 
-def print_model(vlm: VLM, num_samples: int, linear_modules: Sequence[Any]) -> None:
-    """What was loaded, read off the model before an adapter adds layers, on stderr."""
+def print_model(vlm: VLM, num_samples: int | None, linear_modules: Sequence[Any]) -> None:
+    """What was loaded, read off the model before an adapter adds layers, on stderr. `num_samples`:
+    None where they are streamed."""
     from vlmtune.cli.tables import print_table
 
-    print(f"{vlm.source} ({vlm.family.name}), {num_samples} samples", file=sys.stderr)
+    samples = "samples streamed" if num_samples is None else f"{num_samples} samples"
+    print(f"{vlm.source} ({vlm.family.name}), {samples}", file=sys.stderr)
     print_table("linear modules by bits", linear_modules)
 
 

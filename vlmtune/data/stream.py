@@ -10,6 +10,7 @@ process or worker does, pays for reading alone.
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vlmtune.data.formats.registry import KNOWN_KEYS, NUM_LOOKED_AT, detect_format, parse_row
+from vlmtune.data.formats.registry import (
+    NUM_LOOKED_AT,
+    check_entry,
+    detect_format,
+    format_line,
+    parse_row,
+    unused_keys,
+)
 from vlmtune.data.formats.rows import Row
 from vlmtune.data.order import chosen_entry
 from vlmtune.data.streams.blocks import BlockReader, EntryCursor
@@ -25,6 +33,7 @@ from vlmtune.data.streams.registry import open_shards
 from vlmtune.data.streams.shards import RawRow, Shard
 from vlmtune.data.types import LOCAL, Access, Conversation, Source
 from vlmtune.errors import SampleError, VlmtuneError
+from vlmtune.recipe.paths import HUB, expand_shards
 from vlmtune.recipe.schema import DataEntry, FormatName
 
 logger = logging.getLogger("vlmtune")
@@ -174,6 +183,32 @@ def open_stream(
     return Stream(tuple(streamed), seed, block_rows)
 
 
+def stream_identity(entries: Sequence[DataEntry]) -> dict[str, str]:
+    """What tells each entry's files from changed ones without reading them: size and time of
+    modification; of a hub data set, its revision."""
+    found = {}
+    for entry in entries:
+        if entry.path.startswith(HUB):
+            found[entry.path] = f"revision {entry.revision or 'main'}"
+            continue
+        for file in _files_of(entry):
+            about = os.stat(file)
+            found[file] = f"{about.st_size} bytes, modified {about.st_mtime_ns}"
+    return found
+
+
+def _files_of(entry: DataEntry) -> list[str]:
+    """The files that `entry` names, and those below its folders."""
+    files: list[str] = [] if entry.annotations is None else [entry.annotations]
+    for path in expand_shards(entry.path):
+        if os.path.isdir(path):
+            below = sorted(found for found in Path(path).rglob("*") if found.is_file())
+            files += [str(found) for found in below]
+        elif os.path.exists(path):
+            files.append(path)
+    return files
+
+
 @dataclass(frozen=True)
 class _Head:
     """The first rows of a shard, by number."""
@@ -208,12 +243,13 @@ def _format_of(entry: DataEntry, shards: Sequence[Shard]) -> FormatName:
     else:
         raise VlmtuneError("there is no sample in the data", file=entry.path)
     name = entry.format or detect_format(head, entry)
-    found = "named" if entry.format else "detected"
-    logger.info("%s: %d shard(s), streamed, format %s (%s)", entry.path, len(shards), name, found)
+    check_entry(entry, name, file=head.file)
+    line = format_line(head, entry, name)
+    logger.info("%s: %d shard(s), streamed, format %s", entry.path, len(shards), line)
     unused: set[str] = set()
     for index in range(len(head)):
         try:
-            unused |= head.read(index).keys() - KNOWN_KEYS[name]
+            unused |= unused_keys(head.read(index), entry, name)
         except SampleError:
             continue
     if unused:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from vlmtune.data.encode import Encoder, OverLength
 from vlmtune.data.order import Order
 from vlmtune.data.packing import num_steps
 from vlmtune.data.pairs import encode_pair, side_batches
-from vlmtune.data.source import Skipped, content_hash
-from vlmtune.data.types import Batch, Conversation, SideBatch
+from vlmtune.data.source import access_of, cache_dir_of, content_hash, open_conversations
+from vlmtune.data.stream import OpenStream, Stream, StreamCursor, open_stream, stream_identity
+from vlmtune.data.types import Batch, Conversation, SideBatch, Skipped
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.models.adapters.base import Adapter
 from vlmtune.models.embedding import EmbeddingForward, write_embedding_record
@@ -31,19 +34,34 @@ from vlmtune.models.forward import (
 )
 from vlmtune.models.load import VLM
 from vlmtune.models.processor import pad_token_id
-from vlmtune.recipe.schema import Recipe
+from vlmtune.recipe.schema import DataSection, Recipe, VideoSection
+from vlmtune.train.checkpoint import TrainState
 from vlmtune.train.contrastive import Contrastive
-from vlmtune.train.feed import FeedSettings, LeftOut, StepDataset, to_device
+from vlmtune.train.feed import (
+    FeedSettings,
+    LeftOut,
+    StepBuilder,
+    StepData,
+    StepDataset,
+    steps_from,
+    to_device,
+)
 from vlmtune.train.optim import build_optimizer, own_group, parameter_groups
 from vlmtune.train.probe import check_forward, freeze_unreached
 from vlmtune.train.runtime import DTYPES
 from vlmtune.train.skips import SkipLedger
 from vlmtune.train.step import NextToken, Objective
+from vlmtune.train.stream_feed import stream_steps
 from vlmtune.train.trainee import Trainee
 
 log = logging.getLogger("vlmtune")
 
 DEFAULT_EPOCHS = 3.0
+
+LOOKED_OVER = 1000
+"""Samples that are looked at before training: has one a picture, which is the first to encode."""
+
+TrainingData = ConversationSet | Stream
 
 # Changing these between a stop and its resume changes no step's result.
 FREE_KEYS = {"output_dir", "eval", "data.eval", "data.num_workers"} | {
@@ -51,14 +69,51 @@ FREE_KEYS = {"output_dir", "eval", "data.eval", "data.num_workers"} | {
 }
 FREE_KEYS |= {f"data.{key}" for key in ("cache", "cache_dir", "url_timeout_seconds")}
 
+LATER_KEYS: dict[str, object] = {
+    f"{name}.{key}": section.model_fields[key].default
+    for name, section, keys in (
+        ("data", DataSection, ("streaming", "shuffle_buffer", "train_on", "allow_outside_paths")),
+        ("data", DataSection, ("allow_urls", "allow_private_addresses", "max_download_bytes")),
+        ("video", VideoSection, VideoSection.model_fields),
+    )
+    for key in keys
+}
+"""Keys that came after the first checkpoints, and their defaults: with those, a checkpoint from
+before there was such a key goes on."""
 
-def total_steps_of(recipe: Recipe, conversations: ConversationSet) -> int:
+
+def open_training_data(recipe: Recipe) -> tuple[TrainingData, list[Skipped]]:
+    """What is trained on, by number or as a stream, and the rows known to be unusable.
+
+    Raises VlmtuneError for files that cannot be used, an ErrorGroup for bad rows.
+    """
+    section = recipe.data
+    access = access_of(section)
+    if not section.streaming:
+        return open_conversations(section.train, on_bad_sample=section.on_bad_sample, access=access)
+    stream = open_stream(
+        section.train,
+        seed=recipe.seed,
+        block_rows=section.shuffle_buffer,
+        access=access,
+        cache_dir=cache_dir_of(access),
+    )
+    return stream, []
+
+
+def num_samples_of(data: TrainingData) -> int | None:
+    """How many samples there are; None where they are streamed."""
+    return None if isinstance(data, Stream) else len(data)
+
+
+def total_steps_of(recipe: Recipe, data: TrainingData) -> int:
     """Optimizer steps of the run."""
     epochs = epochs_of(recipe)
     if epochs is None:
         assert recipe.train.max_steps is not None
         return recipe.train.max_steps
-    return num_steps(epochs, order_of(recipe, conversations).num_per_epoch, recipe.train.batch_size)
+    assert isinstance(data, ConversationSet), "a stream needs train.max_steps"
+    return num_steps(epochs, order_of(recipe, data).num_per_epoch, recipe.train.batch_size)
 
 
 def order_of(recipe: Recipe, conversations: ConversationSet) -> Order:
@@ -90,18 +145,31 @@ def fingerprint_of(recipe: Recipe, data_hashes: dict[str, str]) -> dict[str, Any
     else:  # left out: a checkpoint from before there were objectives goes on
         new = ("objective", "contrastive")
         kept = {k: v for k, v in kept.items() if k.split(".")[0] not in new}
+    for key, default in LATER_KEYS.items():
+        if kept.get(key) == default:
+            kept.pop(key, None)
     return kept | {f"content of {name}": digest for name, digest in data_hashes.items()}
 
 
 def data_hashes_of(recipe: Recipe) -> dict[str, str]:
+    """What the training files are told by: their content; of streamed ones size and time."""
+    if recipe.data.streaming:
+        return stream_identity(recipe.data.train)
     return {str(k): v for k, v in content_hash(recipe.data.train).items()}
 
 
-def build_ledger(recipe: Recipe, *, folder: Path, num_samples: int) -> SkipLedger:
+def build_ledger(
+    recipe: Recipe, *, folder: Path, data: TrainingData, num_skipped: int
+) -> SkipLedger:
+    """`num_skipped`: bad rows that are not part of `data`. How many rows a stream has is not
+    known: bad ones count against the samples of the whole run, each time they come."""
+    known = num_samples_of(data)
+    drawn = total_steps_of(recipe, data) * recipe.train.batch_size
     return SkipLedger(
         folder / "skipped.jsonl",
-        num_samples=num_samples,
+        num_samples=drawn if known is None else known + num_skipped,
         max_bad_fraction=recipe.data.max_bad_fraction,
+        counts_repeats=known is None,
     )
 
 
@@ -119,16 +187,20 @@ def build_encoder(recipe: Recipe, vlm: VLM) -> Encoder:
     )
 
 
-def build_dataset(
+def build_steps(
     recipe: Recipe,
     *,
-    conversations: ConversationSet,
+    data: TrainingData,
     encoder: Encoder,
     vlm: VLM,
     accelerator: Accelerator,
-) -> StepDataset:
-    """The training steps of this process. Raises `VlmtuneError` for fewer samples a step than
-    processes: some would have nothing to do."""
+    start: TrainState | None,
+) -> Callable[[int, int], Iterator[StepData]]:
+    """What gives this process its part of the steps from a first to a last one; of a stream, the
+    first is the one after `start`.
+
+    Raises `VlmtuneError` for fewer samples a step than processes: some would have nothing to do.
+    """
     if recipe.train.batch_size < accelerator.num_processes:
         raise VlmtuneError(
             "train.batch_size is smaller than the number of processes",
@@ -136,8 +208,6 @@ def build_dataset(
             expected=f"at least {accelerator.num_processes}",
         )
     settings = FeedSettings(
-        order=order_of(recipe, conversations),
-        epochs=epochs_of(recipe),
         batch_size=recipe.train.batch_size,
         micro_batch_tokens=recipe.train.micro_batch_tokens,
         pad_token_id=pad_token_id(vlm.processor),
@@ -148,7 +218,16 @@ def build_dataset(
         world_size=accelerator.num_processes,
         embedding_prompt=embedding_prompt_of(recipe),
     )
-    return StepDataset(conversations, encoder, settings)
+    builder = StepBuilder(encoder, settings)
+    num_workers = recipe.data.num_workers
+    if isinstance(data, Stream):
+        cursor = None
+        if start is not None:
+            assert start.cursor is not None, "the fingerprint tells streams from rows by number"
+            cursor = StreamCursor.from_dict(start.cursor)
+        return partial(stream_steps, data, builder, cursor=cursor, num_workers=num_workers)
+    dataset = StepDataset(data, builder, order=order_of(recipe, data), epochs=epochs_of(recipe))
+    return partial(steps_from, dataset, num_workers=num_workers)
 
 
 def embedding_prompt_of(recipe: Recipe) -> str | None:
@@ -162,8 +241,25 @@ def build_objective(recipe: Recipe, device: torch.device) -> Objective:
     return Contrastive(recipe.contrastive.initial_temperature, device)
 
 
+def looked_over(data: TrainingData) -> Iterator[Conversation]:
+    """Up to `LOOKED_OVER` samples from all over the data; those that cannot be read are left
+    out."""
+    unread: Iterator[Callable[[], Conversation]]
+    if isinstance(data, Stream):
+        opened = OpenStream(data)
+        unread = (opened.take().conversation for _ in range(LOOKED_OVER))
+    else:
+        apart = math.ceil(len(data) / LOOKED_OVER)
+        unread = (partial(data.__getitem__, at) for at in range(0, len(data), apart))
+    for read in unread:
+        try:
+            yield read()
+        except SampleError as error:
+            log.debug("not looked at before training: %s", error)
+
+
 def first_batch(
-    conversations: Sequence[Conversation],
+    conversations: Iterable[Conversation],
     encoder: Encoder,
     vlm: VLM,
     *,
@@ -176,8 +272,10 @@ def first_batch(
         "pad_token_id": pad_token_id(vlm.processor),
         "media_layout": vlm.family.media_layout,
     }
-    problems = []
+    problems: list[SampleError] = []
+    num_looked_at = 0
     for conversation in conversations:
+        num_looked_at += 1
         if with_image and not conversation.images:
             continue
         try:
@@ -191,8 +289,14 @@ def first_batch(
                 break
     if problems:
         raise problems[0]
+    if not num_looked_at:
+        raise VlmtuneError(
+            "none of the samples looked at can be read",
+            do="`vlmtune check` says what is wrong with each",
+        )
     raise VlmtuneError(
         "modules of the vision tower or the connector are trained, but no sample has a picture",
+        got=f"{num_looked_at:,} samples looked at",
         do="leave them out of lora_target and modules_to_save",
     )
 
@@ -225,7 +329,7 @@ def build_trainee(
     *,
     vlm: VLM,
     adapter: Adapter,
-    conversations: Sequence[Conversation],
+    data: TrainingData,
     encoder: Encoder,
     accelerator: Accelerator,
 ) -> Trainee:
@@ -237,9 +341,9 @@ def build_trainee(
     forward.to(accelerator.device)
     trained = {n: p for n, p in adapter.model.named_parameters() if p.requires_grad}
     parts = {name: part_of(base_name(name), vlm.family) or "language" for name in trained}
-    has_images = any(c.images for c in conversations)
+    has_images = any(c.images for c in looked_over(data))
     batch = first_batch(
-        conversations,
+        looked_over(data),
         encoder,
         vlm,
         with_image=has_images or bool(set(parts.values()) & set(MEDIA_PARTS)),

@@ -35,13 +35,16 @@ WRITING = ".writing-"
 @dataclass(frozen=True)
 class TrainState:
     """Where a run stands. `fingerprint` maps what must not change between stop and resume (recipe
-    keys, data files) to its value or hash."""
+    keys, data files) to its value or hash. `num_bad`: bad samples so far, as they count against
+    `data.max_bad_fraction`. `cursor`: where a stream of rows stands (`StreamCursor.as_dict`)."""
 
     step: int
     num_processes: int
     fingerprint: dict[str, Any]
     left_out: list[dict[str, Any]]
     best: Best | None = None
+    num_bad: int | None = None
+    cursor: dict[str, Any] | None = None
 
 
 @dataclass

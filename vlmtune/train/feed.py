@@ -1,11 +1,12 @@
 """Optimizer steps from conversations, encoded ahead of the loop.
 
-    step -> indices of its samples -> this process's share -> encode -> micro-batches -> StepData
+    step -> its samples, unread -> this process's share -> read -> encode -> micro-batches
 
 With an embedding prompt a sample is encoded as a pair, its picture and its answer apart.
 
 An item of the dataset is a whole optimizer step, a pure function of (seed, step, data): any number
-of workers gives the same steps, and a resumed run starts at the step it needs.
+of workers gives the same steps, and a resumed run starts at the step it needs. Rows that are read
+from front to back have a feed of their own, in `stream_feed.py`.
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vlmtune.data.collate import MediaLayout, collate
+from vlmtune.data.dataset import ConversationSet
 from vlmtune.data.encode import Encoder, OverLength
+from vlmtune.data.formats.rows import check_trainable
 from vlmtune.data.order import Order
 from vlmtune.data.packing import plan_micro_batches, process_share, step_samples
 from vlmtune.data.pairs import Pair, encode_pair, side_batches
-from vlmtune.data.types import IGNORED, Batch, Conversation, Sample, SideBatch
-from vlmtune.errors import SampleError
+from vlmtune.data.stream import StreamCursor
+from vlmtune.data.types import IGNORED, Batch, Conversation, Sample, SideBatch, Source
+from vlmtune.errors import SampleError, VlmtuneError
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class StepData:
     `pair_keys` are, of contrastive training, the picture's and the text's key of each pair.
     `notes` are what was done to samples to fit them in (a note and a sample's id).
     `num_step_samples` counts the samples of the step over all processes, left out or not; `epoch`
-    is the share of training data seen after it.
+    is the share of training data seen after it; `cursor`: where a stream stands after it.
     """
 
     micro_batches: Sequence[Batch | SideBatch]
@@ -59,16 +63,27 @@ class StepData:
     num_step_samples: int
     epoch: float
     pair_keys: Sequence[tuple[int, int]] = ()
+    cursor: StreamCursor | None = None
+
+
+class Unread(Protocol):
+    """A sample not yet read. `id` and `source` name it where it cannot be."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def source(self) -> Source: ...
+
+    def conversation(self) -> Conversation:
+        """Raises SampleError where it cannot be used."""
 
 
 @dataclass(frozen=True)
 class FeedSettings:
-    """`epochs`: where the stream of samples ends, so that the last step may be smaller; None: it
-    goes on for as many steps as are asked for. `embedding_prompt`: what follows the pictures and
-    the answer of a sample in contrastive training; None: answers are trained on."""
+    """How steps are made of samples. `embedding_prompt`: what follows the pictures and the answer
+    of a sample in contrastive training; None: answers are trained on."""
 
-    order: Order
-    epochs: float | None
     batch_size: int
     micro_batch_tokens: int
     pad_token_id: int
@@ -80,42 +95,48 @@ class FeedSettings:
     embedding_prompt: str | None = None
 
 
-class StepDataset(Dataset[StepData | SampleError]):
-    """Steps by number. A bad sample comes back as a value: raised in a worker, it would reach the
-    loop as a traceback in a string."""
+@dataclass(frozen=True)
+class StepBuilder:
+    """Makes this process's part of a step; pickles into worker processes."""
 
-    def __init__(
-        self, conversations: Sequence[Conversation], encoder: Encoder, settings: FeedSettings
-    ) -> None:
-        self.conversations = conversations
-        self.encoder = encoder
-        self.settings = settings
+    encoder: Encoder
+    settings: FeedSettings
 
-    def __getitem__(self, step: int) -> StepData | SampleError:
+    def build(
+        self, whole: Sequence[Unread], *, epoch: float, cursor: StreamCursor | None = None
+    ) -> StepData:
+        """The step of the samples `whole`, of which only this process's share is read.
+
+        Raises the first SampleError, unless such samples are left out.
+        """
         s = self.settings
-        whole = step_samples(step, order=s.order, batch_size=s.batch_size, epochs=s.epochs)
-        share = process_share(whole, rank=s.rank, world_size=s.world_size)
+        share = process_share(range(len(whole)), rank=s.rank, world_size=s.world_size)
         samples: list[Sample | Pair] = []
         left_out: list[LeftOut] = []
-        for index in share:
-            conversation = self.conversations[index]
+        for number in share:
+            name, source = None, None
             try:
+                conversation = whole[number].conversation()
+                name, source = conversation.id, conversation.source
+                check_trainable(conversation)
                 samples.append(self._encode(conversation))
             except SampleError as error:
                 is_dropped = isinstance(error, OverLength) and s.drop_over_length
                 if not (s.skip_bad_samples or is_dropped):
-                    return error
-                left_out.append(_left_out(conversation, error, is_bad=not is_dropped))
-        notes = [(note, sample.id) for sample in samples for note in sample.notes]
-        epoch = ((step - 1) * s.batch_size + len(whole)) / s.order.num_per_epoch
+                    raise
+                name, source = name or whole[number].id, source or whole[number].source
+                left_out.append(
+                    LeftOut(name, source.file, source.line, str(error), is_bad=not is_dropped)
+                )
         pairs = [x for x in samples if isinstance(x, Pair)]
         return StepData(
             micro_batches=self._pair_batches(pairs) if pairs else self._batches(samples),
             left_out=left_out,
-            notes=notes,
+            notes=[(note, sample.id) for sample in samples for note in sample.notes],
             num_step_samples=len(whole),
             epoch=epoch,
             pair_keys=[(pair.picture_key, pair.text_key) for pair in pairs],
+            cursor=cursor,
         )
 
     def _encode(self, conversation: Conversation) -> Sample | Pair:
@@ -157,15 +178,67 @@ class StepDataset(Dataset[StepData | SampleError]):
         ids = torch.full((2,), self.settings.pad_token_id)
         return Sample(
             id="",
-            source=self.conversations[0].source,
+            source=Source("", 0),
             input_ids=ids,
             targets=torch.full_like(ids, IGNORED),
         )
 
 
-def _left_out(conversation: Conversation, error: SampleError, *, is_bad: bool) -> LeftOut:
-    source = conversation.source
-    return LeftOut(conversation.id, source.file, source.line, str(error), is_bad)
+@dataclass(frozen=True)
+class _Numbered:
+    """Sample `index` of a set."""
+
+    conversations: Sequence[Conversation]
+    index: int
+
+    @property
+    def id(self) -> str:
+        if isinstance(self.conversations, ConversationSet):
+            return f"{self.conversations.locate(self.index)[0].label}:{self.source.line}"
+        return self.conversation().id
+
+    @property
+    def source(self) -> Source:
+        if isinstance(self.conversations, ConversationSet):
+            file, row = self.conversations.locate(self.index)
+            return file.rows.place(row)
+        return self.conversation().source
+
+    def conversation(self) -> Conversation:
+        return self.conversations[self.index]
+
+
+class StepDataset(Dataset[StepData | VlmtuneError]):
+    """Steps by number. `epochs`: where the stream of samples ends, so that the last step may be
+    smaller; None: it goes on for as many steps as are asked for.
+
+    An error of the data comes back as a value: raised in a worker, it would reach the loop as a
+    traceback in a string.
+    """
+
+    def __init__(
+        self,
+        conversations: Sequence[Conversation],
+        builder: StepBuilder,
+        *,
+        order: Order,
+        epochs: float | None,
+    ) -> None:
+        self.conversations = conversations
+        self.builder = builder
+        self.order = order
+        self.epochs = epochs
+
+    def __getitem__(self, step: int) -> StepData | VlmtuneError:
+        size = self.builder.settings.batch_size
+        rows = step_samples(step, order=self.order, batch_size=size, epochs=self.epochs)
+        epoch = ((step - 1) * size + len(rows)) / self.order.num_per_epoch
+        try:
+            return self.builder.build(
+                [_Numbered(self.conversations, row) for row in rows], epoch=epoch
+            )
+        except VlmtuneError as error:
+            return error
 
 
 def _start_worker(_: int) -> None:
@@ -176,13 +249,21 @@ def _start_worker(_: int) -> None:
 
 
 def steps_from(
-    dataset: StepDataset, *, first: int, last: int, num_workers: int
+    dataset: StepDataset, first: int, last: int, *, num_workers: int
 ) -> Iterator[StepData]:
-    """The steps `first` to `last`, both included, in order. Raises the first `SampleError`."""
+    """The steps `first` to `last`, both included, in order. Raises the first `VlmtuneError`."""
+    return loaded(dataset, sampler=range(first, last + 1), num_workers=num_workers)
+
+
+def loaded(
+    dataset: Dataset[StepData | VlmtuneError], *, sampler: range | None, num_workers: int
+) -> Iterator[StepData]:
+    """The items of `dataset`, made ahead by `num_workers` processes; the same, in the same order,
+    for any number of them."""
     loader = DataLoader(
         dataset,
         batch_size=None,
-        sampler=range(first, last + 1),
+        sampler=sampler,
         num_workers=num_workers,
         prefetch_factor=2 if num_workers else None,
         worker_init_fn=_start_worker,
@@ -191,7 +272,7 @@ def steps_from(
         generator=torch.Generator().manual_seed(0),
     )
     for item in loader:
-        if isinstance(item, SampleError):
+        if isinstance(item, VlmtuneError):
             raise item
         yield item
 

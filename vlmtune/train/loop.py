@@ -19,6 +19,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from vlmtune.data.stream import StreamCursor
 from vlmtune.recipe.schema import EvalSection, Recipe, TrainSection
 from vlmtune.train import trainee as trainees
 from vlmtune.train.best import Best, best_by, is_over, updated
@@ -170,6 +171,7 @@ class _Loop:
     result: TrainResult
     window: Window = field(default_factory=Window)
     notes: set[tuple[str, str]] = field(default_factory=set)
+    cursor: StreamCursor | None = None
     began: float = field(default_factory=time.monotonic)
 
     def run(self, first: int, make_steps: Callable[[int, int], Iterator[StepData]]) -> None:
@@ -241,6 +243,7 @@ class _Loop:
         if done.num_left_out:
             self.skips.add(gather_object(data.left_out), write=accelerator.is_main_process)
         self.notes.update(data.notes)
+        self.cursor = data.cursor
         self.window.add(data, done, num_processes=accelerator.num_processes)
         self._count(step, data, done)
         line: dict[str, Any] = dict(done.method_log)
@@ -302,7 +305,15 @@ class _Loop:
     def _save(self, step: int) -> None:
         num_processes = self.accelerator.num_processes
         left_out = self.skips.as_list()
-        state = TrainState(step, num_processes, self.fingerprint, left_out, self.result.best)
+        state = TrainState(
+            step,
+            num_processes,
+            self.fingerprint,
+            left_out,
+            self.result.best,
+            num_bad=self.skips.num_bad,
+            cursor=None if self.cursor is None else self.cursor.as_dict(),
+        )
         keep = self.section.keep_checkpoints
         trainees.save(self.trainee, state, self.accelerator, self.folder, keep)
 

@@ -15,31 +15,40 @@ class SkipLedger:
     """Every sample left out, once, in order of appearance; the same on all processes.
 
     Bad samples count against `max_bad_fraction` of `num_samples`; samples dropped for their length
-    (`over_length: drop`) are listed and counted, not limited.
+    (`over_length: drop`) are listed and counted, not limited. `counts_repeats`: `num_samples` are
+    those that the run draws, not those there are, and a bad one counts each time it is drawn.
     """
 
-    def __init__(self, path: Path, *, num_samples: int, max_bad_fraction: float) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        num_samples: int,
+        max_bad_fraction: float,
+        counts_repeats: bool = False,
+    ) -> None:
         self._path = path
         self._num_samples = num_samples
         self._limit = max_bad_fraction * num_samples
+        self._counts_repeats = counts_repeats
         self._entries: dict[str, LeftOut] = {}
+        self.num_bad = 0
 
     @property
     def num_left_out(self) -> int:
         return len(self._entries)
 
-    @property
-    def num_bad(self) -> int:
-        return sum(entry.is_bad for entry in self._entries.values())
-
     def add(self, entries: Iterable[LeftOut], *, write: bool) -> None:
         """Note what is new; raises `VlmtuneError` beyond the limit, on every process alike."""
-        new = [e for e in entries if e.id not in self._entries]
+        drawn = list(entries)
+        new = list({e.id: e for e in drawn if e.id not in self._entries}.values())
         self._entries |= {e.id: e for e in new}
         if write:
             self._append(new)
-        if self.num_bad > self._limit:
-            last = [e for e in new if e.is_bad][-1]
+        bad = [e for e in (drawn if self._counts_repeats else new) if e.is_bad]
+        self.num_bad += len(bad)
+        if bad and self.num_bad > self._limit:
+            last = bad[-1]
             raise VlmtuneError(
                 f"too many bad samples: {self.num_bad} of {self._num_samples}; "
                 f"the last: {last.reason}",
@@ -54,9 +63,12 @@ class SkipLedger:
         """For the checkpoint."""
         return [entry.as_dict() for entry in self._entries.values()]
 
-    def restore(self, entries: Iterable[dict[str, Any]]) -> None:
-        """Start from a checkpoint's entries, without those of an attempt after it."""
+    def restore(self, entries: Iterable[dict[str, Any]], *, num_bad: int | None = None) -> None:
+        """Start from a checkpoint's entries, without those of an attempt after it. `num_bad`:
+        where it is more than one for each bad entry."""
         self._entries = {str(entry["id"]): LeftOut(**entry) for entry in entries}
+        counted = sum(entry.is_bad for entry in self._entries.values())
+        self.num_bad = counted if num_bad is None else num_bad
 
     def write(self) -> None:
         """Make the file list exactly what is known; afterwards `add` appends to it."""
