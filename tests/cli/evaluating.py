@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -22,9 +24,17 @@ def run_eval(*arguments: object) -> tuple[int, str, str]:
 
 
 def write_questions(file: Path, sample_data: Path, num: int) -> Path:
-    """The first `num` questions of the sample data, in a file of their own."""
+    """The first `num` questions of the sample data with their pictures, in a file of their own."""
     lines = (sample_data / "eval.jsonl").read_text().splitlines()[:num]
-    file.write_text("\n".join(lines).replace('"images/', f'"{sample_data}/images/') + "\n")
+    return write_with_pictures(file, "\n".join(lines) + "\n", sample_data)
+
+
+def write_with_pictures(file: Path, rows: str, sample_data: Path) -> Path:
+    """Rows of the sample data, in a file of their own with their pictures beside it."""
+    (file.parent / "images").mkdir(exist_ok=True)
+    for name in set(re.findall(r'"(images/[^"]+)"', rows)):
+        shutil.copyfile(sample_data / name, file.parent / name)
+    file.write_text(rows)
     return file
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.evaluating import run_eval, write_questions, write_run
+from tests.cli.evaluating import run_eval, write_questions, write_run, write_with_pictures
 from vlmtune.cli.eval_compare import folders_of, names_of
 from vlmtune.cli.eval_tables import print_comparison, print_result
 from vlmtune.evaluation.compare import Comparison, Difference
@@ -209,8 +209,8 @@ def test_a_report_of_other_references_than_the_data_is_refused_before_a_model_is
 ) -> None:
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     rows[2]["messages"][-1]["content"] = "corrected"
-    changed = tmp_path / "changed.jsonl"
-    changed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    changed = write_with_pictures(tmp_path / "changed.jsonl", text, data.parent)
     code, _, stderr = run_eval(finished, tiny_vlm, "--data", changed, "--output", tmp_path / "out")
     assert code == 2
     assert f"another answer than --data has; got: sample '{rows[2]['id']}'" in stderr

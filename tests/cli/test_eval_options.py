@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from tests.cli.evaluating import run_eval, write_run
+from tests.cli.evaluating import run_eval, write_run, write_with_pictures
 
 
 def evaluated(*arguments: object) -> dict[str, Any]:
@@ -103,8 +104,7 @@ def captions(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     pictures = list(dict.fromkeys(row["messages"][0]["content"][0]["image"] for row in rows))[:3]
     kept = [row for row in rows if row["messages"][0]["content"][0]["image"] in pictures]
     text = "".join(json.dumps(row) + "\n" for row in kept)
-    file.write_text(text.replace('"images/', f'"{sample_data}/images/'))
-    return file
+    return write_with_pictures(file, text, sample_data)
 
 
 @pytest.mark.parametrize("scorer", ["likelihood", "embedding"])
@@ -128,8 +128,8 @@ def test_options_are_chosen_by_likelihood_with_or_without_an_answer(
 ) -> None:
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     options = sorted({row["messages"][-1]["content"] for row in rows} | {"seven"})
-    file = tmp_path / "choice.jsonl"
-    file.write_text("".join(json.dumps(row | {"options": options}) + "\n" for row in rows))
+    text = "".join(json.dumps(row | {"options": options}) + "\n" for row in rows)
+    file = write_with_pictures(tmp_path / "choice.jsonl", text, data.parent)
     command = [tiny_vlm, "--data", file, "--task", "choice", "--metrics"]
     alone = evaluated(*command, "choice_likelihood", "--output", tmp_path / "a")
     assert set(alone["metrics"]) == {"choice_likelihood"}
@@ -147,9 +147,58 @@ def test_metrics_are_those_of_the_runs_task(tiny_vlm: Path, captions: Path, tmp_
 
 
 @pytest.fixture
+def pointing_out(data: Path, tmp_path: Path) -> Path:
+    """A question whose picture is beside the folder of the data."""
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / "questions.jsonl"
+    text = data.read_text().splitlines()[0].replace("images/", f"{data.parent}/images/")
+    file.write_text(text + "\n")
+    return file
+
+
+def test_pictures_outside_the_datas_folder_are_used_only_where_that_is_allowed(
+    tiny_vlm: Path, pointing_out: Path, tmp_path: Path
+) -> None:
+    command = [tiny_vlm, "--data", pointing_out, "--max-new-tokens", 1]
+    code, _, stderr = run_eval(*command, "--output", tmp_path / "refused")
+    assert code == 2
+    assert f"{pointing_out}:1: the picture is outside" in stderr
+    assert "--allow-outside-paths" in stderr
+    allowed = evaluated(*command, "--allow-outside-paths", "--output", tmp_path / "allowed")
+    assert allowed["num_samples"] == 1
+
+
+def test_a_runs_recipe_says_what_its_evaluation_may_read(
+    tiny_vlm: Path, data: Path, pointing_out: Path, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "run", tiny_vlm, data, "{max_new_tokens: 1}")
+    assert run_eval(run, "--data", pointing_out)[0] == 2
+    for name in ("recipe.yaml", "recipe.resolved.yaml"):
+        written = yaml.safe_load((run / name).read_text())
+        written["data"]["allow_outside_paths"] = True
+        (run / name).write_text(yaml.safe_dump(written))
+    assert evaluated(run, "--data", pointing_out)["num_samples"] == 1
+
+
+def test_urls_are_fetched_only_with_the_option(
+    tiny_vlm: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    row = data.read_text().splitlines()[0]
+    file = tmp_path / "data.jsonl"
+    file.write_text(re.sub(r"images/[^\"]+", "http://me:secret@127.0.0.1:9/a.png", row) + "\n")
+    code, _, stderr = run_eval(tiny_vlm, "--data", file)
+    assert code == 2
+    assert f"{file}:1: pictures are not fetched" in stderr and "--allow-urls" in stderr
+    code, _, stderr = run_eval(tiny_vlm, "--data", file, "--allow-urls")
+    assert code == 2
+    assert "not public; got: http://127.0.0.1:9/a.png" in stderr and "secret" not in stderr
+
+
+@pytest.fixture
 def guarded(tiny_vlm: Path, data: Path, tmp_path: Path) -> Path:
     """A run with a guard, in a folder of its own."""
-    shutil.copy(data, tmp_path / "old.jsonl")
+    write_with_pictures(tmp_path / "old.jsonl", data.read_text(), data.parent)
     section = f"{{max_new_tokens: 3, guard: {{data: {tmp_path}/old.jsonl, max_samples: 3}}}}"
     return write_run(tmp_path / "run", tiny_vlm, data, section)
 
@@ -248,7 +297,7 @@ def test_wrong_input_ends_with_2_before_a_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copy(data, "questions.jsonl")
+    write_with_pictures(Path("questions.jsonl"), data.read_text(), data.parent)
     (tmp_path / "occupied").mkdir()
     (tmp_path / "occupied" / "thesis.tex").write_text("all of it")
     code, stdout, stderr = run_eval("./missing-model", "--data", "questions.jsonl", *arguments)

@@ -154,12 +154,12 @@ def test_two_processes_compare_and_speak_once(
 
 
 def test_a_bad_picture_of_one_process_ends_both(
-    tiny_vlm: Path, questions: Path, tmp_path: Path
+    tiny_vlm: Path, sample_data: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "bad.png").write_bytes(b"\x89PNG and no more")
-    rows = [json.loads(line) for line in questions.read_text().splitlines()[:4]]
-    rows[3]["messages"][0]["content"][0]["image"] = str(tmp_path / "bad.png")
-    data = tmp_path / "data.jsonl"
+    data = write_questions(tmp_path / "data.jsonl", sample_data, 4)
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows[3]["messages"][0]["content"][0]["image"] = "bad.png"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, stdout, stderr = eval_in_two(tiny_vlm, "--data", data, cwd=tmp_path)
     assert code != 0

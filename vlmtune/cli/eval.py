@@ -122,6 +122,19 @@ def eval_command(
     no_guard: Annotated[
         bool, typer.Option("--no-guard", help="Leave out the run's eval.guard.")
     ] = False,
+    allow_outside_paths: Annotated[
+        bool,
+        typer.Option(
+            "--allow-outside-paths",
+            help="Pictures may be outside the folder of --data. Default: the run's.",
+        ),
+    ] = False,
+    allow_urls: Annotated[
+        bool,
+        typer.Option(
+            "--allow-urls", help="Pictures may be fetched from http(s) URLs. Default: the run's."
+        ),
+    ] = False,
     output: Annotated[
         Path | None,
         _option(
@@ -166,6 +179,8 @@ def eval_command(
         blind=blind,
         train=train or [],
         output=output,
+        allow_outside_paths=allow_outside_paths,
+        allow_urls=allow_urls,
     )
     with joined_processes() as processes:
         plan = request.plan(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from vlmtune.errors import VlmtuneError
 
 if TYPE_CHECKING:
     from vlmtune.cli.processes import Processes
-    from vlmtune.data.types import Conversation
+    from vlmtune.data.types import Access, Conversation
     from vlmtune.evaluation.results import Result
     from vlmtune.recipe.schema import DataEntry, Recipe
 
@@ -48,6 +48,8 @@ class Request:
     blind: bool
     train: Sequence[Path]
     output: Path | None
+    allow_outside_paths: bool = False
+    allow_urls: bool = False
     finished: dict[str, Path] = field(default_factory=dict)
 
     def plan(self, processes: Processes, **settings: Any) -> Plan:
@@ -67,7 +69,8 @@ class Request:
             check_output(self.output)
         conversations: list[Conversation] = []
         if self.data:
-            conversations = load_conversations(self.data)[0][: self.max_samples]
+            access = self._access(recipes)
+            conversations = load_conversations(self.data, access=access)[0][: self.max_samples]
         for target, report in reports.items():
             if section.task != "retrieval":  # whose rows are queries
                 _check_samples(conversations, report, target)
@@ -145,6 +148,18 @@ class Request:
             raise VlmtuneError("--train has no effect without --blind", do="add --blind")
         if self.blind and not running:
             raise VlmtuneError("--blind has no effect: every target is a report already")
+
+    def _access(self, recipes: Mapping[str, Recipe]) -> Access:
+        """What pictures may be read from: what the first run's recipe allows, and the options."""
+        from vlmtune.data.source import access_of
+        from vlmtune.data.types import LOCAL
+
+        of_run = next((access_of(recipe.data) for recipe in recipes.values()), LOCAL)
+        return replace(
+            of_run,
+            allow_outside_paths=of_run.allow_outside_paths or self.allow_outside_paths,
+            allow_urls=of_run.allow_urls or self.allow_urls,
+        )
 
     def _reports(self) -> dict[str, Result]:
         from vlmtune.evaluation.results import read_result
