@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from tests.data.formats.examples import ASSISTANT, ROWS, USER, read, row_of
-from vlmtune.data.formats.registry import FORMATS, parse_row, unused_keys
+from vlmtune.data.formats.registry import FORMATS, check_entry, parse_row, unused_keys
 from vlmtune.data.source import load_conversations
 from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
 from vlmtune.recipe.schema import DataEntry
@@ -108,7 +108,6 @@ def test_a_wrong_guess_reads_the_row_alike_or_is_an_error(name, other):
     [
         ("messages", {"prompt": "What?"}),
         ("vqav2", {"prompt": "What?"}),
-        ("alpaca", {"annotations": "a.json"}),
         ("chartqa", {"columns": {"image": "imgname"}, "format": "chartqa"}),
         ("messages", {"columns": {"image": "a"}}),
     ],
@@ -121,9 +120,20 @@ def test_what_a_format_does_not_regard_is_an_error(name, entry, load):
 
 def test_what_a_format_regards_is_none(load):
     assert len(load(ROWS["class_folders"], prompt="What?")[0]) == 3
-    assert len(load(ROWS["vqav2"], annotations="a.json")[0]) == 3
+    entry = DataEntry(path="questions.json", annotations="answers.json", format="vqav2")
+    check_entry(entry, "vqav2", file="questions.json")
+    with pytest.raises(VlmtuneError, match="questions.json: `annotations` has no effect"):
+        check_entry(entry, "docvqa", file="questions.json")
 
 
 def test_rows_of_no_format_say_what_they_lack(load):
     with pytest.raises(ErrorGroup, match="there are no messages; got: keys a, b.*name the format"):
         load([{"a": "x", "b": "y"}])
+
+
+def test_rows_without_the_columns_that_are_named_say_so(load):
+    with pytest.raises(ErrorGroup, match="there is no column b; got: keys a"):
+        load([{"a": "x"}], columns={"caption": "b"})
+    with pytest.raises(ErrorGroup, match="not an object") as caught:
+        load([3], columns={"caption": "b"})
+    assert "no effect" not in str(caught.value)

@@ -62,12 +62,6 @@ FORMATS: dict[FormatName, Format] = {
 }
 """Where the first rows look like several, the first of them is taken."""
 
-KNOWN_KEYS: dict[FormatName, frozenset[str]] = {
-    name: COMMON_KEYS
-    | (known.keys if isinstance(known.keys, frozenset) else frozenset(table.ALL_NAMES))
-    for name, known in FORMATS.items()
-}
-
 
 def parse_row(row: Row, name: FormatName) -> Conversation:
     """The row as a conversation. Raises SampleError with the row's place."""
@@ -87,7 +81,8 @@ def parse_row(row: Row, name: FormatName) -> Conversation:
 def detect_format(rows: Rows, entry: DataEntry) -> FormatName:
     """The format that most of the first rows look like, the first in FORMATS of several.
 
-    Where no row looks like any, it is `messages`: every row then says what it lacks.
+    Where no row looks like any, it is `table` if the recipe names columns, or else `messages`:
+    every row then says what it lacks.
     """
     votes: Counter[FormatName] = Counter()
     for index in range(min(NUM_LOOKED_AT, len(rows))):
@@ -95,6 +90,8 @@ def detect_format(rows: Rows, entry: DataEntry) -> FormatName:
             votes.update(_matching(rows.read(index), entry))
         except SampleError:
             continue
+    if not votes and entry.columns:
+        return "table"
     return max(FORMATS, key=lambda name: votes[name])
 
 

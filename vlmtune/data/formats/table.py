@@ -48,7 +48,6 @@ USUAL_NAMES: dict[ColumnRole, tuple[str, ...]] = {
     "caption": ("caption", "text", "description"),
     "label": ("label", "class", "category"),
 }
-ALL_NAMES = frozenset(name for names in USUAL_NAMES.values() for name in names)
 ROLES: tuple[ColumnRole, ...] = get_args(ColumnRole)
 _FORMS: tuple[tuple[ColumnRole, ...], ...] = (
     ("question", "answer"),
