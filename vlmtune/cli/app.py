@@ -11,6 +11,8 @@ import typer
 
 from vlmtune import __version__
 from vlmtune.cli.chat import chat_command
+from vlmtune.cli.data_convert import convert_command
+from vlmtune.cli.data_split import split_command
 from vlmtune.cli.eval import eval_command
 from vlmtune.cli.merge import merge_command
 from vlmtune.cli.recipe import schema_command, show_command
@@ -30,6 +32,12 @@ app.command("eval")(eval_command)
 app.command("merge")(merge_command)
 app.command("report")(report_command)
 app.command("chat")(chat_command)
+data_app = typer.Typer(
+    help="Convert, look at, measure and split data.", no_args_is_help=True, rich_markup_mode=None
+)
+data_app.command("convert")(convert_command)
+data_app.command("split")(split_command)
+app.add_typer(data_app, name="data")
 recipe_app = typer.Typer(help="Look at a recipe.", no_args_is_help=True, rich_markup_mode=None)
 recipe_app.command("show")(show_command)
 recipe_app.command("schema")(schema_command)
