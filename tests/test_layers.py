@@ -20,6 +20,7 @@ LAYERS = {
     "train": 4,
     "evaluation": 4,
     "report": 5,
+    "preflight": 5,
     "cli": 6,
 }
 TORCH_LIBRARIES = {"torch", "torchvision", "transformers", "peft", "bitsandbytes", "accelerate"}

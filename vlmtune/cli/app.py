@@ -11,6 +11,7 @@ import typer
 
 from vlmtune import __version__
 from vlmtune.cli.chat import chat_command
+from vlmtune.cli.check import check_command
 from vlmtune.cli.data_convert import convert_command
 from vlmtune.cli.data_split import split_command
 from vlmtune.cli.eval import eval_command
@@ -28,6 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # boxes around the help cost as long as all the rest of it
 )
 app.command("train")(train_command)
+app.command("check")(check_command)
 app.command("eval")(eval_command)
 app.command("merge")(merge_command)
 app.command("report")(report_command)

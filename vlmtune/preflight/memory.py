@@ -1,0 +1,127 @@
+"""How much memory training will take: an estimate from shapes and measured lengths.
+
+Letters: L layers, D width, M inputs and outputs of a layer's linear modules together, V
+vocabulary, N tokens of a micro-batch with padding, S supervised tokens, a bytes of a number in the
+compute dtype (2, or 4 in fp32).
+
+    weights      numbers x their bytes: 4.127 bits (NF4 with its constants), 8 bits, or a
+    trained      an adapter's numbers in float32; modules trained in full: 4 bytes instead of a
+    gradients    4 bytes a trained number
+    optimizer    8 bytes a trained number, or 2 with 8-bit state (8 in tensors below 4096 numbers)
+    activations  of a tower that trains or lets gradients through:
+                   without checkpointing  N L k M a
+                   with                   N L D a + one layer, N k M a
+                 of a frozen tower before anything trained: one layer
+    logits       S V (12 + a): the logits, in float32, their log-softmax and its gradient
+    unpacking    the largest quantised weight in the compute dtype
+
+Not counted: the libraries' own memory (0.5 to 1 GB of a process; a CUDA context as much on the
+GPU), fragmentation, attention without a fused kernel. docs/check.md compares with measured peaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from vlmtune.preflight.epoch import MicroBatch
+from vlmtune.preflight.model import MetaModel, Tower, Trained
+from vlmtune.recipe.schema import Recipe
+
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+NF4_BITS_SINGLE = 4 + 32 / 64
+SMALL_TENSOR = 4096
+KEPT_PER_LINEAR_NUMBER = 1.4
+"""k: a layer keeps more than its linear modules' inputs and outputs, for norms and attention."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, estimated; `total` is `memory_bytes`."""
+
+    weights: int
+    trained: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    unpacking: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+def weight_bytes(recipe: Recipe, trained: Trained) -> dict[str, int]:
+    """Bytes of the base model's weights by part, as loaded."""
+    bits = {4: NF4_BITS if recipe.quantization.double_quant else NF4_BITS_SINGLE, 8: 8.0}
+    quantized_bits = bits.get(recipe.quantization_bit, 0.0)
+    number = number_bytes(recipe)
+    return {
+        part: round(
+            count.quantized_parameters * quantized_bits / 8
+            + (count.parameters - count.quantized_parameters) * number
+        )
+        for part, count in trained.parts.items()
+    }
+
+
+def optimizer_bytes(recipe: Recipe, trained: Trained) -> int:
+    """Bytes of AdamW's two averages."""
+    if not recipe.train.optimizer.endswith("8bit"):
+        return 8 * trained.trainable_parameters
+    return sum(size * (8 if size < SMALL_TENSOR else 2) for size in trained.sizes)
+
+
+def number_bytes(recipe: Recipe) -> int:
+    """Bytes of a number in the compute dtype."""
+    return 4 if recipe.train.precision == "fp32" else 2
+
+
+def memory_of(
+    recipe: Recipe,
+    meta: MetaModel,
+    trained: Trained,
+    batches: Iterable[MicroBatch],
+    *,
+    patches_per_media_token: float,
+) -> Memory:
+    """The estimate, with the micro-batch of `batches` that takes the most."""
+    number = number_bytes(recipe)
+    in_full = trained.in_full
+    size = trained.trainable_parameters
+    language = meta.towers["language"]
+    vision = meta.towers.get("vision", Tower(0, 0, 0))
+    vision_trains = any(
+        count.trainable_parameters
+        for part, count in trained.parts.items()
+        if part in ("vision", "connector")
+    )
+    checkpointing = recipe.train.gradient_checkpointing
+    activations, logits = 0, 0
+    for batch in batches:
+        patches = round(batch.media * patches_per_media_token)
+        taken = _kept(language, batch.tokens, keeps=True, checkpointing=checkpointing)
+        taken += _kept(vision, patches, keeps=vision_trains, checkpointing=checkpointing)
+        head = batch.supervised * meta.vocabulary * (12 + number)
+        if taken * number + head > activations + logits:
+            activations, logits = taken * number, head
+    return Memory(
+        weights=sum(weight_bytes(recipe, trained).values()),
+        trained=4 * (size - in_full) + (4 - number) * in_full,
+        gradients=4 * size,
+        optimizer=optimizer_bytes(recipe, trained),
+        activations=activations,
+        logits=logits,
+        unpacking=meta.largest_quantized * number,
+    )
+
+
+def _kept(tower: Tower, tokens: int, *, keeps: bool, checkpointing: bool) -> int:
+    """Numbers a tower keeps of `tokens` tokens at its fullest moment."""
+    layer = KEPT_PER_LINEAR_NUMBER * tower.linear_numbers
+    if not keeps:
+        return round(tokens * layer)
+    if checkpointing:
+        return round(tokens * (tower.layers * tower.width + layer))
+    return round(tokens * tower.layers * layer)

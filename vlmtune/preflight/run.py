@@ -1,0 +1,316 @@
+"""The whole preflight: everything that can be known of a run on a CPU, without a weight.
+
+recipe -> processor, model on meta -> every row of train, eval, guard -> modules that train
+       -> epoch, memory, disk -> problems and one verdict
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import ProcessorMixin
+
+from vlmtune.data.encode import Encoder
+from vlmtune.data.source import access_of, cache_dir_of
+from vlmtune.data.stream import Stream
+from vlmtune.errors import VlmtuneError
+from vlmtune.models.load import VLM
+from vlmtune.models.processor import load_processor
+from vlmtune.preflight import disk as disks
+from vlmtune.preflight.figures import TrainingFigures, training_figures
+from vlmtune.preflight.held_out import check_scorable
+from vlmtune.preflight.memory import Memory, optimizer_bytes
+from vlmtune.preflight.model import MetaModel, Trained, check_weight_files, open_on_meta, trained_by
+from vlmtune.preflight.overlap import add_overlap
+from vlmtune.preflight.places import Places
+from vlmtune.preflight.problems import Problems
+from vlmtune.preflight.rows import FileRows, RowSettings
+from vlmtune.preflight.sets import (
+    CheckedSet,
+    SetName,
+    ShowProgress,
+    add_duplicates,
+    add_failures,
+    add_limit,
+    evaluated_rows,
+    look_at,
+    open_set,
+    opened_one_by_one,
+    take_out_repeated_ids,
+)
+from vlmtune.preflight.table import GOOD
+from vlmtune.recipe.load import LoadedRecipe
+from vlmtune.recipe.schema import DataEntry, Recipe
+from vlmtune.train.build import build_encoder, embedding_prompt_of
+from vlmtune.train.run_folder import choose_start
+
+logger = logging.getLogger("vlmtune")
+
+
+@dataclass
+class Report:
+    """What was found. What could not be worked out, because of a problem, is None."""
+
+    problems: Problems
+    sets: dict[SetName, CheckedSet] = field(default_factory=dict)
+    duplicates: dict[SetName, int] = field(default_factory=dict)
+    overlaps: dict[SetName, dict[str, int]] = field(default_factory=dict)
+    figures: TrainingFigures | None = None
+    trained: Trained | None = None
+    memory: Memory | None = None
+    disk: disks.Disk | None = None
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """One check of a recipe. `num_workers`: processes that look at rows, None: as many as there
+    are cores; `max_samples`: rows of each set, None: all."""
+
+    loaded: LoadedRecipe
+    num_workers: int | None
+    max_samples: int | None
+    show_progress: ShowProgress
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.loaded.recipe
+
+    def run(self) -> Report:
+        """Check everything; raises nothing that the user can put right."""
+        report = Report(Problems())
+        places = Places(self.loaded)
+        with _collected_warnings(report.problems):
+            self._check_folder(report)
+            processor, meta = self._open_model(report.problems, places)
+            encoder = self._encoder(report.problems, places, processor, meta)
+            self._check_sets(report, encoder)
+            self._check_overlap(report)
+            self._check_training(report, places, processor, meta)
+        return report
+
+    def _check_folder(self, report: Report) -> None:
+        folder = Path(self.recipe.output_dir)
+        with _noted(report.problems):
+            disks.check_writable(folder)
+        try:
+            choose_start(folder, None)
+        except VlmtuneError as error:
+            report.problems.add_error(error, severity="warning")
+
+    def _open_model(
+        self, problems: Problems, places: Places
+    ) -> tuple[ProcessorMixin | None, MetaModel | None]:
+        recipe = self.recipe
+        processor, meta = None, None
+        with _noted(problems, places):
+            meta = open_on_meta(recipe)
+        with _noted(problems, places):
+            check_weight_files(recipe.model)
+        with _noted(problems, places):
+            processor = load_processor(
+                recipe.model,
+                revision=recipe.revision if meta is None else meta.commit or recipe.revision,
+                trust_remote_code=recipe.trust_remote_code,
+                image=recipe.image,
+            )
+        return processor, meta
+
+    def _encoder(
+        self,
+        problems: Problems,
+        places: Places,
+        processor: ProcessorMixin | None,
+        meta: MetaModel | None,
+    ) -> Encoder | None:
+        if processor is None or meta is None:
+            return None
+        # What was measured may differ from what a cache of another time holds.
+        data = self.recipe.data.model_copy(update={"cache": "off"})
+        recipe = self.recipe.model_copy(update={"data": data})
+        vlm = VLM(meta.model, processor, meta.family, recipe.model, meta.commit)
+        with _noted(problems, places):
+            return build_encoder(recipe, vlm)
+        return None
+
+    def _check_sets(self, report: Report, encoder: Encoder | None) -> None:
+        recipe = self.recipe
+        guard = recipe.eval.guard
+        wanted: list[tuple[SetName, Sequence[DataEntry] | None, int | None]] = [
+            ("data.train", recipe.data.train, None),
+            ("data.eval", recipe.data.eval, recipe.eval.max_samples),
+        ]
+        if guard is not None:
+            wanted.append(("eval.guard.data", guard.data, guard.max_samples))
+        for name, entries, num_evaluated in wanted:
+            if entries is None:
+                continue
+            checked = self._look_at(name, entries, report.problems, encoder)
+            if checked is None:
+                continue
+            report.sets[name] = checked
+            take_out_repeated_ids(checked)
+            chosen = None
+            if name != "data.train":
+                chosen = evaluated_rows(checked, num_evaluated, seed=recipe.seed)
+            add_failures(checked, report.problems, recipe=recipe, chosen=chosen)
+            if name == "data.train":
+                add_limit(checked, report.problems, recipe=recipe)
+            elif chosen is not None:
+                with _noted(report.problems):
+                    check_scorable(checked, chosen, recipe)
+            if checked.is_partial:
+                report.problems.add(
+                    "warning",
+                    f"{name}: only {len(checked.table):,} of {checked.num_rows:,} rows were "
+                    "looked at (--max-samples)",
+                )
+            report.duplicates[name] = add_duplicates(checked, report.problems)
+
+    def _look_at(
+        self,
+        name: SetName,
+        entries: Sequence[DataEntry],
+        problems: Problems,
+        encoder: Encoder | None,
+    ) -> CheckedSet | None:
+        recipe = self.recipe
+        is_train = name == "data.train"
+        streamed = is_train and recipe.data.streaming
+        settings = RowSettings(
+            encoder,
+            recipe.data.max_image_pixels,
+            with_prompt=not is_train,
+            pair_prompt=None if name == "eval.guard.data" else embedding_prompt_of(recipe),
+        )
+        opened: FileRows | Stream
+        try:
+            opened = open_set(entries, recipe, streamed=streamed)
+        except VlmtuneError as error:
+            for each in opened_one_by_one(entries, recipe, streamed=streamed) or [error]:
+                problems.add_error(each)
+            return None
+        try:
+            return look_at(
+                name,
+                opened,
+                settings,
+                num_workers=self.num_workers,
+                max_samples=self.max_samples,
+                show_progress=self.show_progress,
+            )
+        except VlmtuneError as error:
+            problems.add_error(error)
+            return None
+
+    def _check_overlap(self, report: Report) -> None:
+        train = report.sets.get("data.train")
+        held_out = report.sets.get("data.eval")
+        if train is None or held_out is None:
+            return
+        found = add_overlap(train, held_out, report.problems)
+        report.overlaps["data.eval"] = {
+            "pictures": found.num_pictures,
+            "samples_with_picture": found.num_with_picture,
+            "samples_with_question": found.num_with_question,
+            "samples_with_both": found.num_with_both,
+        }
+
+    def _check_training(
+        self,
+        report: Report,
+        places: Places,
+        processor: ProcessorMixin | None,
+        meta: MetaModel | None,
+    ) -> None:
+        recipe, problems = self.recipe, report.problems
+        train = report.sets.get("data.train")
+        if train is not None:
+            with _noted(problems, places):
+                report.figures = training_figures(train, recipe)
+        if meta is None or processor is None:
+            return
+        figures = report.figures
+        steps = recipe.train.max_steps or (figures.steps if figures else None)
+        if steps is None:
+            return
+        with _noted(problems, places):
+            report.trained = trained_by(meta, recipe, processor=processor, total_steps=steps)
+        trained = report.trained
+        if trained is None or figures is None or train is None:
+            return
+        _check_pictures(trained, train, problems, places)
+        report.memory = figures.memory(recipe, meta, trained, processor)
+        cache_bytes = figures.cache_bytes if recipe.data.cache == "disk" else 0
+        report.disk = disks.disk_of(
+            recipe,
+            trained,
+            optimizer_bytes=optimizer_bytes(recipe, trained),
+            cache_bytes=cache_bytes,
+        )
+        with _noted(problems):
+            disks.check_room(report.disk, Path(recipe.output_dir))
+        if recipe.data.cache == "disk":
+            with _noted(problems):
+                disks.check_cache_room(cache_bytes, cache_dir_of(access_of(recipe.data)))
+
+
+def _check_pictures(
+    trained: Trained, train: CheckedSet, problems: Problems, places: Places
+) -> None:
+    """Modules for pictures want pictures."""
+    parts = [p for p, count in trained.parts.items() if count.trainable_parameters]
+    has_pictures = any(train.table.images[int(row)] for row in train.table.rows(GOOD))
+    if set(parts) & {"vision", "connector"} and not has_pictures and train.table.count(GOOD):
+        places.add_error(
+            problems,
+            VlmtuneError(
+                "modules of the vision tower or the connector are trained, but no sample has a "
+                "picture",
+                do="leave them out of lora_target and modules_to_save",
+            ),
+        )
+
+
+@contextlib.contextmanager
+def _noted(problems: Problems, places: Places | None = None) -> Iterator[None]:
+    """Errors of the body become problems; of those without a file, `places` knows where."""
+    try:
+        yield
+    except VlmtuneError as error:
+        if places is None:
+            problems.add_error(error)
+        else:
+            places.add_error(problems, error)
+
+
+class _WarningsToProblems(logging.Handler):
+    def __init__(self, problems: Problems) -> None:
+        super().__init__(logging.WARNING)
+        self._problems = problems
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._problems.add("warning", record.getMessage())
+
+
+@contextlib.contextmanager
+def _collected_warnings(problems: Problems) -> Iterator[None]:
+    """What any layer warns of while the body runs is a problem too, told once, at the end."""
+    own = _WarningsToProblems(problems)
+    others = list(logger.handlers)
+
+    def below_warning(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.WARNING
+
+    for handler in others:
+        handler.addFilter(below_warning)
+    logger.addHandler(own)
+    try:
+        yield
+    finally:
+        logger.removeHandler(own)
+        for handler in others:
+            handler.removeFilter(below_warning)
