@@ -69,7 +69,7 @@ def build_processor(kind: str):
     return {"qwen": _qwen, "llava": _llava, "idefics": _idefics}[kind]()
 
 
-def _byte_level(specials: list[str], *, digits: bool = False) -> Tokenizer:
+def byte_level(specials: list[str], *, digits: bool = False) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     steps = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
     if digits:
@@ -89,7 +89,7 @@ def _byte_level(specials: list[str], *, digits: bool = False) -> Tokenizer:
 def _qwen() -> Qwen2_5_VLProcessor:
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>"]
     names += ["<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    raw = _byte_level(names)
+    raw = byte_level(names)
     raw.normalizer = normalizers.NFC()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw,
@@ -169,7 +169,7 @@ def _idefics() -> Idefics3Processor:
     names = ["<|endoftext|>", "<|im_start|>", "<end_of_utterance>", "<image>"]
     names += ["<fake_token_around_image>", "<global-img>"]
     names += [f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)]
-    raw = _byte_level(names, digits=True)
+    raw = byte_level(names, digits=True)
     # Like a tokenizer that adds its BOS itself: with the template's there must not be two.
     raw.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]

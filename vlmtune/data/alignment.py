@@ -8,8 +8,9 @@ pictures are those that its tokenizer alone gives, which is what places them (`a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, NamedTuple
 
 Offsets = Sequence[tuple[int, int]]
@@ -56,11 +57,23 @@ def align_by_characters(written: Offsets, replacements: Sequence[Mapping[str, An
 
 
 def align_by_tokens(
-    plain: Sequence[int], offsets: Offsets, processed: Sequence[int], image_token_id: int
+    plain: Sequence[int],
+    offsets: Offsets,
+    processed: Sequence[int],
+    image_token_id: int,
+    *,
+    text: str = "",
 ) -> Alignment | None:
-    """From the tokens `plain` of the text with one token a picture, and their characters
-    `offsets`; None where `processed`, the model's, are not the same outside the pictures."""
+    """From the tokens `plain` of `text`, one a picture, and their characters `offsets`; None where
+    `processed`, the model's, are not the same outside the pictures.
+
+    The first word after a picture may be others: some processors write a space before it. It then
+    has no characters.
+    """
     segments = align_segments(plain, processed, image_token_id)
+    if segments is None:
+        words = _first_words(plain, offsets, image_token_id, text)
+        segments = align_segments(plain, processed, image_token_id, left_out=words)
     if segments is None:
         return None
     placed: list[tuple[int, int]] = [(0, 0)] * len(processed)
@@ -70,7 +83,7 @@ def align_by_tokens(
     has_media = len(segments) > 1
     return Alignment(
         placed,
-        num_media_tokens=len(processed) - sum(segment.length for segment in segments),
+        num_media_tokens=len(processed) - (len(plain) - len(segments) + 1),
         media_end=len(processed) - segments[-1].length if has_media else 0,
     )
 
@@ -87,14 +100,20 @@ class Segment(NamedTuple):
 
 
 def align_segments(
-    plain: Sequence[int], processed: Sequence[int], image_token_id: int
+    plain: Sequence[int],
+    processed: Sequence[int],
+    image_token_id: int,
+    *,
+    left_out: Collection[int] = (),
 ) -> list[Segment] | None:
-    """The texts between pictures, in order; None where the two sequences do not agree.
+    """The texts between pictures, in order, without the tokens `left_out` (positions) at their
+    starts; None where the two sequences do not agree.
 
     A text is placed where its leftmost and its rightmost possible place are the same.
     """
     bounds = [-1, *(i for i, token in enumerate(plain) if token == image_token_id), len(plain)]
     starts = [bound + 1 for bound in bounds[:-1]]
+    starts = [next(i for i in count(start) if i not in left_out) for start in starts]
     texts = [list(plain[start:stop]) for start, stop in zip(starts, bounds[1:], strict=True)]
     leftmost = _place(texts, list(processed), image_token_id)
     backwards = _place([t[::-1] for t in texts[::-1]], list(processed[::-1]), image_token_id)
@@ -108,6 +127,20 @@ def align_segments(
         Segment(start, len(text), left if left == right else None)
         for start, text, left, right in zip(starts, texts, leftmost, rightmost, strict=True)
     ]
+
+
+def _first_words(
+    plain: Sequence[int], offsets: Offsets, image_token_id: int, text: str
+) -> set[int]:
+    """The positions in `plain` of what directly follows a picture, up to the end of a word."""
+    found: set[int] = set()
+    for position, (start, _) in enumerate(offsets):
+        if plain[position] == image_token_id or position == 0:
+            continue
+        follows = plain[position - 1] == image_token_id and not text[start : start + 1].isspace()
+        if follows or (position - 1 in found and text[start : start + 1].isalnum()):
+            found.add(position)
+    return found
 
 
 def _place(texts: list[list[int]], ids: list[int], image_token_id: int) -> list[int] | None:

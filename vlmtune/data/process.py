@@ -90,10 +90,11 @@ def _alignment(processor: Any, text: str, output: Any) -> Alignment:
     if "text_replacement_offsets" in output:
         replacements = output["text_replacement_offsets"]
         written = [(int(a), int(b)) for a, b in output["offset_mapping"][0].tolist()]
-        return align_by_characters(written, replacements[0] if replacements else [])
+        return align_by_characters(written, replacements[0] if len(replacements) else [])
     plain, offsets = tokenize(processor.tokenizer, text)
     image_id = int(processor.tokenizer.convert_tokens_to_ids(processor.image_token))
-    found = align_by_tokens(plain, offsets, output["input_ids"][0].tolist(), image_id)
+    processed = output["input_ids"][0].tolist()
+    found = align_by_tokens(plain, offsets, processed, image_id, text=text)
     if found is None:
         raise ProcessError(
             "the processor and its tokenizer do not agree on the text",

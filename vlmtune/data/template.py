@@ -3,8 +3,9 @@
     turns -> the template with each answer replaced by a marker -> the constant text around the
     answers -> the same template with the real answers, walked along that text -> spans
 
-Nothing about a template is assumed: what follows an answer (`end_of_turn`), and what stands
-between the generation prompt and an answer (`lead`), are read off a probe at the start.
+Nothing about a template is assumed: whether it takes a turn's content as parts or as a string,
+what follows an answer (`end_of_turn`), and what stands between the generation prompt and an answer
+(`lead`), are read off a probe at the start.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import jinja2
 
+from vlmtune.data.text import shorten
 from vlmtune.data.types import Image, Text, Turn
 from vlmtune.errors import VlmtuneError
 
@@ -23,6 +25,7 @@ logger = logging.getLogger("vlmtune")
 
 STRIPPED = "white space around an answer removed by the chat template"
 _MARKER = "Xq7{salt}A{index}Z7qX"
+_PROBE = "Xq7Z7qX"
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,14 @@ class ChatTemplate:
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
+        self._video_token = getattr(processor, "video_token", None) or ""
         tokenizer = processor.tokenizer
-        probe = (Turn("user", (Text("Hi"),)), Turn("assistant", (Text("Xq7Z7qX"),)))
+        probe = (Turn("user", (Text("Hi"),)), Turn("assistant", (Text(_PROBE),)))
+        self._takes_parts = True
+        if not self._reads_parts(probe):
+            self._takes_parts = False
         full = self._render(probe, add_generation_prompt=False)
-        before, marker, tail = full.partition("Xq7Z7qX")
+        before, marker, tail = full.partition(_PROBE)
         if not marker:
             raise VlmtuneError("the chat template leaves the assistant's text out")
         self.lead = self._find_lead(before, self.render_prompt(probe[:1]))
@@ -118,6 +125,15 @@ class ChatTemplate:
             raise TemplateError("the chat template changes an answer", got=repr(text[position:]))
         return Rendered(text, tuple(spans), tuple(notes))
 
+    def _reads_parts(self, probe: Sequence[Turn]) -> bool:
+        """Whether the template reads a content of parts; otherwise it fails on a list, or writes
+        it out as such."""
+        try:
+            full = self._render(probe, add_generation_prompt=False)
+        except TemplateError:
+            return False
+        return _PROBE in full and "'text'" not in full
+
     def _span(self, text: str, start: int, end: int, after: str, weight: float) -> Span:
         if self.lead and text.endswith(self.lead, 0, start):
             start -= len(self.lead)
@@ -152,17 +168,28 @@ class ChatTemplate:
         return [*constants, rest]
 
     def _render(self, turns: Sequence[Turn], *, add_generation_prompt: bool) -> str:
-        messages = [{"role": turn.role, "content": _content(turn)} for turn in turns]
+        content = _parts if self._takes_parts else self._string
+        messages = [{"role": turn.role, "content": content(turn)} for turn in turns]
         try:
-            return str(
-                self._processor.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
+            text = self._processor.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except jinja2.TemplateError as error:
             raise TemplateError(f"the chat template refuses the turns ({error})") from error
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
+            # TypeError: a template that adds a string to what is none.
             raise TemplateError(f"the chat template cannot be used ({error})") from error
+        for turn in turns:
+            _check_written(turn, text)
+        return str(text)
+
+    def _string(self, turn: Turn) -> str:
+        """The turn as text, with the processor's placeholder for each picture and video."""
+        placeholders = {"image": self._processor.image_token, "video": self._video_token}
+        return "".join(
+            part["text"] if part["type"] == "text" else placeholders[part["type"]]
+            for part in _parts(turn)
+        )
 
     def _find_lead(self, before: str, prompt: str) -> str:
         if before.startswith(prompt):
@@ -194,7 +221,23 @@ def _forms(answer: str) -> tuple[str, ...]:
     return (answer, answer.strip(), answer.rstrip(), answer.lstrip())
 
 
-def _content(turn: Turn) -> list[dict[str, str]]:
+def _check_written(turn: Turn, text: str) -> None:
+    """Some templates write a system turn in some conversations only, and say nothing."""
+    if turn.role == "assistant":
+        return
+    for part in turn.parts:
+        if isinstance(part, Text) and part.text.strip() not in text:
+            raise TemplateError(
+                f"the chat template leaves the {turn.role} turn's text out",
+                got=repr(shorten(part.text)),
+                do="put the text into a user turn" if turn.role == "system" else None,
+            )
+
+
+def _parts(turn: Turn) -> list[dict[str, str]]:
+    if all(isinstance(part, Text) for part in turn.parts):
+        # As one: some templates write something between two texts.
+        return [{"type": "text", "text": turn.text}]
     return [
         {"type": "text", "text": part.text}
         if isinstance(part, Text)
