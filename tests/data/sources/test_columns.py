@@ -1,0 +1,135 @@
+"""Parquet and Arrow by number: the values that pyarrow itself reads, bytes included."""
+
+from __future__ import annotations
+
+import pickle
+
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
+import pytest
+
+from vlmtune.data.sources.arrow import open_arrow
+from vlmtune.data.sources.parquet import open_parquet
+from vlmtune.errors import VlmtuneError
+
+ROWS = [
+    {
+        "image": {"bytes": bytes([n, 255]), "path": f"{n}.png"},
+        "raw": b"\x00" * n,
+        "question": f"é{n}" if n % 3 else None,
+        "answers": [f"a{i}" for i in range(n % 4)],
+        "messages": [{"role": "user", "content": str(n)}],
+    }
+    for n in range(23)
+]
+TABLE = pa.Table.from_pylist(ROWS)
+
+
+def _parquet(path):
+    pq.write_table(TABLE, path, row_group_size=5)
+    return open_parquet(path)
+
+
+def _arrow_file(path):
+    with pa.ipc.new_file(str(path), TABLE.schema) as writer:
+        writer.write_table(TABLE, max_chunksize=4)
+    return open_arrow(path)
+
+
+def _arrow_stream(path):
+    with pa.ipc.new_stream(str(path), TABLE.schema) as writer:
+        writer.write_table(TABLE, max_chunksize=4)
+    return open_arrow(path)
+
+
+def _feather(path):
+    pa.feather.write_feather(TABLE, str(path), compression="lz4", chunksize=7)
+    return open_arrow(path)
+
+
+KINDS = [_parquet, _arrow_file, _arrow_stream, _feather]
+
+
+@pytest.mark.parametrize("write", KINDS)
+def test_rows_in_any_order_are_those_that_were_written(tmp_path, write):
+    rows = write(tmp_path / "data")
+    order = [n * 7 % len(ROWS) for n in range(len(ROWS))]
+    assert len(rows) == len(ROWS)
+    assert [rows.read(n) for n in order] == [ROWS[n] for n in order]
+    assert [rows.read(n) for n in order] != ROWS
+    assert [rows.place(n).line for n in (0, 22)] == [1, 23]
+
+
+@pytest.mark.parametrize("write", KINDS)
+def test_rows_are_read_after_pickling(tmp_path, write):
+    rows = write(tmp_path / "data")
+    rows.read(3)
+    pickled = pickle.dumps(rows)
+    assert len(pickled) < 1000  # no row is in it
+    again = pickle.loads(pickled)
+    assert [again.read(n) for n in range(len(again))] == ROWS
+
+
+def test_one_row_group_is_read_once_for_its_neighbours(tmp_path, monkeypatch):
+    rows = _parquet(tmp_path / "data")
+    read = []
+    plain = pq.ParquetFile.read_row_group
+
+    def counted(self, number, **kwargs):
+        read.append(number)
+        return plain(self, number, **kwargs)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    for n in (0, 1, 4, 5, 9, 22, 0):
+        rows.read(n)
+    assert read == [0, 1, 4, 0]
+
+
+def test_a_file_of_large_row_groups_is_said_to_be_slow(tmp_path, monkeypatch, caplog):
+    from vlmtune.data.sources import parquet
+
+    with caplog.at_level("INFO", logger="vlmtune"):
+        _parquet(tmp_path / "data")
+        assert not caplog.records
+        monkeypatch.setattr(parquet, "LARGE_GROUP_BYTES", 10)
+        _parquet(tmp_path / "data")
+    (record,) = caplog.records
+    assert "data.streaming" in record.getMessage()
+
+
+@pytest.mark.parametrize("write", KINDS)
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "start"])
+def test_a_broken_file_is_named(tmp_path, write, damage):
+    path = tmp_path / "data"
+    write(path)
+    content = path.read_bytes()
+    path.write_bytes(
+        {
+            "empty": b"",
+            "text": b"a,b\n1,2\n",
+            "cut": content[: len(content) // 2],
+            "start": b"PAR1",
+        }[damage]
+    )
+    opener = open_parquet if write is _parquet else open_arrow
+    with pytest.raises(VlmtuneError, match="cannot be read as") as caught:
+        opener(path)
+    assert caught.value.file == str(path)
+
+
+@pytest.mark.parametrize("write", KINDS)
+def test_a_file_that_changed_while_open_is_named(tmp_path, write):
+    path = tmp_path / "data"
+    rows = write(path)
+    path.write_bytes(b"other")
+    with pytest.raises(VlmtuneError, match="changed since"):
+        rows.read(0)
+
+
+def test_a_column_name_given_twice_is_an_error(tmp_path):
+    table = pa.table([[1], [2]], names=["a", "a"])
+    with pa.ipc.new_file(str(tmp_path / "data"), table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(VlmtuneError, match="two columns have the same name"):
+        open_arrow(tmp_path / "data")

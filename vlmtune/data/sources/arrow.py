@@ -1,0 +1,101 @@
+"""Arrow and Feather files: rows by number, mapped from the file rather than read."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from vlmtune.data.index import Stamp, check_unchanged, stamp_of
+from vlmtune.data.sources.parquet import check_columns
+from vlmtune.data.types import Source
+from vlmtune.errors import VlmtuneError
+
+FILE_MAGIC = b"ARROW1"
+STREAM_MAGIC = b"\xff\xff\xff\xff"
+
+Batch = Callable[[int], Any]
+"""Gives the pyarrow record batch of a number."""
+
+
+class ArrowRows:
+    """The rows of a file whose record batches end at the row numbers `ends`."""
+
+    def __init__(self, path: Path, stamp: Stamp, ends: list[int]) -> None:
+        self.path = path
+        self._stamp = stamp
+        self._ends = ends
+        self._batches: Batch | None = None
+        self._last: tuple[int, Any] | None = None  # the last batch, which may be a compressed one
+
+    @property
+    def file(self) -> str:
+        return str(self.path)
+
+    @property
+    def base_dir(self) -> Path:
+        return self.path.parent
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ArrowRows, (self.path, self._stamp, self._ends)
+
+    def place(self, index: int) -> Source:
+        return Source(self.file, index + 1)
+
+    def read(self, index: int) -> Mapping[str, Any]:
+        # Looked at each time: a mapped file that is cut short takes the process with it.
+        check_unchanged(self.path, self._stamp)
+        number = bisect_right(self._ends, index)
+        start = self._ends[number - 1] if number else 0
+        if self._last is None or self._last[0] != number:
+            if self._batches is None:
+                self._batches, _, _ = _open(self.path)
+            self._last = number, _batch(self._batches, number, self.path)
+        row: Mapping[str, Any] = self._last[1].slice(index - start, 1).to_pylist()[0]
+        return row
+
+
+def open_arrow(path: Path) -> ArrowRows:
+    """An Arrow file, or the stream of batches that `datasets` writes.
+
+    Raises VlmtuneError where it is neither or cannot be read.
+    """
+    stamp = stamp_of(path)
+    batches, num_batches, names = _open(path)
+    check_columns(names, path)
+    counts = [_batch(batches, number, path).num_rows for number in range(num_batches)]
+    return ArrowRows(path, stamp, list(accumulate(counts)))
+
+
+def _open(path: Path) -> tuple[Batch, int, list[str]]:
+    """The batches of a mapped file, how many, and the names of the columns."""
+    import pyarrow as pa
+
+    try:
+        mapped = pa.memory_map(str(path))
+        if mapped.read(len(FILE_MAGIC)) == FILE_MAGIC:
+            reader = pa.ipc.open_file(mapped)
+            return reader.get_batch, reader.num_record_batches, reader.schema.names
+        mapped.seek(0)
+        stream = pa.ipc.open_stream(mapped)
+        held = list(stream)  # of a mapped stream that is not compressed: no copies
+        return held.__getitem__, len(held), stream.schema.names
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise _broken(path, error) from error
+
+
+def _batch(batches: Batch, number: int, path: Path) -> Any:
+    try:
+        return batches(number)
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise _broken(path, error) from error
+
+
+def _broken(path: Path, error: Exception) -> VlmtuneError:
+    reason = str(error).split("\n")[0].rstrip(".")
+    return VlmtuneError(f"the file cannot be read as Arrow ({reason})", file=path)
