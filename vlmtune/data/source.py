@@ -5,7 +5,6 @@ entries -> dataset.open_files -> scan: parse, unique ids, pictures exist -> Conv
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from vlmtune.data.dataset import (
 from vlmtune.data.formats.registry import parse_row, unused_keys
 from vlmtune.data.formats.rows import check_trainable
 from vlmtune.data.media import locate_media
+from vlmtune.data.sources.digest import digests_of
 from vlmtune.data.text import shorten
 from vlmtune.data.types import LOCAL, Access, Conversation, Media, Skipped, Source
 from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
@@ -95,18 +95,14 @@ def cache_dir_of(access: Access) -> Path:
     return access.cache_dir or Path.home() / ".cache" / "vlmtune"
 
 
-def content_hash(files: Files) -> dict[str, str]:
-    """The SHA-256 of each file's bytes, as a run folder records it."""
-    hashes = {}
-    for entry in as_entries(files):
-        digest = hashlib.sha256()
-        if Path(entry.path).is_dir():
-            continue
-        with Path(entry.path).open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-        hashes[entry.path] = digest.hexdigest()
-    return hashes
+def content_hash(files: Files, *, cache_dir: Path | None = None) -> dict[str, str]:
+    """A digest of each file, shard, folder or data set, as a run folder records it."""
+    folder = cache_dir or cache_dir_of(LOCAL)
+    return {
+        path: digest
+        for entry in as_entries(files)
+        for path, digest in digests_of(entry, cache_dir=folder).items()
+    }
 
 
 def _scan(
