@@ -7,7 +7,7 @@ T tokens of a sample.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,27 +19,43 @@ MAX_PIECES = 40
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a rendered sample; `kind` is `plain`, `taught` (supervised) or `picture`."""
+    """A stretch of a rendered sample; `kind` is `plain`, `taught` (supervised), `picture` or
+    `video`."""
 
     kind: str
     text: str
 
 
 def marked_pieces(sample: Sample, tokenizer: Any, image_id: int) -> tuple[Piece, ...]:
-    """The sample's text with what is taught marked and each run of picture tokens counted."""
-    pieces: list[Piece] = []
-    before: list[int] = []
-    for kind, ids in _runs(sample, image_id):
-        if kind == "picture":
-            text = f"[picture: {len(ids)} tokens]"
-        else:
-            text = _decode_after(before, ids, tokenizer)
-        before = ids[-1:]
-        pieces.append(Piece(kind, text))
+    """The sample's text with what is taught marked and each run of picture tokens counted; long
+    texts shortened."""
+    pieces = _pieces(sample, tokenizer, {image_id: "picture"}, "[picture: {count} tokens]")
     return _shortened(pieces)
 
 
-def _runs(sample: Sample, image_id: int) -> list[tuple[str, list[int]]]:
+def whole_pieces(sample: Sample, tokenizer: Any, media_ids: Mapping[int, str]) -> tuple[Piece, ...]:
+    """The same, nothing left out, each run of media tokens as `<token> x 437`. `media_ids`: the
+    kinds of the ids that stand for pictures and videos."""
+    return tuple(_pieces(sample, tokenizer, media_ids, "{token} x {count}"))
+
+
+def _pieces(
+    sample: Sample, tokenizer: Any, media_ids: Mapping[int, str], wording: str
+) -> list[Piece]:
+    pieces: list[Piece] = []
+    before: list[int] = []
+    for kind, ids in _runs(sample, media_ids):
+        if kind in ("plain", "taught"):
+            text = _decode_after(before, ids, tokenizer)
+        else:
+            token = str(tokenizer.convert_ids_to_tokens(ids[0]))
+            text = wording.format(token=token, count=len(ids))
+        before = ids[-1:]
+        pieces.append(Piece(kind, text))
+    return pieces
+
+
+def _runs(sample: Sample, media_ids: Mapping[int, str]) -> list[tuple[str, list[int]]]:
     """Consecutive ids of one kind. A target is what is taught after a position: mostly the next
     token, and where the template writes no end of a turn, an end that is in no input."""
     ids, targets = sample.input_ids.tolist(), sample.targets.tolist()
@@ -56,7 +72,7 @@ def _runs(sample: Sample, image_id: int) -> list[tuple[str, list[int]]]:
         if taught != IGNORED:
             put("taught", taught)
         if token is not None and token != taught:
-            put("picture" if token == image_id else "plain", token)
+            put(media_ids.get(token, "plain"), token)
         taught = target
     return runs
 

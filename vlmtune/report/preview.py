@@ -1,0 +1,135 @@
+"""Samples as the model sees them: the rendered template, what is supervised, the pictures' sizes.
+
+conversations -> Encoder -> Preview -> terminal (cli), or one self-contained page
+
+Jinja escapes all text; the page runs no script and loads nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.resources import files
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from vlmtune import __version__
+from vlmtune.data.encode import Encoder
+from vlmtune.data.types import Conversation
+from vlmtune.errors import VlmtuneError
+from vlmtune.report.figures import plural, sentence
+from vlmtune.report.marked_text import Piece, whole_pieces
+from vlmtune.report.picture_sizes import PictureSize, picture_sizes
+from vlmtune.report.pictures import Thumbnail, Thumbnails
+
+BUDGET_BYTES = 20_000_000
+"""Of the pictures of a page, as text."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One sample. `num_media`: tokens that stand for pictures and videos."""
+
+    id: str
+    file: str
+    line: int
+    pieces: tuple[Piece, ...]
+    sizes: tuple[PictureSize, ...]
+    num_tokens: int
+    num_media: int
+    num_supervised: int
+    notes: tuple[str, ...]
+
+    @property
+    def counts(self) -> str:
+        return (
+            f"{plural(self.num_tokens, 'token')}, {self.num_media:,} of them for media, "
+            f"{self.num_supervised:,} supervised"
+        )
+
+
+@dataclass(frozen=True)
+class _Card:
+    preview: Preview
+    thumbnails: tuple[Thumbnail, ...]
+
+
+def preview(conversation: Conversation, encoder: Encoder) -> Preview:
+    """The sample that training makes of `conversation`. Raises SampleError as `encode` does."""
+    sample = encoder.encode(conversation)
+    media = _media_ids(encoder)
+    pieces = whole_pieces(sample, encoder.processor.tokenizer, media)
+    return Preview(
+        id=conversation.id,
+        file=conversation.source.file,
+        line=conversation.source.line,
+        pieces=pieces,
+        sizes=picture_sizes(conversation, sample, encoder),
+        num_tokens=sample.num_tokens,
+        num_media=sum(int((sample.input_ids == token).sum()) for token in media),
+        num_supervised=sample.num_supervised,
+        notes=sample.notes,
+    )
+
+
+def write_preview_page(
+    shown: Sequence[tuple[Conversation, Preview]], output: Path, *, title: str
+) -> None:
+    """Write one page with the samples and their pictures. Raises VlmtuneError where it cannot."""
+    thumbnails = Thumbnails(budget_bytes=BUDGET_BYTES)
+    cards = [
+        _Card(item, tuple(map(thumbnails.of, conversation.images[: len(item.sizes)])))
+        for conversation, item in shown
+    ]
+    content = _render(cards, title).encode("utf-8", "backslashreplace")
+    unfinished = output.with_name(f"{output.name}.part")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(content)
+        os.replace(unfinished, output)
+    except OSError as error:
+        raise VlmtuneError(
+            f"the page cannot be written ({error.strerror or error})",
+            file=output,
+            do="give another file with --html",
+        ) from error
+
+
+def _render(cards: Sequence[_Card], title: str) -> str:
+    templates = files("vlmtune.report") / "templates"
+    style = (templates / "page.css").read_text("utf-8")
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: (templates / name).read_text("utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"plural": plural, "sentence": sentence}
+    digest = base64.b64encode(sha256(style.encode("utf-8")).digest()).decode("ascii")
+    return environment.get_template("preview.html").render(
+        cards=cards,
+        title=title,
+        style=Markup(style),
+        style_hash=f"sha256-{digest}",
+        version=__version__,
+        made_at=time.strftime("%Y-%m-%d %H:%M"),
+    )
+
+
+def _media_ids(encoder: Encoder) -> dict[int, str]:
+    """The ids that stand for parts of media, by kind."""
+    processor = encoder.processor
+    tokens = {processor.image_token: "picture"}
+    video_token = getattr(processor, "video_token", None)
+    if video_token is not None:
+        tokens.setdefault(video_token, "video")
+    return {
+        int(processor.tokenizer.convert_tokens_to_ids(token)): kind
+        for token, kind in tokens.items()
+    }
