@@ -25,7 +25,7 @@ from vlmtune.data.embedded import decode_bare_base64, decode_data_url
 from vlmtune.data.fetch import check_url, fetch, is_url, shown_url
 from vlmtune.data.pixels import frame_notes, orientation_of, to_rgb, upright, upright_sides
 from vlmtune.data.safe_path import NoSuchFile, find_file, printable
-from vlmtune.data.types import Access, Image, Media
+from vlmtune.data.types import Access, Image, Media, Video
 from vlmtune.errors import VlmtuneError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -57,6 +57,12 @@ def locate_image(image: Image) -> Path | bytes:
     reference is of an unknown kind.
     """
     return _locate(image.ref, image.base_dir, image.content, image.access, what="picture")
+
+
+def locate_video(video: Video) -> Path | bytes:
+    """As `locate_image`, of a video that is one file."""
+    assert isinstance(video.ref, str), "a list of frames is no file"
+    return _locate(video.ref, video.base_dir, video.content, video.access, what="video")
 
 
 def locate_media(media: Media) -> None:

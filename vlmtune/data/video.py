@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 
-from vlmtune.data.media import locate_image, read_image
+from vlmtune.data.media import locate_video, read_image
 from vlmtune.data.text import shorten
 from vlmtune.data.types import Image, Video
 from vlmtune.errors import VlmtuneError
@@ -70,7 +70,7 @@ def read_video(video: Video, *, section: VideoSection, max_pixels: int) -> Clip:
     """
     if isinstance(video.ref, tuple):
         return _from_pictures(video, video.ref, section, max_pixels)
-    found = locate_image(Image(video.ref, video.base_dir, video.content, video.access))
+    found = locate_video(video)
     name = shorten(str(found)) if isinstance(found, Path) else f"{len(found)} bytes of video"
     with _opened(found, name) as (container, stream):
         _check_size(stream, name, max_pixels)
