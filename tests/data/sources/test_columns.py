@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
+from concurrent.futures import ProcessPoolExecutor
 
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from vlmtune.data.sources.arrow import open_arrow
-from vlmtune.data.sources.parquet import open_parquet
+from vlmtune.data.sources import parquet
+from vlmtune.data.sources.arrow import ArrowRows, open_arrow
+from vlmtune.data.sources.parquet import ParquetRows, open_parquet
 from vlmtune.errors import VlmtuneError
 
 ROWS = [
@@ -28,7 +31,7 @@ TABLE = pa.Table.from_pylist(ROWS)
 
 def _parquet(path):
     pq.write_table(TABLE, path, row_group_size=5)
-    return open_parquet(path)
+    return open_parquet(path, cache_dir=path.parent / "cache")
 
 
 def _arrow_file(path):
@@ -71,6 +74,24 @@ def test_rows_are_read_after_pickling(tmp_path, write):
     assert [again.read(n) for n in range(len(again))] == ROWS
 
 
+def _sixth(rows) -> dict:
+    return rows.read(6)
+
+
+@pytest.mark.parametrize("write", KINDS)
+@pytest.mark.parametrize("copied", [False, True])
+def test_rows_are_read_in_forked_processes_after_the_parent_has_read(
+    tmp_path, write, copied, monkeypatch
+):
+    if copied:
+        monkeypatch.setattr(parquet, "LARGE_GROUP_BYTES", 1)
+    rows = write(tmp_path / "data")
+    rows.read(0)
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        assert list(pool.map(_sixth, [rows] * 4, timeout=60)) == [ROWS[6]] * 4
+
+
 def test_one_row_group_is_read_once_for_its_neighbours(tmp_path, monkeypatch):
     rows = _parquet(tmp_path / "data")
     read = []
@@ -86,16 +107,50 @@ def test_one_row_group_is_read_once_for_its_neighbours(tmp_path, monkeypatch):
     assert read == [0, 1, 4, 0]
 
 
-def test_a_file_of_large_row_groups_is_said_to_be_slow(tmp_path, monkeypatch, caplog):
-    from vlmtune.data.sources import parquet
+@pytest.fixture
+def large(monkeypatch):
+    """Row groups of any size count as large."""
+    monkeypatch.setattr(parquet, "LARGE_GROUP_BYTES", 1)
 
+
+def test_large_row_groups_are_copied_once_and_read_by_row(tmp_path, large, caplog):
     with caplog.at_level("INFO", logger="vlmtune"):
-        _parquet(tmp_path / "data")
-        assert not caplog.records
-        monkeypatch.setattr(parquet, "LARGE_GROUP_BYTES", 10)
-        _parquet(tmp_path / "data")
+        first = _parquet(tmp_path / "data")
+        second = open_parquet(tmp_path / "data", cache_dir=tmp_path / "cache")
     (record,) = caplog.records
-    assert "data.streaming" in record.getMessage()
+    assert "copied for reading by row" in record.getMessage()
+    for rows in (first, second, pickle.loads(pickle.dumps(second))):
+        assert isinstance(rows, ArrowRows)
+        assert [rows.read(n) for n in reversed(range(len(rows)))] == ROWS[::-1]
+        assert (rows.file, rows.base_dir) == (str(tmp_path / "data"), tmp_path)
+        assert rows.place(2).file == rows.file
+    assert len(list((tmp_path / "cache" / "arrow").iterdir())) == 1
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-9]])
+def test_a_copy_that_is_damaged_or_of_an_earlier_file_is_made_anew(tmp_path, large, damage):
+    _parquet(tmp_path / "data")
+    (copy,) = (tmp_path / "cache" / "arrow").iterdir()
+    copy.write_bytes(damage(copy.read_bytes()))
+    assert _parquet(tmp_path / "data").read(3) == ROWS[3]
+    pq.write_table(TABLE.slice(4), tmp_path / "data")
+    rows = open_parquet(tmp_path / "data", cache_dir=tmp_path / "cache")
+    assert (len(rows), rows.read(0)) == (len(ROWS) - 4, ROWS[4])
+
+
+def test_a_file_that_changed_since_its_copy_was_opened_is_named(tmp_path, large):
+    rows = _parquet(tmp_path / "data")
+    pq.write_table(TABLE.slice(4), tmp_path / "data")
+    with pytest.raises(VlmtuneError, match="changed since") as caught:
+        rows.read(0)
+    assert caught.value.file == str(tmp_path / "data")
+
+
+def test_without_room_for_a_copy_the_row_groups_are_read_and_that_is_said(tmp_path, large, caplog):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    rows = _parquet(tmp_path / "data")
+    assert isinstance(rows, ParquetRows) and rows.read(22) == ROWS[22]
+    assert "no copy can be kept" in caplog.text and "data.streaming: true" in caplog.text
 
 
 @pytest.mark.parametrize("write", KINDS)
@@ -112,9 +167,11 @@ def test_a_broken_file_is_named(tmp_path, write, damage):
             "start": b"PAR1",
         }[damage]
     )
-    opener = open_parquet if write is _parquet else open_arrow
     with pytest.raises(VlmtuneError, match="cannot be read as") as caught:
-        opener(path)
+        if write is _parquet:
+            open_parquet(path, cache_dir=tmp_path)
+        else:
+            open_arrow(path)
     assert caught.value.file == str(path)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.data.index import Stamp, check_unchanged, stamp_of
-from vlmtune.data.sources.parquet import check_columns
 from vlmtune.data.types import Source
 from vlmtune.errors import VlmtuneError
 
@@ -19,14 +18,21 @@ STREAM_MAGIC = b"\xff\xff\xff\xff"
 Batch = Callable[[int], Any]
 """Gives the pyarrow record batch of a number."""
 
+Original = tuple[Path, Stamp] | None
+
 
 class ArrowRows:
-    """The rows of a file whose record batches end at the row numbers `ends`."""
+    """The rows of a file whose record batches end at the row numbers `ends`.
 
-    def __init__(self, path: Path, stamp: Stamp, ends: list[int]) -> None:
-        self.path = path
+    `copy_of`: the file that it is a copy of, which messages name.
+    """
+
+    def __init__(self, path: Path, stamp: Stamp, ends: list[int], copy_of: Original = None) -> None:
+        self.path = path if copy_of is None else copy_of[0]
+        self._mapped = path
         self._stamp = stamp
         self._ends = ends
+        self._copy_of = copy_of
         self._batches: Batch | None = None
         self._last: tuple[int, Any] | None = None  # the last batch, which may be a compressed one
 
@@ -42,26 +48,28 @@ class ArrowRows:
         return self._ends[-1] if self._ends else 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ArrowRows, (self.path, self._stamp, self._ends)
+        return ArrowRows, (self._mapped, self._stamp, self._ends, self._copy_of)
 
     def place(self, index: int) -> Source:
         return Source(self.file, index + 1)
 
     def read(self, index: int) -> Mapping[str, Any]:
         # Looked at each time: a mapped file that is cut short takes the process with it.
-        check_unchanged(self.path, self._stamp)
+        check_unchanged(self._mapped, self._stamp)
+        if self._copy_of is not None:
+            check_unchanged(*self._copy_of)
         number = bisect_right(self._ends, index)
         start = self._ends[number - 1] if number else 0
         if self._last is None or self._last[0] != number:
             if self._batches is None:
-                self._batches, _, _ = _open(self.path)
-            self._last = number, _batch(self._batches, number, self.path)
+                self._batches, _, _ = _open(self._mapped)
+            self._last = number, _batch(self._batches, number, self._mapped)
         row: Mapping[str, Any] = self._last[1].slice(index - start, 1).to_pylist()[0]
         return row
 
 
-def open_arrow(path: Path) -> ArrowRows:
-    """An Arrow file, or the stream of batches that `datasets` writes.
+def open_arrow(path: Path, *, copy_of: Original = None) -> ArrowRows:
+    """An Arrow file, or the stream of batches that `datasets` writes; or such a copy of a file.
 
     Raises VlmtuneError where it is neither or cannot be read.
     """
@@ -69,7 +77,14 @@ def open_arrow(path: Path) -> ArrowRows:
     batches, num_batches, names = _open(path)
     check_columns(names, path)
     counts = [_batch(batches, number, path).num_rows for number in range(num_batches)]
-    return ArrowRows(path, stamp, list(accumulate(counts)))
+    return ArrowRows(path, stamp, list(accumulate(counts)), copy_of)
+
+
+def check_columns(names: list[str], path: Path) -> None:
+    """Raises VlmtuneError where two columns have one name."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise VlmtuneError("two columns have the same name", file=path, got=", ".join(twice))
 
 
 def _open(path: Path) -> tuple[Batch, int, list[str]]:

@@ -74,7 +74,7 @@ def _open(path: Path, entry: DataEntry, cache_dir: Path) -> Rows:
         return _open_vqa(path, head, entry.annotations, cache_dir)
     suffix = path.suffix.lower()
     if head.startswith(b"PAR1") or suffix == ".parquet":
-        return open_parquet(path)
+        return open_parquet(path, cache_dir=cache_dir)
     if head.startswith((FILE_MAGIC, STREAM_MAGIC)) or suffix in (".arrow", ".feather"):
         return open_arrow(path)
     if head[257:262] == b"ustar" or suffix == ".tar":
