@@ -19,8 +19,8 @@ MIN_CHARACTERS = 4
 _EDGES = " \t\r\n.,;:!?\"'()[]"
 _SENTENCE = re.compile(r"[^.!?\n]+[.!?]*")
 _CHOICE_WORD = re.compile(r"\b(?:or|either|true|false|yes|no)\b", re.IGNORECASE)
-_LISTED_BEFORE = re.compile(r"(?:[,;/|:]|^|\n|[-*•]|\(?\b[A-Za-z0-9]{1,2}[.):])\s*$")
-_LISTED_AFTER = re.compile(r"^\s*(?:[,;/|]|\n|$)")
+_BULLET = re.compile(r"\s*(?:[-*•]|\(?[A-Za-z0-9]{1,2}[.):])?\s*")
+_SEPARATED = re.compile(r"[,;]")
 _ENUMERATED = re.compile(r"(?:^|\n|\s)\(?[A-Za-z1-9][.)]\s")
 
 
@@ -61,6 +61,11 @@ def _is_offered(question: str, place: re.Match[str]) -> bool:
     if any(_CHOICE_WORD.search(sentence.group()) for sentence in around):
         return True
     before, after = question[: place.start()], question[place.end() :]
-    return bool(_LISTED_BEFORE.search(before) and _LISTED_AFTER.search(after)) or bool(
-        re.search(r"[,;/|]\s*$", before) or re.match(r"\s*[,;/|]", after)
-    )
+    line_before, line_after = before.rpartition("\n")[2], after.partition("\n")[0]
+    is_own_line = _BULLET.fullmatch(line_before) and not line_after.strip(_EDGES)
+    if is_own_line and question.strip().count("\n") > 1:
+        return True
+    beside = before.rstrip()[-1:] + after.lstrip()[:1]
+    if set(beside) & set("/|"):
+        return True
+    return bool(set(beside) & set(",;")) and len(_SEPARATED.findall(question)) > 1
