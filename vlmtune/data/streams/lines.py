@@ -52,7 +52,8 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
     cannot be read on is raised as VlmtuneError."""
     try:
         with cast(
-            IO[bytes], gzip.open(path) if path.name.endswith(".gz") else path.open("rb")
+            IO[bytes],
+            gzip.open(path) if path.name.lower().endswith((".gz", ".tgz")) else path.open("rb"),
         ) as f:
             yield f
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
