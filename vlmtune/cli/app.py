@@ -15,6 +15,7 @@ from vlmtune.cli.check import check_command
 from vlmtune.cli.data_convert import convert_command
 from vlmtune.cli.data_preview import preview_command
 from vlmtune.cli.data_split import split_command
+from vlmtune.cli.data_stats import stats_command
 from vlmtune.cli.eval import eval_command
 from vlmtune.cli.merge import merge_command
 from vlmtune.cli.recipe import schema_command, show_command
@@ -40,6 +41,7 @@ data_app = typer.Typer(
 )
 data_app.command("convert")(convert_command)
 data_app.command("preview")(preview_command)
+data_app.command("stats")(stats_command)
 data_app.command("split")(split_command)
 app.add_typer(data_app, name="data")
 recipe_app = typer.Typer(help="Look at a recipe.", no_args_is_help=True, rich_markup_mode=None)

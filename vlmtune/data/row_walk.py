@@ -51,18 +51,23 @@ class RowWalk:
     def __len__(self) -> int:
         return sum(len(file.rows) for file in self.files)
 
-    def rows(self, *, start: int = 0) -> Iterator[tuple[Source, Conversation | SampleError]]:
-        """From row `start` (0-based, over all files) on, each with its place."""
-        before = 0
-        for file in self.files:
-            count = len(file.rows)
-            for index in range(max(0, start - before), count):
-                source = file.rows.place(index)
-                try:
-                    yield source, self._conversation(file, index)
-                except SampleError as error:
-                    yield source, error
-            before += count
+    def rows(
+        self, *, start: int = 0, only: Sequence[int] | None = None
+    ) -> Iterator[tuple[Source, Conversation | SampleError]]:
+        """From row `start` (0-based, over all files) on, each with its place; or the rows `only`,
+        whose numbers rise."""
+        numbers = range(start, len(self)) if only is None else only
+        for file, index in _located(self.files, numbers):
+            source = file.rows.place(index)
+            try:
+                yield source, self._conversation(file, index)
+            except SampleError as error:
+                yield source, error
+
+    def place(self, number: int) -> Source:
+        """Where row `number` stands."""
+        [(file, index)] = _located(self.files, [number])
+        return file.rows.place(index)
 
     def take_id(self, name: str) -> None:
         """Note the id of a row that is used: from now on it is taken."""
@@ -86,3 +91,13 @@ class RowWalk:
 def _digest(name: str) -> int:
     content = name.encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def _located(files: Sequence[OpenFile], numbers: Sequence[int]) -> Iterator[tuple[OpenFile, int]]:
+    """The file and the row in it of each of `numbers`, which rise."""
+    at = before = 0
+    for number in numbers:
+        while number >= before + len(files[at].rows):
+            before += len(files[at].rows)
+            at += 1
+        yield files[at], number - before

@@ -59,6 +59,15 @@ class Bar:
 
 
 @dataclass(frozen=True)
+class Bin:
+    """How many samples have a count from `first` to `last`, both included."""
+
+    first: int
+    last: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Distribution:
     """A count per sample: `percentiles` in the order of PERCENTILES."""
 
@@ -161,28 +170,41 @@ def picture_token_id(processor: Any) -> int:
 
 def distribution(name: str, values: Sequence[int]) -> Distribution:
     """The percentiles and the histogram of counts, at least one."""
+    bins = histogram(values)
+    highest = max(b.count for b in bins)
+    width = min(90 / len(bins), WIDEST_BAR)
+    bars = []
+    for index, item in enumerate(bins):
+        span = f"{item.first}" if item.first == item.last else f"{item.first} to {item.last}"
+        bars.append(
+            Bar(
+                left=100 * (index + 0.5) / len(bins) - width / 2,
+                width=width,
+                height=100 * item.count / highest,
+                label=f"{span} {name}: {plural(item.count, 'sample')}",
+            )
+        )
+    array = np.asarray(values)
+    return Distribution(name, percentiles(values), float(array.mean()), tuple(bars))
+
+
+def histogram(values: Sequence[int]) -> tuple[Bin, ...]:
+    """At most NUM_BINS bins of about the same width over counts, at least one of them."""
     array = np.asarray(values)
     low, high = int(array.min()), int(array.max())
     num_bins = min(NUM_BINS, high - low + 1)
     edges = np.linspace(low, high + 1, num_bins + 1)
     counts, _ = np.histogram(array, bins=edges)
-    width = min(90 / num_bins, WIDEST_BAR)
-    bars = []
-    for index, count in enumerate(counts):
-        first, last = int(np.ceil(edges[index])), int(np.ceil(edges[index + 1])) - 1
-        span = f"{first}" if first == last else f"{first} to {last}"
-        bars.append(
-            Bar(
-                left=100 * (index + 0.5) / num_bins - width / 2,
-                width=width,
-                height=100 * float(count) / float(counts.max()),
-                label=f"{span} {name}: {plural(int(count), 'sample')}",
-            )
-        )
-    points = np.percentile(array, PERCENTILES, method="nearest")
-    return Distribution(
-        name, tuple(int(point) for point in points), float(array.mean()), tuple(bars)
+    firsts = np.ceil(edges).astype(int)
+    return tuple(
+        Bin(int(firsts[at]), int(firsts[at + 1]) - 1, int(count)) for at, count in enumerate(counts)
     )
+
+
+def percentiles(values: Sequence[int]) -> tuple[int, ...]:
+    """Counts that are there, in the order of PERCENTILES."""
+    points = np.percentile(np.asarray(values), PERCENTILES, method="nearest")
+    return tuple(int(point) for point in points)
 
 
 def _load_processor(recipe: Recipe, folder: Path) -> Any:
