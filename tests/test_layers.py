@@ -29,8 +29,8 @@ FORBIDDEN_LIBRARIES = {  # anywhere in the layer, also inside functions
     "recipe": TORCH_LIBRARIES,
     "data": TORCH_LIBRARIES - {"torch"},
 }
-# qwen_vl_utils is a library that any layer may read videos with.
-MODEL_NAME = re.compile(r"qwen(?!_vl_utils)|llava|idefics|smolvlm", re.IGNORECASE)
+# qwen-vl-utils is a library that any layer may read videos with.
+MODEL_NAME = re.compile(r"qwen(?![_-]vl[_-]utils)|llava|idefics|smolvlm", re.IGNORECASE)
 METHOD_NAME = re.compile(r"adalora|dora", re.IGNORECASE)
 MODEL_NAME_HOMES = ("models/families/",)
 METHOD_NAME_HOMES = ("models/adapters/", "recipe/")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import PIL.Image
@@ -22,6 +23,7 @@ from vlmtune.data.masks import MaskError, label_targets
 from vlmtune.data.media import read_image
 from vlmtune.data.over_length import TURNS_LEFT_OUT, cut_text, shrink_images
 from vlmtune.data.process import ProcessError, process
+from vlmtune.data.sample_cache import SampleCache, fingerprint_of
 from vlmtune.data.template import ChatTemplate, Rendered, TemplateError, special_tokens
 from vlmtune.data.types import Conversation, Sample, Text, Turn
 from vlmtune.data.video import Clip, read_video
@@ -74,8 +76,10 @@ class Encoder:
         max_image_pixels: int,
         train_on: TrainOn = "assistant",
         video: VideoSection | None = None,
+        cache_dir: Path | None = None,
     ) -> None:
-        """`video`: how videos become frames; None: as by the recipe's defaults."""
+        """`video`: how videos become frames; None: as by the recipe's defaults. `cache_dir`: where
+        what `encode` gives is kept; None: nowhere."""
         tokenizer = processor.tokenizer
         if not tokenizer.is_fast:
             raise VlmtuneError(
@@ -103,6 +107,7 @@ class Encoder:
             and getattr(processor, "video_processor", None) is not None
         )
         self._reserved = re.compile(_any_of(processor))
+        self._cache = None if cache_dir is None else self._open_cache(cache_dir)
 
     def encode(self, conversation: Conversation) -> Sample:
         """The sample within `max_tokens`, its assistant turns (or the last) supervised by weight.
@@ -111,6 +116,11 @@ class Encoder:
         where it is too long and `over_length` is "drop".
         """
         conversation = self._supervised(conversation)
+        if self._cache is None:
+            return self._make(conversation)
+        return self._cache.sample(conversation, self._make)
+
+    def _make(self, conversation: Conversation) -> Sample:
         media = self._open(conversation)
         encoded = self._encode(conversation, media)
         if encoded.sample.num_tokens <= self.max_tokens:
@@ -138,6 +148,15 @@ class Encoder:
         if last.role != "assistant":
             raise _error(conversation, "the last turn is not answered", expected="assistant")
         return last.text
+
+    def _open_cache(self, folder: Path) -> SampleCache:
+        settings = {
+            "max_tokens": self.max_tokens,
+            "over_length": self.over_length,
+            "max_image_pixels": self.max_image_pixels,
+            "video": self.video.model_dump(mode="json"),
+        }
+        return SampleCache(folder, fingerprint_of(self.processor, settings))
 
     def _supervised(self, conversation: Conversation) -> Conversation:
         """The conversation with the weights that `train_on` leaves its turns."""

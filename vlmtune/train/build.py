@@ -179,11 +179,16 @@ def left_out(skipped: Sequence[Skipped]) -> list[LeftOut]:
 
 
 def build_encoder(recipe: Recipe, vlm: VLM) -> Encoder:
+    """What makes samples as the recipe says, from its cache where it asks for one."""
+    data = recipe.data
     return Encoder(
         vlm.processor,
-        max_tokens=recipe.data.max_tokens,
-        over_length=recipe.data.over_length,
-        max_image_pixels=recipe.data.max_image_pixels,
+        max_tokens=data.max_tokens,
+        over_length=data.over_length,
+        max_image_pixels=data.max_image_pixels,
+        train_on=data.train_on,
+        video=recipe.video,
+        cache_dir=cache_dir_of(access_of(data)) if data.cache == "disk" else None,
     )
 
 
