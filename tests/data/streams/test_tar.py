@@ -16,6 +16,7 @@ import pytest
 from vlmtune.data.sources.tar_shard import open_tar
 from vlmtune.data.stream import OpenStream, open_stream
 from vlmtune.data.streams import tar as module
+from vlmtune.data.streams.registry import open_shards
 from vlmtune.data.streams.tar import TarShard
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.recipe.schema import DataEntry
@@ -118,6 +119,18 @@ def test_a_bad_sample_is_a_bad_row_and_the_next_is_read(tmp_path: Path):
         with pytest.raises(SampleError, match=r"a\.tar.*:2: the json cannot be read"):
             shard.parse(rows[1])
         assert shard.parse(rows[2])["caption"] == "number 2"
+
+
+def test_what_is_not_read_is_said_once_from_the_first_shard(tmp_path: Path, caplog):
+    caplog.set_level("INFO", logger="vlmtune")
+    for name in ("a.tar.gz", "b.tar.gz"):
+        write_tar(tmp_path / name, samples(3))
+    open_shards(DataEntry(path=str(tmp_path / "*.tar.gz")), cache_dir=tmp_path)
+    (message,) = caplog.messages
+    assert message.endswith(
+        "a.tar.gz: files that are not read, of the first 100: "
+        ".pickle (3), hidden or without an ending (1)"
+    )
 
 
 def test_shards_are_streamed_as_samples_with_their_pictures(tmp_path: Path):

@@ -32,6 +32,8 @@ def open_shards(entry: DataEntry, *, cache_dir: Path) -> Sequence[Shard]:
     shards = [s for path in expand_shards(entry.path) for s in _open(path, entry, cache_dir)]
     if not shards:
         raise VlmtuneError("no file matches the pattern", file=entry.path, do="correct the path")
+    if isinstance(shards[0], TarShard):
+        shards[0].say_not_read()
     return shards
 
 

@@ -7,10 +7,12 @@ must be next to each other; where they are not, each part counts as a sample.
 
 from __future__ import annotations
 
+import logging
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -20,6 +22,11 @@ from vlmtune.data.streams.lines import open_bytes
 from vlmtune.data.streams.shards import RawRow
 from vlmtune.data.types import Source
 from vlmtune.errors import VlmtuneError
+
+logger = logging.getLogger("vlmtune")
+
+NUM_LOOKED_AT = 100
+"""Files of a shard that are looked at for such as are not read."""
 
 COMPRESSED = (".tar.gz", ".tgz")
 
@@ -60,6 +67,23 @@ class TarShard:
         if isinstance(members[0], Piece):
             members = self._members(members)
         return row_of(key, members, Source(self.file, row.line))
+
+    def say_not_read(self) -> None:
+        """Log the kinds of files, among the first of the shard, that are part of no sample."""
+        kinds: Counter[str] = Counter()
+        try:
+            with open_bytes(self.path) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+                for member in islice(tar, NUM_LOOKED_AT):
+                    named = split_name(member.name)
+                    if member.isreg() and (named is None or not is_read(named[1])):
+                        kinds[f".{named[1]}" if named else "hidden or without an ending"] += 1
+        except tarfile.TarError as error:
+            raise self._broken(str(error)) from error
+        if kinds:
+            found = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
+            logger.info(
+                "%s: files that are not read, of the first %d: %s", self.path, NUM_LOOKED_AT, found
+            )
 
     def _plain(self, start: int) -> Iterator[RawRow]:
         with open_bytes(self.path) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
