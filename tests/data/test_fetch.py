@@ -371,11 +371,11 @@ def test_a_folder_that_cannot_be_used_is_named(server, access, tmp_path):
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`right.pem` for localhost and `wrong.pem` for another host, each with its key."""
+    """`local.pem` for localhost and `other.pem` for another host, each with its key."""
     if shutil.which("openssl") is None:
         pytest.skip("needs openssl")
     folder = tmp_path_factory.mktemp("certificates")
-    for name, host in (("right", "localhost"), ("wrong", "elsewhere.example")):
+    for name, host in (("local", "localhost"), ("other", "elsewhere.example")):
         command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt"]
         command += ["ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", f"/CN={host}"]
         command += ["-addext", f"subjectAltName=DNS:{host}"]
@@ -385,22 +385,26 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("shown", "trusted", "reason"),
+    ("shown", "trusted", "host", "reason"),
     [
-        ("right", "right", None),
-        ("wrong", "wrong", "Hostname mismatch"),
-        ("right", "wrong", "self-signed certificate"),
+        ("local", "local", "localhost", None),
+        ("local", "local", "elsewhere.example", "Hostname mismatch"),
+        ("local", "local", "127.0.0.1", "IP address mismatch"),
+        ("other", "other", "elsewhere.example", None),
+        ("other", "other", "localhost", "Hostname mismatch"),
+        ("local", "other", "localhost", "self-signed certificate"),
     ],
 )
 def test_https_wants_a_trusted_certificate_of_the_hosts_name(
-    shown, trusted, reason, certificates, access, monkeypatch
+    shown, trusted, host, reason, certificates, access, monkeypatch
 ):
+    named(monkeypatch, **{"elsewhere.example": [["127.0.0.1"]]})
     monkeypatch.setenv("SSL_CERT_FILE", str(certificates / f"{trusted}.pem"))
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificates / f"{shown}.pem", certificates / f"{shown}.key")
     with serving(tls) as server:
         server.pages["/a.png"] = answer(PNG)
-        url = server.url("/a.png", "localhost")
+        url = server.url("/a.png", host)
         if reason is None:
             assert fetch(url, access).read_bytes() == PNG
         else:

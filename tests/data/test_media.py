@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import struct
 import zlib
 from pathlib import Path
 
@@ -316,6 +317,26 @@ def test_damaged_files_end_in_a_picture_or_in_a_user_error(name):
             assert picture.mode == "RGB"
             assert picture.size == upright_size(_bytes(broken), max_pixels=LIMIT)
     assert refused > 0
+
+
+def test_an_animation_cut_off_anywhere_ends_in_a_picture_or_in_a_user_error():
+    content = SEEDS["GIF animated"]()
+    endings: list[type[BaseException] | None] = []
+    for length in range(1, len(content)):
+        try:
+            endings.append(read_image(_bytes(content[:length]), max_pixels=LIMIT) and None)
+        except VlmtuneError as error:
+            endings.append(type(error.__cause__))
+    assert {None, struct.error, OSError} <= set(endings)
+
+
+@pytest.mark.parametrize("kind", [2, 5, 7, 11, 12])  # text, a fraction, bytes, two sorts of float
+def test_a_tiff_whose_offsets_are_no_numbers_is_refused(kind):
+    content = bytearray(SEEDS["TIFF"]())
+    offsets = struct.pack("<HH", 273, 4)  # where the strips begin, as a LONG
+    content[content.index(offsets) + 2] = kind
+    with pytest.raises(VlmtuneError, match="cannot be decoded"):
+        open_image(_bytes(bytes(content)), max_pixels=LIMIT)
 
 
 def test_a_digest_is_of_the_bytes_wherever_they_are(tmp_path, halves):

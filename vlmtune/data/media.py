@@ -35,10 +35,10 @@ _UNDECODABLE = (
     OSError,
     SyntaxError,
     ValueError,
-    EOFError,
+    EOFError,  # no such frame
     IndexError,  # GIF: a colour beyond the palette
     TypeError,  # TIFF: a tag of another type
-    struct.error,
+    struct.error,  # GIF: cut off in the header of the second frame
 )
 
 
