@@ -57,8 +57,11 @@ def test_logits_of_a_video_are_the_models_own_alone_and_in_a_batch(model_type, t
     assert not torch.allclose(ours, alone[0], atol=1e-3)
 
 
-def test_a_run_trains_on_videos_beside_pictures(tiny_vlm: Path, sample_data: Path, tmp_path: Path):
-    data = copy_sample(sample_data, tmp_path / "data", keep=2)
+@pytest.mark.parametrize("pictures", [2, 0])
+def test_a_run_trains_on_videos_beside_pictures_or_alone(
+    tiny_vlm: Path, sample_data: Path, tmp_path: Path, pictures: int
+):
+    data = copy_sample(sample_data, tmp_path / "data", keep=pictures)
     write_clip(tmp_path / "data" / "clip.mp4")
     asked = [{"type": "video", "video": "clip.mp4"}, {"type": "text", "text": "what is it?"}]
     row = {

@@ -268,11 +268,11 @@ def first_batch(
     encoder: Encoder,
     vlm: VLM,
     *,
-    with_image: bool,
+    with_media: bool,
     embedding_prompt: str | None = None,
 ) -> Batch | SideBatch:
-    """A micro-batch of the first usable sample, one with a picture where `with_image`; with an
-    embedding prompt, of its picture side."""
+    """A micro-batch of the first usable sample, one with a picture or a video where
+    `with_media`; with an embedding prompt, of its picture side."""
     layout: dict[str, Any] = {
         "pad_token_id": pad_token_id(vlm.processor),
         "media_layout": vlm.family.media_layout,
@@ -281,7 +281,7 @@ def first_batch(
     num_looked_at = 0
     for conversation in conversations:
         num_looked_at += 1
-        if with_image and not conversation.images:
+        if with_media and not (conversation.images or conversation.videos):
             continue
         try:
             if embedding_prompt is not None:
@@ -300,7 +300,8 @@ def first_batch(
             do="`vlmtune check` says what is wrong with each",
         )
     raise VlmtuneError(
-        "modules of the vision tower or the connector are trained, but no sample has a picture",
+        "modules of the vision tower or the connector are trained, but no sample has a picture or "
+        "a video",
         got=f"{num_looked_at:,} samples looked at",
         do="leave them out of lora_target and modules_to_save",
     )
@@ -346,12 +347,12 @@ def build_trainee(
     forward.to(accelerator.device)
     trained = {n: p for n, p in adapter.model.named_parameters() if p.requires_grad}
     parts = {name: part_of(base_name(name), vlm.family) or "language" for name in trained}
-    has_images = any(c.images for c in looked_over(data))
+    has_media = any(c.images or c.videos for c in looked_over(data))
     batch = first_batch(
         looked_over(data),
         encoder,
         vlm,
-        with_image=has_images or bool(set(parts.values()) & set(MEDIA_PARTS)),
+        with_media=has_media or bool(set(parts.values()) & set(MEDIA_PARTS)),
         embedding_prompt=prompt,
     )
     batch = to_device(batch, accelerator.device)
