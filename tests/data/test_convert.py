@@ -19,15 +19,17 @@ from typing import Any
 import PIL.Image
 import pytest
 
+from tests.data.formats.examples import ROWS
 from vlmtune.data import convert as convert_module
 from vlmtune.data.convert import convert
 from vlmtune.data.dataset import open_files
+from vlmtune.data.formats.registry import FORMATS
 from vlmtune.data.media import locate_image
 from vlmtune.data.message_rows import CannotWrite, MediaPlaces, row_of
 from vlmtune.data.source import load_conversations
 from vlmtune.data.types import Access, Conversation, Image, Source, Text, Turn, Video
 from vlmtune.errors import ErrorGroup, VlmtuneError
-from vlmtune.recipe.schema import DataEntry
+from vlmtune.recipe.schema import DataEntry, FormatName
 
 ANSWER = {"role": "assistant", "content": "red"}
 
@@ -115,35 +117,24 @@ def test_what_is_converted_reads_back_the_same(folder: Path, copy_images: bool):
     assert load_plain(output) != before
 
 
-def test_other_formats_become_our_own(folder: Path):
-    rows = [
-        {
-            "id": "x",
-            "image": "pics/red.png",
-            "conversations": [
-                {"from": "human", "value": "<image>\nWhat is it?"},
-                {"from": "gpt", "value": "red"},
-            ],
-        }
-    ]
-    source = folder / "in" / "llava.json"
-    source.write_text(json.dumps(rows))
-    output = folder / "in" / "b.jsonl"
-    convert(opened(source, cache_dir=folder), output)
-    assert load_plain(output) == load_plain(source)
-    assert json.loads(output.read_text()) == {
-        "id": "x",
-        "messages": [
-            {
-                "role": "user",
-                "content": [
-                    {"type": "image", "image": "pics/red.png"},
-                    {"type": "text", "text": "What is it?"},
-                ],
-            },
-            {"role": "assistant", "content": "red"},
-        ],
-    }
+@pytest.mark.parametrize("copy_images", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_becomes_our_own(folder: Path, name: FormatName, copy_images: bool):
+    source = write_rows(folder / "in" / "a.jsonl", ROWS[name])
+    entry = DataEntry(path=str(source), format=name)
+    files = open_files([entry], cache_dir=folder)
+    before = [files[0].conversation(at) for at in range(3)]
+    for number, image in enumerate(i for c in before for i in c.images):
+        path = image.base_dir / image.ref
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+    output = folder / "out" / "b.jsonl"
+    convert(files, output, copy_images=copy_images)
+    [again] = opened(output, cache_dir=folder, access=Access(allow_outside_paths=not copy_images))
+    assert again.format == "messages"
+    after = [again.conversation(at) for at in range(3)]
+    assert list(map(plain, after)) == list(map(plain, before))
+    assert [c.id for c in after] == [c.id for c in before]
 
 
 def test_weights_and_videos_are_written(folder: Path):
@@ -376,7 +367,8 @@ import os, signal, sys
 from pathlib import Path
 from vlmtune.data import convert as module
 from vlmtune.data.dataset import open_files
-from vlmtune.recipe.schema import DataEntry
+from vlmtune.data.formats.registry import FORMATS
+from vlmtune.recipe.schema import DataEntry, FormatName
 
 module.SAVE_SECONDS = 0
 def on_row(done):

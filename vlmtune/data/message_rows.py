@@ -35,6 +35,8 @@ SUFFIXES = {
     "a WebP": ".webp",
 }
 NAME_DIGITS = 32
+MAX_REMEMBERED = 100_000
+"""Files whose names are remembered, so that each is read once."""
 _LOOKS_OTHERWISE = ("data:", "file:", "http:", "https:")
 
 
@@ -47,6 +49,7 @@ class MediaPlaces:
     copy: bool
     num_written: int = 0
     num_outside: int = 0
+    _names: dict[tuple[str, int, int], str] = field(default_factory=dict, repr=False)
     _above: Path = field(init=False)
     _real_above: Path = field(init=False)
 
@@ -70,8 +73,7 @@ class MediaPlaces:
             return self._written(found, name + _suffix(found[:HEAD_BYTES], image.ref))
         if not self.copy:
             return self._reference(found)
-        name = content_digest(image)[:NAME_DIGITS]
-        return self._written(found, name + _suffix(_head(found), str(found)))
+        return self._written(found, self._name(image, found))
 
     def _reference(self, found: Path) -> str:
         path = os.path.abspath(found)
@@ -81,6 +83,17 @@ class MediaPlaces:
         ref = os.path.relpath(path, self._above if is_below else self._real_above)
         ref = Path(ref).as_posix()
         return f"./{ref}" if ref.lower().startswith(_LOOKS_OTHERWISE) else ref
+
+    def _name(self, image: Image, found: Path) -> str:
+        """By content; a file that many rows use is read once."""
+        state = os.stat(found)
+        key = (str(found), state.st_size, state.st_mtime_ns)
+        if key not in self._names:
+            if len(self._names) >= MAX_REMEMBERED:
+                self._names.clear()
+            digits = content_digest(image)[:NAME_DIGITS]
+            self._names[key] = digits + _suffix(_head(found), str(found))
+        return self._names[key]
 
     def _written(self, content: bytes | Path, name: str) -> str:
         target = self.folder / name
@@ -163,6 +176,9 @@ def _part(part: Part, source: Source, places: MediaPlaces) -> dict[str, Any]:
         raise
     except VlmtuneError as error:
         raise placed(error, source) from error
+    except OSError as error:  # gone or locked since it was found
+        reason = VlmtuneError(f"a picture cannot be read ({error.strerror or error})")
+        raise placed(reason, source) from error
 
 
 def _video(video: Video, places: MediaPlaces) -> str | list[str]:
@@ -176,11 +192,8 @@ def _as_image(media: Media, ref: str) -> Image:
 
 
 def _head(file: Path) -> bytes:
-    try:
-        with file.open("rb") as stream:
-            return stream.read(HEAD_BYTES)
-    except OSError as error:
-        raise VlmtuneError(f"a picture cannot be read ({error.strerror or error})") from error
+    with file.open("rb") as stream:
+        return stream.read(HEAD_BYTES)
 
 
 def _suffix(head: bytes, name: str) -> str:
