@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from tests.conftest import ROOT
 from tests.data.odd_pictures import SEEDS, chunk, damaged, encoded, png, turned
 from vlmtune.data.media import (
     content_digest,
@@ -24,8 +26,10 @@ from vlmtune.data.media import (
     verify_image,
 )
 from vlmtune.data.pixels import ANIMATED, BROKEN_EXIF, PAGES
+from vlmtune.data.source import access_of
 from vlmtune.data.types import LOCAL, Access, Image, Video
 from vlmtune.errors import VlmtuneError
+from vlmtune.recipe.load import load_recipe
 
 LIMIT = 1_000_000
 
@@ -378,6 +382,22 @@ def test_videos_and_their_frames_are_looked_for_by_the_same_rules(tmp_path):
         locate_media(Video(("a.mp4", "b.mp4"), tmp_path / "data"))
     with pytest.raises(VlmtuneError, match="the video is outside"):
         locate_media(Video("../out.mp4", tmp_path / "data"))
+
+
+def test_the_pages_examples_allow_what_they_say(tmp_path):
+    page = (ROOT / "docs" / "data.md").read_text().partition("## Pictures and what is safe")[2]
+    examples = re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S)
+    allowed = []
+    (tmp_path / "data").mkdir()
+    for name in ("ours.jsonl", "web.jsonl"):
+        (tmp_path / "data" / name).touch()
+    for example in examples:
+        (tmp_path / "recipe.yaml").write_text(f"model: any/model\noutput_dir: run\n{example}")
+        allowed.append(access_of(load_recipe(tmp_path / "recipe.yaml").recipe.data))
+    assert allowed == [
+        Access(allow_outside_paths=True),
+        Access(allow_urls=True, max_download_bytes=20_000_000, url_timeout_seconds=10),
+    ]
 
 
 def test_looking_for_a_url_asks_no_network(tmp_path):
