@@ -37,18 +37,18 @@ def _parquet(path):
 def _arrow_file(path):
     with pa.ipc.new_file(str(path), TABLE.schema) as writer:
         writer.write_table(TABLE, max_chunksize=4)
-    return open_arrow(path)
+    return open_arrow(path, cache_dir=path.parent / "cache")
 
 
 def _arrow_stream(path):
     with pa.ipc.new_stream(str(path), TABLE.schema) as writer:
         writer.write_table(TABLE, max_chunksize=4)
-    return open_arrow(path)
+    return open_arrow(path, cache_dir=path.parent / "cache")
 
 
 def _feather(path):
     pa.feather.write_feather(TABLE, str(path), compression="lz4", chunksize=7)
-    return open_arrow(path)
+    return open_arrow(path, cache_dir=path.parent / "cache")
 
 
 KINDS = [_parquet, _arrow_file, _arrow_stream, _feather]
@@ -171,7 +171,7 @@ def test_a_broken_file_is_named(tmp_path, write, damage):
         if write is _parquet:
             open_parquet(path, cache_dir=tmp_path)
         else:
-            open_arrow(path)
+            open_arrow(path, cache_dir=tmp_path)
     assert caught.value.file == str(path)
 
 
@@ -189,4 +189,4 @@ def test_a_column_name_given_twice_is_an_error(tmp_path):
     with pa.ipc.new_file(str(tmp_path / "data"), table.schema) as writer:
         writer.write_table(table)
     with pytest.raises(VlmtuneError, match="two columns have the same name"):
-        open_arrow(tmp_path / "data")
+        open_arrow(tmp_path / "data", cache_dir=tmp_path)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlmtune.data.index import Stamp, check_unchanged, stamp_of
+import numpy as np
+
+from vlmtune.data.index import (
+    Extra,
+    Numbers,
+    Stamp,
+    check_unchanged,
+    in_pieces,
+    open_table,
+    stamp_of,
+)
 from vlmtune.data.types import Source
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import SampleError, VlmtuneError
 
 FILE_MAGIC = b"ARROW1"
 STREAM_MAGIC = b"\xff\xff\xff\xff"
@@ -64,20 +73,36 @@ class ArrowRows:
             if self._batches is None:
                 self._batches, _, _ = _open(self._mapped)
             self._last = number, _batch(self._batches, number, self._mapped)
-        row: Mapping[str, Any] = self._last[1].slice(index - start, 1).to_pylist()[0]
-        return row
+        return row_at(self._last[1], index - start, self.place(index))
 
 
-def open_arrow(path: Path, *, copy_of: Original = None) -> ArrowRows:
+def open_arrow(path: Path, *, cache_dir: Path, copy_of: Original = None) -> ArrowRows:
     """An Arrow file, or the stream of batches that `datasets` writes; or such a copy of a file.
 
-    Raises VlmtuneError where it is neither or cannot be read.
+    Raises VlmtuneError where it is neither, cannot be read or is damaged. That is looked at once
+    and kept: it takes reading all texts, but no bytes columns.
     """
     stamp = stamp_of(path)
     batches, num_batches, names = _open(path)
     check_columns(names, path)
-    counts = [_batch(batches, number, path).num_rows for number in range(num_batches)]
-    return ArrowRows(path, stamp, list(accumulate(counts)), copy_of)
+
+    def build(extra: Extra) -> Iterator[Numbers]:
+        return in_pieces(([_check(batches, n, path)] for n in range(num_batches)), columns=1)
+
+    table = open_table("arrow", [(path, stamp)], columns=1, build=build, cache_dir=cache_dir)
+    ends = np.cumsum(table.values[:, 0]).tolist()
+    return ArrowRows(path, stamp, ends, copy_of)
+
+
+def row_at(table: Any, index: int, source: Source) -> Mapping[str, Any]:
+    """Row `index` of a pyarrow table or batch. Raises SampleError where Python cannot hold it."""
+    try:
+        row: Mapping[str, Any] = table.slice(index, 1).to_pylist()[0]
+    except (ValueError, OverflowError) as error:
+        raise SampleError(
+            f"the row's values cannot be read ({error})", file=source.file, line=source.line
+        ) from error
+    return row
 
 
 def check_columns(names: list[str], path: Path) -> None:
@@ -102,6 +127,16 @@ def _open(path: Path) -> tuple[Batch, int, list[str]]:
         return held.__getitem__, len(held), stream.schema.names
     except (OSError, ValueError, NotImplementedError) as error:
         raise _broken(path, error) from error
+
+
+def _check(batches: Batch, number: int, path: Path) -> int:
+    """The rows of a batch whose offsets stay inside it: others would take the process with them."""
+    batch = _batch(batches, number, path)
+    try:
+        batch.validate(full=True)
+    except ValueError as error:
+        raise _broken(path, error) from error
+    return int(batch.num_rows)
 
 
 def _batch(batches: Batch, number: int, path: Path) -> Any:

@@ -65,7 +65,8 @@ class Container:
 def looks_like_container(head: bytes) -> bool:
     """Whether a file that starts with `head` is an object with a known list of objects, as far as
     one can tell; `open_container` knows."""
-    scanner = JsonScanner(iter([head]), Path())
+    # What is not UTF-8 is said with its line, when the file is opened.
+    scanner = JsonScanner(iter([head.decode("utf-8", "replace").encode()]), Path())
     try:
         for name in scanner.members():
             scanner.take(":")

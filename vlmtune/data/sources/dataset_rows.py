@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlmtune.data.sources.arrow import row_at
 from vlmtune.data.text import shorten
 from vlmtune.data.types import Source
 from vlmtune.errors import VlmtuneError, nearest
@@ -49,7 +50,7 @@ class DatasetRows:
         return Source(self.file, index + 1)
 
     def read(self, index: int) -> Mapping[str, Any]:
-        row: dict[str, Any] = self._data[index].to_pylist()[0]
+        row = dict(row_at(self._data[index], 0, self.place(index)))
         for name, classes in self._classes.items():
             number = row[name]
             if isinstance(number, int) and 0 <= number < len(classes):
@@ -68,7 +69,11 @@ def open_dataset_folder(path: Path, *, split: str | None) -> DatasetRows:
 
     try:
         loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        parts = loaded.values() if isinstance(loaded, datasets.DatasetDict) else [loaded]
+        for part in parts:
+            # Offsets that lead out of a damaged file would take the process with them.
+            part.data.validate(full=True)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise VlmtuneError(
             f"the folder cannot be read as a data set ({_reason(error)})",
             file=path,

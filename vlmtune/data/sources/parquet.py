@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.data.index import Stamp, check_unchanged, stamp_of
-from vlmtune.data.sources.arrow import ArrowRows, check_columns, open_arrow
+from vlmtune.data.sources.arrow import ArrowRows, check_columns, open_arrow, row_at
 from vlmtune.data.sources.rows import Rows
 from vlmtune.data.types import Source
 from vlmtune.errors import VlmtuneError
@@ -60,9 +60,7 @@ class ParquetRows:
     def read(self, index: int) -> Mapping[str, Any]:
         number = bisect_right(self._ends, index)
         start = self._ends[number - 1] if number else 0
-        table = self._read_group(number)
-        row: Mapping[str, Any] = table.slice(index - start, 1).to_pylist()[0]
-        return row
+        return row_at(self._read_group(number), index - start, self.place(index))
 
     def _read_group(self, number: int) -> Any:
         import pyarrow.parquet
@@ -128,7 +126,7 @@ def _open_copy(path: Path, stamp: Stamp, cache_dir: Path) -> ArrowRows | None:
         logger.info(
             "%s: copied for reading by row: %s, %d MB", path, copy, copy.stat().st_size >> 20
         )
-    return open_arrow(copy, copy_of=(path, stamp))
+    return open_arrow(copy, cache_dir=cache_dir, copy_of=(path, stamp))
 
 
 def _is_copy(copy: Path, key: bytes) -> bool:

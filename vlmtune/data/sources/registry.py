@@ -76,7 +76,7 @@ def _open(path: Path, entry: DataEntry, cache_dir: Path) -> Rows:
     if head.startswith(b"PAR1") or suffix == ".parquet":
         return open_parquet(path, cache_dir=cache_dir)
     if head.startswith((FILE_MAGIC, STREAM_MAGIC)) or suffix in (".arrow", ".feather"):
-        return open_arrow(path)
+        return open_arrow(path, cache_dir=cache_dir)
     if head[257:262] == b"ustar" or suffix == ".tar":
         return open_tar(path, cache_dir=cache_dir)
     _check_text(path, head)
