@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 from torch.nn import functional as F
 
 from tests.tiny_models import save_tiny_model
+from tests.train.test_processes import train_in_two
+from tests.train.training import copy_sample, metrics_of, train_once, write_recipe
 from vlmtune.data.collate import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation, Image, Sample, Source, Text, Turn
@@ -152,3 +155,31 @@ def test_weights_stand_beside_their_targets(samples):
     assert len(expected) == batch.targets.numel()
     assert collate(unweighted(samples), pad_token_id=0, media_layout="flat").weights is None
     assert samples[1].weights is None  # a turn of weight 1 leaves the sample without
+
+
+def test_two_processes_weigh_as_one(tiny_vlm: Path, sample_data: Path, tmp_path: Path):
+    """Each process has weights of its own: a mean of the processes' means would be another."""
+    data = copy_sample(sample_data, tmp_path / "data", keep=12)
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["messages"][-1]["weight"] = (1.0, 0.25, 3.0, 2.0, 0.5)[number % 5]
+        row["messages"][-1]["content"] += " and more" * (number % 2)
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"rank": 4, "train__max_steps": 3, "train__batch_size": 3}
+    one = write_recipe(tmp_path / "one", tiny_vlm=tiny_vlm, data=data, **keys)
+    two = write_recipe(tmp_path / "two", tiny_vlm=tiny_vlm, data=data, **keys)
+    train_once(one)
+    train_in_two(two)
+    expected, got = metrics_of(tmp_path / "one" / "run"), metrics_of(tmp_path / "two" / "run")
+    for a, b in zip(expected, got, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["supervised_tokens"] == a["supervised_tokens"]  # a count, whatever they weigh
+        assert b["grad_norm"]["total"] == pytest.approx(a["grad_norm"]["total"], rel=1e-4)
+    for row in rows:
+        del row["messages"][-1]["weight"]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train_once(one, f"output_dir={tmp_path / 'plain'}")
+    plain = metrics_of(tmp_path / "plain")
+    assert [m["supervised_tokens"] for m in plain] == [m["supervised_tokens"] for m in expected]
+    pairs = zip(plain, expected, strict=True)
+    assert max(abs(a["loss"] / b["loss"] - 1) for a, b in pairs) > 1e-2
