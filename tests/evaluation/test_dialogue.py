@@ -7,7 +7,7 @@ import pytest
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation, Image, Source, Text, Turn
 from vlmtune.errors import VlmtuneError
-from vlmtune.evaluation.dialogue import Dialogue
+from vlmtune.evaluation.dialogue import AS_TYPED, Dialogue
 from vlmtune.evaluation.generate import generate_answers
 from vlmtune.models.load import VLM
 
@@ -35,10 +35,18 @@ def test_the_stream_is_the_greedy_answer(
     pieces: list[str] = []
     dialogue.add_image(picture)
     answer = dialogue.ask(QUESTION, on_text=pieces.append)
-    shown = (Image(str(picture), picture.parent), Text(QUESTION))
+    shown = (Image(str(picture), picture.parent, access=AS_TYPED), Text(QUESTION))
     assert answer.text == greedy(vlm, encoder, Turn("user", shown))
     assert answer.text == "".join(pieces).strip() != ""
     assert answer.is_complete
+
+
+def test_a_link_to_a_picture_may_lead_anywhere(
+    dialogue: Dialogue, picture: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "link.png").symlink_to(picture)
+    dialogue.add_image(tmp_path / "link.png")
+    assert len(dialogue.images) == 1
 
 
 def test_the_next_question_sees_what_was_said(
@@ -48,7 +56,7 @@ def test_the_next_question_sees_what_was_said(
     first = dialogue.ask(QUESTION, on_text=lambda _: None)
     second = dialogue.ask("And the shape?", on_text=lambda _: None)
     turns = (
-        Turn("user", (Image(str(picture), picture.parent), Text(QUESTION))),
+        Turn("user", (Image(str(picture), picture.parent, access=AS_TYPED), Text(QUESTION))),
         Turn("assistant", (Text(first.text),)),
         Turn("user", (Text("And the shape?"),)),
     )

@@ -10,6 +10,7 @@ import pytest
 
 from tests.report.runs import make_run
 from vlmtune.data.source import load_conversations
+from vlmtune.data.types import Image
 from vlmtune.evaluation.runner import picture_name
 from vlmtune.report.evaluations import Pair, choose_pair, read_evaluations
 from vlmtune.report.gallery import Gallery, build_gallery, outcome_of
@@ -118,6 +119,17 @@ def test_thumbnails_are_small_and_stop_at_the_budget(tmp_path: Path) -> None:
     shown = [thumbnails.of_path(str(tmp_path / f"{n}.png")) for n in (0, 0, 1, 2)]
     assert [bool(thumbnail.src) for thumbnail in shown] == [True, True, True, False]
     assert thumbnails.num_over_budget == 1
+
+
+def test_pictures_whose_bytes_the_data_holds_are_told_apart() -> None:
+    thumbnails = Thumbnails()
+
+    def source_of(colour: str) -> str:
+        stream = io.BytesIO()
+        PIL.Image.new("RGB", (4, 4), colour).save(stream, "PNG")
+        return thumbnails.of(Image("", Path("."), content=stream.getvalue())).src
+
+    assert source_of("red") == source_of("red") != source_of("blue")
 
 
 def test_ranked_queries_are_cards_too(tmp_path: Path, tiny_vlm: Path) -> None:

@@ -37,17 +37,16 @@ class Thumbnails:
     budget_bytes: int = BUDGET_BYTES
     used_bytes: int = 0
     num_over_budget: int = 0
-    _made: dict[str, Thumbnail] = field(default_factory=dict)
+    _made: dict[Image, Thumbnail] = field(default_factory=dict)
 
     def of_path(self, path: str) -> Thumbnail:
         """Of a picture file by its full path."""
         return self.of(Image(path, Path("/")))
 
     def of(self, image: Image) -> Thumbnail:
-        key = f"{image.base_dir}\0{image.ref}"
-        if key not in self._made:
-            self._made[key] = self._make(image)
-        return self._made[key]
+        if image not in self._made:
+            self._made[image] = self._make(image)
+        return self._made[image]
 
     def _make(self, image: Image) -> Thumbnail:
         if self.used_bytes >= self.budget_bytes:
@@ -57,8 +56,6 @@ class Thumbnails:
             picture = open_image(image, max_pixels=MAX_PIXELS)
         except VlmtuneError as error:
             return Thumbnail("", SIDE, SIDE, error.message)
-        except OSError as error:  # a name that no file system takes
-            return Thumbnail("", SIDE, SIDE, error.strerror or "cannot be read")
         thumbnail = encode_thumbnail(picture)
         self.used_bytes += len(thumbnail.src)
         return thumbnail
