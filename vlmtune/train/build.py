@@ -155,7 +155,8 @@ def data_hashes_of(recipe: Recipe) -> dict[str, str]:
     """What the training files are told by: their content; of streamed ones size and time."""
     if recipe.data.streaming:
         return stream_identity(recipe.data.train)
-    return {str(k): v for k, v in content_hash(recipe.data.train).items()}
+    cache_dir = cache_dir_of(access_of(recipe.data))
+    return {str(k): v for k, v in content_hash(recipe.data.train, cache_dir=cache_dir).items()}
 
 
 def build_ledger(
