@@ -75,6 +75,12 @@ def test_a_model_is_needed(data: Path):
     assert code == 2 and "--model" in stderr
 
 
+def test_empty_names_are_refused(data: Path):
+    for arguments in (("", "--model", "x"), (data, "--model", "")):
+        code, _, stderr = run(*arguments)
+        assert code == 2 and "empty" in stderr
+
+
 def test_a_recipe_brings_its_model_and_settings(root: Path):
     recipe = root / "configs" / "quickstart.yaml"
     code, stdout, _ = run(recipe, "data.train_on=last_turn", "-n", 1, "--json", "--quiet")

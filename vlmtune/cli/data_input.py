@@ -112,6 +112,9 @@ class DataInput:
 
 def read_input(options: DataOptions, *, model: str | None = None) -> DataInput:
     """The data section that the options stand for. Raises VlmtuneError for what is wrong in it."""
+    for name, texts in (("the path of the data", options.paths), ("--model", [model])):
+        if "" in texts:
+            raise VlmtuneError(f"{name} is an empty text", expected="a name")
     if _is_recipe(options.paths):
         return _of_recipe(options, model)
     from vlmtune.recipe.schema import DataSection, Recipe

@@ -116,14 +116,14 @@ class CannotWrite(VlmtuneError):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns an OSError into one that names `path` and says that nothing is lost."""
+    """Turns an OSError into one that names `path`."""
     try:
         yield
     except OSError as error:
         raise CannotWrite(
             f"the output cannot be written ({error.strerror or error})",
             file=path,
-            do="make room or give another --output; what was done is kept",
+            do="make room, or give another --output; a conversion goes on where it was",
         ) from error
 
 
