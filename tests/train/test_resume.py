@@ -16,8 +16,8 @@ import torch
 from tests.train.training import METHODS, adapter_of, metrics_of, train_once, write_recipe
 from vlmtune.errors import VlmtuneError
 from vlmtune.recipe.load import load_recipe
-from vlmtune.train.build import fingerprint_of
 from vlmtune.train.checkpoint import check_fingerprint, complete_checkpoints
+from vlmtune.train.fingerprint import LATER_KEYS, fingerprint_of
 
 
 @pytest.fixture
@@ -142,6 +142,16 @@ def test_a_checkpoint_from_before_there_were_objectives_goes_on(make_recipe):
     assert not [key for key in fingerprint if key.startswith(("objective", "contrastive"))]
     other = values.model_copy(update={"objective": "contrastive"})
     with pytest.raises(VlmtuneError, match="objective"):
+        check_fingerprint(fingerprint, fingerprint_of(other, {}), path=Path("run"))
+
+
+def test_a_checkpoint_from_before_there_were_streams_and_videos_goes_on(make_recipe):
+    values = load_recipe(make_recipe("run")).recipe
+    fingerprint = fingerprint_of(values, {})
+    assert not LATER_KEYS.keys() & fingerprint.keys()
+    assert {"data.streaming", "data.train_on", "video.fps"} <= LATER_KEYS.keys()
+    other = load_recipe(make_recipe("other", data__train_on="last_turn")).recipe
+    with pytest.raises(VlmtuneError, match="data.train_on changed"):
         check_fingerprint(fingerprint, fingerprint_of(other, {}), path=Path("run"))
 
 

@@ -108,11 +108,12 @@ class Session:
         from vlmtune.models.summary import trained_rows
         from vlmtune.train import build, checkpoint, run_folder
         from vlmtune.train.best import best_by
+        from vlmtune.train.fingerprint import data_hashes_of, fingerprint_of
         from vlmtune.train.loop import is_finished
 
         recipe = self.recipe
-        hashes = build.data_hashes_of(recipe)
-        fingerprint = build.fingerprint_of(recipe, hashes)
+        hashes = data_hashes_of(recipe)
+        fingerprint = fingerprint_of(recipe, hashes)
         if start is not None:
             checkpoint.check_fingerprint(start.state.fingerprint, fingerprint, path=self.folder)
         data, skipped = build.open_training_data(recipe)

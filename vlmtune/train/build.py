@@ -19,8 +19,8 @@ from vlmtune.data.encode import Encoder, OverLength
 from vlmtune.data.order import Order
 from vlmtune.data.packing import num_steps
 from vlmtune.data.pairs import encode_pair, side_batches
-from vlmtune.data.source import access_of, cache_dir_of, content_hash, open_conversations
-from vlmtune.data.stream import OpenStream, Stream, StreamCursor, open_stream, stream_identity
+from vlmtune.data.source import access_of, cache_dir_of, open_conversations
+from vlmtune.data.stream import OpenStream, Stream, StreamCursor, open_stream
 from vlmtune.data.types import Batch, Conversation, SideBatch, Skipped
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.models.adapters.base import Adapter
@@ -34,7 +34,7 @@ from vlmtune.models.forward import (
 )
 from vlmtune.models.load import VLM
 from vlmtune.models.processor import pad_token_id
-from vlmtune.recipe.schema import DataSection, Recipe, VideoSection
+from vlmtune.recipe.schema import Recipe
 from vlmtune.train.checkpoint import TrainState
 from vlmtune.train.contrastive import Contrastive
 from vlmtune.train.feed import (
@@ -62,24 +62,6 @@ LOOKED_OVER = 1000
 """Samples that are looked at before training: has one a picture, which is the first to encode."""
 
 TrainingData = ConversationSet | Stream
-
-# Changing these between a stop and its resume changes no step's result.
-FREE_KEYS = {"output_dir", "eval", "data.eval", "data.num_workers"} | {
-    f"train.{key}" for key in ("log_every", "eval_every", "save_every", "keep_checkpoints")
-}
-FREE_KEYS |= {f"data.{key}" for key in ("cache", "cache_dir", "url_timeout_seconds")}
-
-LATER_KEYS: dict[str, object] = {
-    f"{name}.{key}": section.model_fields[key].default
-    for name, section, keys in (
-        ("data", DataSection, ("streaming", "shuffle_buffer", "train_on", "allow_outside_paths")),
-        ("data", DataSection, ("allow_urls", "allow_private_addresses", "max_download_bytes")),
-        ("video", VideoSection, VideoSection.model_fields),
-    )
-    for key in keys
-}
-"""Keys that came after the first checkpoints, and their defaults: with those, a checkpoint from
-before there was such a key goes on."""
 
 
 def open_training_data(recipe: Recipe) -> tuple[TrainingData, list[Skipped]]:
@@ -127,36 +109,6 @@ def epochs_of(recipe: Recipe) -> float | None:
     if recipe.train.max_steps is not None:
         return None
     return recipe.train.epochs or DEFAULT_EPOCHS
-
-
-def fingerprint_of(recipe: Recipe, data_hashes: dict[str, str]) -> dict[str, Any]:
-    """Every recipe key and data file that decides a step's result."""
-    flat: dict[str, Any] = {}
-    for key, value in recipe.model_dump(mode="json").items():
-        if isinstance(value, dict):
-            flat |= {f"{key}.{inner}": x for inner, x in value.items()}
-        else:
-            flat[key] = value
-    kept = {
-        k: v for k, v in flat.items() if k not in FREE_KEYS and k.split(".")[0] not in FREE_KEYS
-    }
-    if recipe.objective == "contrastive":  # a key of `eval` that decides what is trained
-        kept["eval.embedding_prompt"] = recipe.eval.embedding_prompt
-    else:  # left out: a checkpoint from before there were objectives goes on
-        new = ("objective", "contrastive")
-        kept = {k: v for k, v in kept.items() if k.split(".")[0] not in new}
-    for key, default in LATER_KEYS.items():
-        if kept.get(key) == default:
-            kept.pop(key, None)
-    return kept | {f"content of {name}": digest for name, digest in data_hashes.items()}
-
-
-def data_hashes_of(recipe: Recipe) -> dict[str, str]:
-    """What the training files are told by: their content; of streamed ones size and time."""
-    if recipe.data.streaming:
-        return stream_identity(recipe.data.train)
-    cache_dir = cache_dir_of(access_of(recipe.data))
-    return {str(k): v for k, v in content_hash(recipe.data.train, cache_dir=cache_dir).items()}
 
 
 def build_ledger(
