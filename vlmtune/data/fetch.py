@@ -79,7 +79,7 @@ def fetch(url: str, access: Access, *, sleep: Callable[[float], None] = time.sle
 
 def download_folder(access: Access) -> Path:
     """Where downloads are kept: in the recipe's `data.cache_dir`, or the user's cache."""
-    return (access.cache_dir or Path.home() / ".cache" / "vlmtune") / "downloads"
+    return access.cache_folder / "downloads"
 
 
 def _kept(entry: Path, folder: Path) -> Path | None:

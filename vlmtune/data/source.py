@@ -92,7 +92,7 @@ def as_entries(files: Files) -> list[DataEntry]:
 
 def cache_dir_of(access: Access) -> Path:
     """Where indexes and downloads are kept: the recipe's `data.cache_dir`, or the user's cache."""
-    return access.cache_dir or Path.home() / ".cache" / "vlmtune"
+    return access.cache_folder
 
 
 def content_hash(files: Files, *, cache_dir: Path | None = None) -> dict[str, str]:

@@ -6,6 +6,7 @@ S supervised tokens of a micro-batch.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -47,6 +48,14 @@ class Access:
     max_download_bytes: int = 100_000_000
     url_timeout_seconds: float = 20.0
     cache_dir: Path | None = None
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where indexes, downloads and samples are kept: `cache_dir`, or `vlmtune` in the user's
+        cache folder."""
+        if self.cache_dir is not None:
+            return self.cache_dir
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlmtune"
 
 
 LOCAL = Access()
