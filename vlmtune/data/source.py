@@ -85,6 +85,12 @@ def access_of(section: DataSection) -> Access:
     )
 
 
+def all_rows(files: Files, *, access: Access = LOCAL) -> ConversationSet:
+    """Every row of `files` by number, unchecked: a bad one raises SampleError when asked for."""
+    opened = open_files(as_entries(files), access=access, cache_dir=cache_dir_of(access))
+    return ConversationSet(tuple(opened), (None,) * len(opened))
+
+
 def as_entries(files: Files) -> list[DataEntry]:
     """Paths as entries that are nothing else."""
     return [file if isinstance(file, DataEntry) else DataEntry(path=str(file)) for file in files]

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from vlmtune.data.collate import collate
 from vlmtune.data.encode import Encoder
-from vlmtune.data.source import access_of, load_conversations
-from vlmtune.data.types import Conversation, Image, Part, Sample, Source, Text, Turn
+from vlmtune.data.source import access_of, all_rows, load_conversations
+from vlmtune.data.types import LOCAL, Conversation, Image, Part, Sample, Source, Text, Turn
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.models.forward import full_logits
 from vlmtune.models.load import VLM
@@ -53,10 +53,11 @@ def build_probes(vlm: VLM, recipe: Recipe | None, data: Sequence[Path]) -> list[
         max_image_pixels=int(DataSection.model_fields["max_image_pixels"].default),
     )
     if data:
-        conversations, _ = load_conversations(data)
+        access = LOCAL if recipe is None else access_of(recipe.data)
+        conversations, _ = load_conversations(data, access=access)
         samples = [encoder.encode(c) for c in conversations[:NUM_PROBES]]
     else:
-        samples = _encodable(encoder, _conversations_of_run(recipe))
+        samples = _samples_of_run(encoder, recipe)
     if not samples:
         logger.info("compared on a text and a picture made for it: give --data for samples")
         samples = [encoder.encode(c) for c in synthetic_conversations()]
@@ -89,26 +90,29 @@ def _conversation(name: str, parts: tuple[Part, ...]) -> Conversation:
     return Conversation(id=name, turns=turns, source=Source(name, 1))
 
 
-def _conversations_of_run(recipe: Recipe | None) -> list[Conversation]:
-    """The run's evaluation data, or its training data, where the files are still there."""
+def _samples_of_run(encoder: Encoder, recipe: Recipe | None) -> list[Sample]:
+    """A few of the run's evaluation data, or of its training data; none where both are gone, or
+    cannot be read by number."""
     if recipe is None:
         return []
     for files in (recipe.data.eval, recipe.data.train):
-        if not files or not all(Path(entry.path).exists() for entry in files):
+        try:
+            rows = all_rows(files or [], access=access_of(recipe.data))
+        except VlmtuneError as error:
+            logger.debug("not compared on the run's own data: %s", error)
             continue
-        conversations, _ = load_conversations(
-            files, on_bad_sample="skip", check_media=False, access=access_of(recipe.data)
-        )
-        return conversations
+        samples = _encodable(encoder, rows)
+        if samples:
+            return samples
     return []
 
 
 def _encodable(encoder: Encoder, conversations: Sequence[Conversation]) -> list[Sample]:
     """The first few that can be encoded: pictures of an old run may be gone."""
     samples: list[Sample] = []
-    for conversation in conversations[: 10 * NUM_PROBES]:
+    for number in range(min(len(conversations), 10 * NUM_PROBES)):
         try:
-            samples.append(encoder.encode(conversation))
+            samples.append(encoder.encode(conversations[number]))
         except SampleError:
             continue
         if len(samples) == NUM_PROBES:

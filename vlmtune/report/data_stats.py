@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlmtune.data.encode import Encoder
-from vlmtune.data.source import access_of, load_conversations
+from vlmtune.data.source import access_of, all_rows
 from vlmtune.data.types import Conversation, Sample
 from vlmtune.errors import VlmtuneError
 from vlmtune.report.figures import plural
@@ -100,12 +100,7 @@ def data_statistics(
     if recipe is None:
         return _none("recipe.resolved.yaml cannot be read")
     try:
-        conversations, _ = load_conversations(
-            recipe.data.train,
-            on_bad_sample="skip",
-            check_media=False,
-            access=access_of(recipe.data),
-        )
+        conversations = all_rows(recipe.data.train, access=access_of(recipe.data))
         encoder = Encoder(
             _load_processor(recipe, folder),
             max_tokens=recipe.data.max_tokens,
@@ -125,10 +120,11 @@ def measure(
     max_samples: int,
 ) -> DataStatistics:
     """The statistics of at most `max_samples` of `conversations`, chosen evenly."""
-    chosen = [conversations[i] for i in spread(len(conversations), max_samples)]
+    chosen = spread(len(conversations), max_samples)
     encoded: list[tuple[Conversation, Sample]] = []
-    for conversation in chosen:
+    for number in chosen:
         try:
+            conversation = conversations[number]
             encoded.append((conversation, encoder.encode(conversation)))
         except VlmtuneError:
             continue
