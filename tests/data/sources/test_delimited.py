@@ -17,7 +17,7 @@ CELLS = st.text(st.sampled_from('aé😀 ,;\t"\n\x85\u2028'), max_size=6)
 
 
 @given(
-    rows=st.lists(st.tuples(CELLS, CELLS), max_size=8),
+    rows=st.lists(st.tuples(CELLS, CELLS).filter(lambda r: "".join(r).strip()), max_size=8),
     bom=st.booleans(),
     delimiter=st.sampled_from([",", "\t", ";"]),
     line_end=st.sampled_from(["\n", "\r\n"]),
@@ -57,6 +57,10 @@ def test_blank_lines_and_quoted_line_breaks_do_not_move_the_line_numbers(tmp_pat
         ("a;b\n1,5;2\n", "x.csv", {"a": "1,5", "b": "2"}),
         ("a\tb\n1\t2\n", "x.csv", {"a": "1", "b": "2"}),
         ("a,b\tc\n1,2\t3\n", "x.tsv", {"a,b": "1,2", "c": "3"}),
+        ("sep=;\r\na;b,c,d\r\n1;2\r\n", "x.csv", {"a": "1", "b,c,d": "2"}),
+        ("\ufeffSEP=,\na,b;c;d\n1,2\n", "x.csv", {"a": "1", "b;c;d": "2"}),
+        ("sep=\t\na\tb\n1\t2\n", "x.tsv", {"a": "1", "b": "2"}),
+        ("sep=x,b\n1,2\n", "x.csv", {"sep=x": "1", "b": "2"}),
         ("a\n1\n", "x.csv", {"a": "1"}),
         (",b\n0,2\n", "x.csv", {"column 1": "0", "b": "2"}),
     ],
@@ -65,11 +69,20 @@ def test_the_delimiter_is_the_endings_or_the_headers(tmp_path, cache_dir, text, 
     assert open_delimited(_write(tmp_path, text, name), cache_dir=cache_dir).read(0) == row
 
 
+def test_spaces_after_separators_go_where_the_header_has_them(tmp_path, cache_dir):
+    path = _write(tmp_path, 'a, b, c\n1, "2, 3",  4 \n')
+    assert open_delimited(path, cache_dir=cache_dir).read(0) == {"a": "1", "b": "2, 3", "c": "4 "}
+    kept = _write(tmp_path, "a, b,c\n1, 2, 3\n", "kept.csv")
+    assert open_delimited(kept, cache_dir=cache_dir).read(0) == {"a": "1", "b": " 2", "c": " 3"}
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b"only one", "another number of cells"),
-        (b"a,b,c", "another number of cells"),
+        (b"only one", "another number of cells.*quote cells that hold commas"),
+        (b"a,b,c", "another number of cells.*quote cells that hold commas"),
+        (b"a,b, ,", "got: 4;.*take away the commas at its end"),
+        (b' ,""', "all cells of the row are empty"),
         (b'"a"b,c', "cells cannot be told apart"),
         (b"\xff,a", "not UTF-8"),
     ],
@@ -89,6 +102,7 @@ def test_a_bad_row_is_named_and_the_next_is_read(tmp_path, cache_dir, line, reas
         ('one,two\n1,2\n3,"open\n5,6\n', 3, "quote in this row is not closed"),
         ("one,one\n1,2\n", 1, "two columns have the same name"),
         ('"one"x,two\n1,2\n', 1, "names of the columns cannot be told"),
+        ("\ngröße,two\n1,2\n".encode("latin-1"), 2, "names of the columns are not UTF-8"),
     ],
 )
 def test_a_file_whose_rows_cannot_be_found_is_an_error(tmp_path, cache_dir, text, line, reason):

@@ -1,18 +1,20 @@
 """CSV and TSV with a header row: records by their place in the file.
 
 A record may go over several lines where a cell is quoted. Cells are texts; a row is
-`{name of the column: cell}`.
+`{name of the column: cell}`. Excel's line `sep=;` in front of the header is understood, and so is
+`a, b, c`: where each name of the header has a space in front, those of the cells go as well.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlmtune.data.index import (
     Extra,
@@ -36,6 +38,14 @@ MAX_CELL_CHARACTERS = 1 << 26
 _CHUNK_BYTES = 1 << 20
 _DELIMITERS = (",", "\t", ";")
 _NAMES = {",": "commas", "\t": "tabs", ";": "semicolons"}
+_EXCEL_LINE = re.compile(rb"sep=([,;\t])\s*", re.IGNORECASE)
+
+
+class Dialect(NamedTuple):
+    """What separates cells, and whether a space after it is part of that."""
+
+    delimiter: str
+    skips_spaces: bool
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class DelimitedRows:
     stamp: Stamp
     table: Table
     columns: tuple[str, ...]
-    delimiter: str
+    dialect: Dialect
 
     @property
     def file(self) -> str:
@@ -65,14 +75,24 @@ class DelimitedRows:
     def read(self, index: int) -> Mapping[str, Any]:
         start, end, line = self.table.row(index)
         cells = _cells(read_span(self.path, self.stamp, start, end), self, line)
+        if not any(cell.strip() for cell in cells):
+            raise SampleError(
+                "all cells of the row are empty",
+                file=self.path,
+                line=line,
+                do="take the line out; a table's last rows are often such",
+            )
         if len(cells) != len(self.columns):
+            separators, more = _NAMES[self.dialect.delimiter], cells[len(self.columns) :]
             raise SampleError(
                 "the row has another number of cells than the header",
                 file=self.path,
                 line=line,
                 got=len(cells),
                 expected=f"{len(self.columns)}: {shorten(', '.join(self.columns))}",
-                do=f"quote cells that hold {_NAMES[self.delimiter]}",
+                do=f"take away the {separators} at its end"
+                if more and not any(cell.strip() for cell in more)
+                else f"quote cells that hold {separators}",
             )
         return dict(zip(self.columns, cells, strict=True))
 
@@ -80,23 +100,30 @@ class DelimitedRows:
 def open_delimited(path: Path, *, cache_dir: Path) -> DelimitedRows:
     """Raises VlmtuneError where the file cannot be read, or its header or quotes make no sense."""
     stamp = stamp_of(path)
-    delimiter = "\t" if path.suffix.lower() in (".tsv", ".tab") else _sniff(path)
+    dialect = _sniff(path)
 
     def build(extra: Extra) -> Iterable[Numbers]:
-        return in_pieces(_scan(path, delimiter, extra), columns=3)
+        return in_pieces(_scan(path, dialect, extra), columns=3)
 
-    table = open_table(
-        f"cells-{ord(delimiter)}", [(path, stamp)], columns=3, build=build, cache_dir=cache_dir
-    )
+    kind = f"records-{ord(dialect.delimiter)}"
+    table = open_table(kind, [(path, stamp)], columns=3, build=build, cache_dir=cache_dir)
     columns = _columns(table.extra.get("header", []), path)
-    return DelimitedRows(path, stamp, table, columns, delimiter)
+    return DelimitedRows(path, stamp, table, columns, dialect)
 
 
-def _sniff(path: Path) -> str:
-    """The delimiter that the first line has the most of, the first of equals."""
+def _sniff(path: Path) -> Dialect:
+    """The delimiter that Excel's line names, or that the header has the most of, the first of
+    equals; TSV has tabs."""
     head = next(read_chunks(path, _CHUNK_BYTES), b"").removeprefix(BOM)
-    line = head.lstrip(b"\r\n").split(b"\n")[0].decode("latin-1")
-    return max(_DELIMITERS, key=line.count)
+    line, _, rest = head.lstrip(b"\r\n").partition(b"\n")
+    named = _EXCEL_LINE.fullmatch(line)
+    header = (rest.partition(b"\n")[0] if named else line).decode("latin-1")
+    if path.suffix.lower() in (".tsv", ".tab"):
+        delimiter = "\t"
+    else:
+        delimiter = named[1].decode() if named else max(_DELIMITERS, key=header.count)
+    count = header.count(delimiter)
+    return Dialect(delimiter, count > 0 and header.count(f"{delimiter} ") == count)
 
 
 class _Lines:
@@ -130,10 +157,11 @@ def _split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
         yield last
 
 
-def _scan(path: Path, delimiter: str, extra: Extra) -> Iterator[tuple[int, int, int]]:
+def _scan(path: Path, dialect: Dialect, extra: Extra) -> Iterator[tuple[int, int, int]]:
     """Start, end (bytes) and first line of the records after the header, which goes to `extra`."""
     lines = _Lines(path)
-    reader = _reader(lines, delimiter)
+    reader = _reader(lines, dialect)
+    is_first = True
     while True:
         start, line = lines.num_bytes, lines.number + 1
         try:
@@ -157,20 +185,35 @@ def _scan(path: Path, delimiter: str, extra: Extra) -> Iterator[tuple[int, int, 
             continue
         if "header" in extra:
             yield start, lines.num_bytes, line
-        else:
-            extra["header"] = [cell.encode("latin-1").decode("utf-8", "replace") for cell in cells]
+        elif not (is_first and _EXCEL_LINE.fullmatch(dialect.delimiter.join(cells).encode())):
+            extra["header"] = _decoded(cells, path, line)
+        is_first = False
 
 
-def _reader(lines: Iterable[str], delimiter: str) -> Iterator[list[str]]:
+def _decoded(header: list[str], path: Path, line: int) -> list[str]:
+    try:
+        return [cell.encode("latin-1").decode("utf-8") for cell in header]
+    except UnicodeDecodeError as error:
+        raise VlmtuneError(
+            "the names of the columns are not UTF-8",
+            file=path,
+            line=line,
+            do="save the file as UTF-8",
+        ) from error
+
+
+def _reader(lines: Iterable[str], dialect: Dialect) -> Iterator[list[str]]:
     # The limit is one for the process; Python's own is too small for a picture in base64.
     csv.field_size_limit(MAX_CELL_CHARACTERS)
-    return csv.reader(lines, delimiter=delimiter, strict=True)
+    return csv.reader(
+        lines, delimiter=dialect.delimiter, skipinitialspace=dialect.skips_spaces, strict=True
+    )
 
 
 def _cells(content: bytes, rows: DelimitedRows, line: int) -> list[str]:
     try:
         text = content.removeprefix(BOM).decode("utf-8")
-        return next(_reader(io.StringIO(text, newline=""), rows.delimiter))
+        return next(_reader(io.StringIO(text, newline=""), rows.dialect))
     except UnicodeDecodeError as error:
         raise SampleError(
             f"the row is not UTF-8 (byte {error.start + 1})",
@@ -179,11 +222,12 @@ def _cells(content: bytes, rows: DelimitedRows, line: int) -> list[str]:
             do="save the file as UTF-8",
         ) from error
     except csv.Error as error:
+        separators = _NAMES[rows.dialect.delimiter]
         raise SampleError(
             f"the row's cells cannot be told apart ({error})",
             file=rows.path,
             line=line,
-            expected=f'cells between {_NAMES[rows.delimiter]}, with quotes as in "a ""b"" c"',
+            expected=f'cells between {separators}, with quotes as in "a ""b"" c"',
         ) from error
 
 
