@@ -147,7 +147,7 @@ def open_input(given: DataInput, side: Side = "train") -> list[OpenFile]:
 
 def load_encoder(recipe: Recipe) -> Encoder:
     """What makes samples of conversations as training does; loads the processor, no weights."""
-    from vlmtune.data.encode import Encoder
+    from vlmtune.data.encode import encoder_for
     from vlmtune.models.processor import load_processor
 
     processor = load_processor(
@@ -156,14 +156,7 @@ def load_encoder(recipe: Recipe) -> Encoder:
         trust_remote_code=recipe.trust_remote_code,
         image=recipe.image,
     )
-    return Encoder(
-        processor,
-        max_tokens=recipe.data.max_tokens,
-        over_length=recipe.data.over_length,
-        max_image_pixels=recipe.data.max_image_pixels,
-        train_on=recipe.data.train_on,
-        video=recipe.video,
-    )
+    return encoder_for(recipe, processor)
 
 
 def tell_bad_rows(bad: BadRows) -> None:

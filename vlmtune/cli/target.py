@@ -86,22 +86,17 @@ def answering_encoder(opened: OpenTarget) -> Encoder:
     Pictures and texts are cut down as in training where the recipe cuts; a sample that training
     would only drop is answered.
     """
-    from vlmtune.data.encode import Encoder
+    from vlmtune.data.encode import Encoder, encoder_for
 
     recipe = opened.recipe
-    max_pixels = max_image_pixels(opened)
     if recipe is not None and recipe.data.over_length in ("shrink_images", "trim_text"):
-        return Encoder(
-            opened.vlm.processor,
-            max_tokens=recipe.data.max_tokens,
-            over_length=recipe.data.over_length,
-            max_image_pixels=max_pixels,
-        )
+        return encoder_for(recipe, opened.vlm.processor)
     return Encoder(
         opened.vlm.processor,
         max_tokens=_context_length(opened),
         over_length="error",
-        max_image_pixels=max_pixels,
+        max_image_pixels=max_image_pixels(opened),
+        video=None if recipe is None else recipe.video,
     )
 
 

@@ -28,7 +28,7 @@ from vlmtune.data.template import ChatTemplate, Rendered, TemplateError, special
 from vlmtune.data.types import Conversation, Sample, Text, Turn
 from vlmtune.data.video import Clip, read_video
 from vlmtune.errors import SampleError, VlmtuneError
-from vlmtune.recipe.schema import VideoSection
+from vlmtune.recipe.schema import Recipe, VideoSection
 
 TrainOn = Literal["assistant", "last_turn"]
 OverLengthPolicy = Literal["error", "drop", "shrink_images", "trim_text"]
@@ -308,6 +308,19 @@ class Encoder:
             expected=f"at most {self.max_tokens} (data.max_tokens)",
             do="raise data.max_tokens, lower image.max_pixels, or choose another data.over_length",
         )
+
+
+def encoder_for(recipe: Recipe, processor: Any, *, cache_dir: Path | None = None) -> Encoder:
+    """An encoder that makes samples as training by `recipe` does, kept in `cache_dir` if given."""
+    return Encoder(
+        processor,
+        max_tokens=recipe.data.max_tokens,
+        over_length=recipe.data.over_length,
+        max_image_pixels=recipe.data.max_image_pixels,
+        train_on=recipe.data.train_on,
+        video=recipe.video,
+        cache_dir=cache_dir,
+    )
 
 
 def _is_supervised(turns: Sequence[Turn]) -> bool:

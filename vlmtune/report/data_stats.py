@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlmtune.data.encode import Encoder
+from vlmtune.data.encode import Encoder, encoder_for
 from vlmtune.data.source import access_of, all_rows
 from vlmtune.data.types import Conversation, Sample
 from vlmtune.errors import VlmtuneError
@@ -101,12 +101,7 @@ def data_statistics(
         return _none("recipe.resolved.yaml cannot be read")
     try:
         conversations = all_rows(recipe.data.train, access=access_of(recipe.data))
-        encoder = Encoder(
-            _load_processor(recipe, folder),
-            max_tokens=recipe.data.max_tokens,
-            over_length=recipe.data.over_length,
-            max_image_pixels=recipe.data.max_image_pixels,
-        )
+        encoder = encoder_for(recipe, _load_processor(recipe, folder))
     except VlmtuneError as error:
         return _none(str(error))
     return measure(conversations, encoder, thumbnails=thumbnails, max_samples=max_samples)

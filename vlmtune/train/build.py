@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from vlmtune.data.collate import collate
 from vlmtune.data.dataset import ConversationSet
-from vlmtune.data.encode import Encoder, OverLength
+from vlmtune.data.encode import Encoder, OverLength, encoder_for
 from vlmtune.data.order import Order
 from vlmtune.data.packing import num_steps
 from vlmtune.data.pairs import encode_pair, side_batches
@@ -134,15 +134,8 @@ def left_out(skipped: Sequence[Skipped]) -> list[LeftOut]:
 def build_encoder(recipe: Recipe, vlm: VLM) -> Encoder:
     """What makes samples as the recipe says, from its cache where it asks for one."""
     data = recipe.data
-    return Encoder(
-        vlm.processor,
-        max_tokens=data.max_tokens,
-        over_length=data.over_length,
-        max_image_pixels=data.max_image_pixels,
-        train_on=data.train_on,
-        video=recipe.video,
-        cache_dir=cache_dir_of(access_of(data)) if data.cache == "disk" else None,
-    )
+    cache_dir = cache_dir_of(access_of(data)) if data.cache == "disk" else None
+    return encoder_for(recipe, vlm.processor, cache_dir=cache_dir)
 
 
 def build_steps(
