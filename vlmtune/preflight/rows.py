@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from vlmtune.data.dataset import OpenFile
 from vlmtune.data.duplicates import Digests, PictureDigests, digests_of
 from vlmtune.data.encode import Encoder, OverLength
+from vlmtune.data.formats.rows import check_trainable
 from vlmtune.data.measure import Measure, Measurer
 from vlmtune.data.media import verify_image
 from vlmtune.data.source import check_located
@@ -130,6 +131,8 @@ class RowChecker:
         """What becomes of a row."""
         try:
             conversation = row.conversation()
+            if not self._settings.with_prompt:
+                check_trainable(conversation)
         except SampleError as error:
             failure = RowFailure("row", error)
             return RowOutcome(None, row.id, row.source, failure=failure)
