@@ -41,4 +41,5 @@ def test_of_a_kind_a_thousand_are_kept_and_all_are_counted():
 def test_names_and_numbers_make_no_kind():
     assert kind_of("the id 'a' is taken") == kind_of("the id 'b' is taken")
     assert kind_of("turn 3 (user) is empty") == kind_of("turn 12 (assistant) is empty")
+    assert kind_of("the line is not UTF-8 (byte 15)") == "the line is not UTF-8 …"
     assert kind_of("turn 3 is empty") != kind_of("turn 3 has no role")

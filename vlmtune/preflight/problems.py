@@ -16,7 +16,7 @@ Verdict = Literal["ready", "warnings", "not_ready"]
 KEPT_PER_KIND = 1000
 """Problems of a kind that are kept with their place; the others are counted."""
 
-_VARIABLE = re.compile(r"'[^']*'|\"[^\"]*\"|\([^)]*\)|\d[\d,.]*")
+_VARIABLE = re.compile(r"'[^']*'|\"[^\"]*\"|\([^)]*\)|(?<![\w-])\d[\d,.]*")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Problems:
 
 def kind_of(message: str) -> str:
     """What messages of one kind have in common: the words without names and numbers."""
-    return _VARIABLE.sub("…", message.split("; got:")[0])
+    return re.sub("…( …)+", "…", _VARIABLE.sub("…", message.split("; got:")[0]))
 
 
 @dataclass(frozen=True)
