@@ -114,9 +114,9 @@ BAD_ROWS = {
     "coco: captions of lists": ("coco_captions", {"image": "a", "captions": [["b"]]}, "text 1 of"),
     "coco: caption a number": (*_but("coco_captions", caption=3), "caption is not a text"),
     "coco: id true": (*_but("coco_captions", id=True), "the id cannot be used"),
-    "text: none": (*_but("image_text", text=None), "there is no text"),
+    "text: none": (*_but("image_text", text=None), "there is no text; got: text: null"),
     "text: blank": (*_but("image_text", text="\n"), "is empty"),
-    "class: a number": (*_but("class_folders", label=3), "the label is a number; got: 3"),
+    "class: a number": (*_but("class_folders", label=3), "the label is a number; got: a number: 3"),
     "class: a list": (*_but("class_folders", label=["cat"]), "label is not a text"),
     "class: none": (*_but("class_folders", label=""), "is empty"),
     "vqav2: no answer": (

@@ -131,6 +131,30 @@ def test_rows_of_no_format_say_what_they_lack(load):
         load([{"a": "x", "b": "y"}])
 
 
+def test_a_table_of_unknown_columns_asks_which_is_which(load, tmp_path, caplog):
+    caplog.set_level("INFO", logger="vlmtune")
+    path = tmp_path / "rows.csv"
+    for text, named in (("bild,text_de\na.png,Hi\n", "bild, text_de"), ("a,b\n1\n", None)):
+        path.write_text(text)
+        with pytest.raises(ErrorGroup) as caught:
+            load_conversations([path], check_media=False)
+        assert "messages" not in str(caught.value)
+        assert "format table (the rows look like none)" in caplog.text
+        if named:
+            assert f"rows.csv:2: the columns make no sample; got: keys {named}" in str(caught.value)
+            assert "the first line of the file is the names" in str(caught.value)
+
+
+def test_a_class_that_is_a_number_is_an_error_where_numbers_are_texts(load, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("image,label\na.png,7\n")
+    with pytest.raises(ErrorGroup, match="rows.csv:2: the label is a number.*format table"):
+        load_conversations([path], check_media=False)
+    as_table = DataEntry(path=str(path), format="table")
+    assert load_conversations([as_table], check_media=False)[0][0].turns[1].text == "7"
+    assert load([{"image": "a.png", "label": "7"}])[0][0].turns[1].text == "7"
+
+
 def test_rows_without_the_columns_that_are_named_say_so(load):
     with pytest.raises(ErrorGroup, match="there is no column b; got: keys a"):
         load([{"a": "x"}], columns={"caption": "b"})

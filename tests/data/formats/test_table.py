@@ -94,6 +94,21 @@ def test_an_id_is_taken_from_its_column():
     values = {"key": "x7", "question": "a", "answer": "b"}
     assert read("table", values, columns={"id": "key"}).id == "x7"
     assert read("table", values).id == "rows:7"
+    # A column of numbers with gaps is one of floats in pandas.
+    assert read("table", {"id": 3.0, "question": "a", "answer": "b"}).id == "3"
+
+
+def test_the_prompt_is_the_question_of_rows_that_have_none():
+    for nothing in ("", None):
+        row = {"image": "a.png", "question": nothing, "answer": "b"}
+        assert said(read("table", row, prompt="What?"))[0] == ("user", "[a.png]What?")
+    asked = {"image": "a.png", "question": "Which?", "answer": "b"}
+    assert said(read("table", asked, prompt="What?"))[0] == ("user", "[a.png]Which?")
+
+
+def test_an_answer_in_brackets_is_a_text():
+    row = {"image": "a.png", "question": "Where?", "answer": "[10, 20, 30, 40]"}
+    assert said(read("table", row))[1] == ("assistant", "[10, 20, 30, 40]")
 
 
 BAD_ROWS = {
@@ -111,7 +126,23 @@ BAD_ROWS = {
     "picture a number": ({"image": 3, "caption": "A cat."}, {}, "reference cannot be used"),
     "empty caption": ({"image": "a.png", "caption": " "}, {}, "turn 2 .* is empty"),
     "caption null": ({"image": "a.png", "caption": None}, {}, "caption is not a text; got: null"),
-    "empty question": ({"question": "", "answer": "a"}, {}, "turn 1 .* is empty"),
+    "empty question": ({"question": "", "answer": "a"}, {}, "question is empty"),
+    "a picture and no question": (
+        {"image": "a.png", "question": " ", "answer": "a"},
+        {},
+        "question is empty; .*as the entry's prompt",
+    ),
+    "question null": ({"question": None, "answer": "a"}, {}, "question is not a text; got: null"),
+    "a column in other letters": (
+        {"IMAGE": "a.png", "caption": "A cat."},
+        {"columns": {"image": "image"}},
+        "there is no column image; got: keys IMAGE, caption; .*did you mean 'IMAGE'",
+    ),
+    "answers of a list as text": (
+        {"question": "a", "answers": "['red', 'blue']"},
+        {},
+        "answers is a list written as a text",
+    ),
     "question a number": ({"question": 3, "answer": "a"}, {}, "question is not a text"),
     "empty answer": ({"question": "a", "answer": ""}, {}, "turn 2 .* is empty"),
     "no answer": ({"question": "a", "answer": None}, {}, "there is no text in answer; got: null"),
@@ -124,6 +155,8 @@ BAD_ROWS = {
         {},
         r"1 in image\(s\), 2 placeholders",
     ),
+    "id no whole number": ({"id": 1.5, "question": "a", "answer": "b"}, {}, "a whole number"),
+    "id nan": ({"id": float("nan"), "question": "a", "answer": "b"}, {}, "a whole number"),
     "empty id": ({"id": "", "question": "a", "answer": "b"}, {}, "the id cannot be used"),
 }
 

@@ -72,5 +72,6 @@ def optional_text(row: Row, key: str) -> str | None:
 def required_text(row: Row, key: str) -> str:
     """The text under `key`. Raises SampleError where there is none."""
     if row.values.get(key) is None:
-        raise row.error(f"there is no {key}", got=row.keys, expected=key)
+        got = f"{key}: null" if key in row.values else row.keys
+        raise row.error(f"there is no {key}", got=got, expected="a text")
     return row.text(row.values[key], place=key)

@@ -31,6 +31,7 @@ from vlmtune.recipe.schema import DataEntry, FormatName
 NUM_LOOKED_AT = 20
 """Rows by which a file's format is told."""
 
+_TABLES = (".csv", ".tsv", ".tab", ".parquet", ".arrow", ".feather")
 _PROMPTED = ("table", "coco_captions", "image_text", "class_folders")
 
 
@@ -81,16 +82,11 @@ def parse_row(row: Row, name: FormatName) -> Conversation:
 def detect_format(rows: Rows, entry: DataEntry) -> FormatName:
     """The format that most of the first rows look like, the first in FORMATS of several.
 
-    Where no row looks like any, it is `table` if the recipe names columns, or else `messages`:
-    every row then says what it lacks.
+    Where no row looks like any, it is `table` if the recipe names columns or the file has some, or
+    else `messages`: every row then says what it lacks.
     """
-    votes: Counter[FormatName] = Counter()
-    for index in range(min(NUM_LOOKED_AT, len(rows))):
-        try:
-            votes.update(_matching(rows.read(index), entry))
-        except SampleError:
-            continue
-    if not votes and entry.columns:
+    votes = _votes(rows, entry)
+    if not votes and (entry.columns or rows.file.lower().endswith(_TABLES)):
         return "table"
     return max(FORMATS, key=lambda name: votes[name])
 
@@ -126,14 +122,32 @@ def check_entry(entry: DataEntry, name: FormatName, *, file: str) -> None:
 def format_line(rows: Rows, entry: DataEntry, name: FormatName) -> str:
     """What is said of a file's format when it is opened: where it is from, and a table's columns
     as its first row has them."""
-    line = f"{name} ({'named' if entry.format else 'detected'})"
+    told = (
+        "named"
+        if entry.format
+        else "detected"
+        if _votes(rows, entry)
+        else "the rows look like none"
+    )
+    line = f"{name} ({told})"
     if name != "table":
         return line
     try:
         columns = table.columns_of(rows.read(0), entry)
     except SampleError:
         return line
-    return f"{line}, {', '.join(f'{role}: {column}' for role, column in columns.items())}"
+    return ", ".join([line, *(f"{role}: {column}" for role, column in columns.items())])
+
+
+def _votes(rows: Rows, entry: DataEntry) -> Counter[FormatName]:
+    """How many of the first rows look like each format."""
+    votes: Counter[FormatName] = Counter()
+    for index in range(min(NUM_LOOKED_AT, len(rows))):
+        try:
+            votes.update(_matching(rows.read(index), entry))
+        except SampleError:
+            continue
+    return votes
 
 
 def _matching(values: Mapping[str, Any], entry: DataEntry) -> list[FormatName]:

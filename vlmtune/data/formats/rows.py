@@ -95,9 +95,13 @@ class Row:
         given = self.values.get(key)
         if given is None:
             return self.fallback_id
+        if isinstance(given, float) and given.is_integer():
+            given = int(given)  # as pandas has whole numbers in a column with gaps
         if isinstance(given, bool) or not isinstance(given, (str, int)) or given == "":
             raise self.error(
-                f"the {key} cannot be used", got=describe(given), expected="a text or a number"
+                f"the {key} cannot be used",
+                got=describe(given),
+                expected="a text or a whole number",
             )
         return self.written(given, place=f"the {key}")
 

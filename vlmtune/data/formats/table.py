@@ -22,7 +22,9 @@ from vlmtune.data.formats.pictured import (
 )
 from vlmtune.data.formats.rows import Row, listed
 from vlmtune.data.formats.turns import has_turns
+from vlmtune.data.text import describe
 from vlmtune.data.types import Conversation
+from vlmtune.errors import nearest
 from vlmtune.recipe.schema import ColumnRole, DataEntry
 
 USUAL_NAMES: dict[ColumnRole, tuple[str, ...]] = {
@@ -79,29 +81,35 @@ def parse(row: Row) -> Conversation:
     """The conversation of a row of a table."""
     missing = [name for name in row.entry.columns.values() if name not in row.values]
     if missing:
+        names = {column.lower(): column for column in row.values}
+        close = names.get(missing[0].lower()) or nearest(missing[0], row.values)
         raise row.error(
             f"there is no column {listed(missing)}",
             got=row.keys,
-            expected="the columns that the recipe names",
+            expected="the columns that are named for it",
+            do=f"did you mean {close!r}?" if close else None,
         )
     columns = columns_of(row.values, row.entry)
     form = _form(columns)
     if form is None:
+        is_text = row.source.file.lower().endswith((".csv", ".tsv", ".tab"))
         raise row.error(
             "the columns make no sample",
             got=row.keys,
             expected="image and caption, image and label, or question and answer",
-            do="say which is which: columns: {image: …, question: …, answer: …}",
+            do="say which is which: columns: {image: …, question: …, answer: …}"
+            + (" (the first line of the file is the names of its columns)" if is_text else ""),
         )
     images = row.values.get(columns["image"]) if "image" in columns else None
     id_key = columns.get("id", "id")
     if form == ("question", "answer"):
+        _check_answers(row, columns["answer"])
         several = answers_of(row, columns["answer"])
         is_one = isinstance(row.values[columns["answer"]], (str, int, float))
         return asked_of_pictures(
             row,
             images,
-            question=row.text(row.values[columns["question"]], place=columns["question"]),
+            question=_question(row, columns["question"]),
             answer=best_answer(row, several, columns["answer"]),
             must_have_picture=False,
             id_key=id_key,
@@ -116,6 +124,36 @@ def parse(row: Row) -> Conversation:
         answer=row.written(row.values[said], place=said),
         id_key=id_key,
     )
+
+
+def _question(row: Row, column: str) -> str:
+    """The question in `column`, or where there is none the recipe's prompt. Raises SampleError."""
+    value = row.values[column]
+    if row.entry.prompt is not None and (value is None or value == ""):
+        return row.entry.prompt
+    question = row.text(value, place=column)
+    if not question.strip():
+        raise row.error(
+            f"{column} is empty",
+            expected="a question",
+            do="write one, or name one for all such rows as the entry's prompt",
+        )
+    return question
+
+
+def _check_answers(row: Row, column: str) -> None:
+    """Raise SampleError where a list of answers is a text, as CSV makes it: it would be learned."""
+    value = row.values[column]
+    if column.lower() != "answers" or not isinstance(value, str):
+        return
+    if value.lstrip().startswith("[") and value.rstrip().endswith("]"):
+        raise row.error(
+            f"{column} is a list written as a text",
+            got=describe(value),
+            expected="a list, or one answer",
+            do="keep such rows as JSON lines or parquet, where a list is a list; if it is one "
+            "answer, call the column answer",
+        )
 
 
 def _column(values: Mapping[str, Any], entry: DataEntry, role: ColumnRole) -> str | None:

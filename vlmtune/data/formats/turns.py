@@ -29,7 +29,8 @@ def turns_of(row: Row) -> list[dict[str, Any]]:
             expected="messages or conversations",
             do=f"is {close!r} misspelt?"
             if close
-            else "name the format of such rows: data.train: [{path: …, format: …}]",
+            else "name the format of such rows, or which column is what: "
+            "data.train: [{path: …, format: …, columns: {image: …, caption: …}}]",
         )
     turns = row.values[given[0]]
     if not isinstance(turns, list):
