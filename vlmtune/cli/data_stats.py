@@ -132,7 +132,8 @@ def _look_at(
         total = min(total, max_samples)
     recipe = given.recipe
     is_paired = recipe is not None and recipe.objective == "contrastive" and side == "train"
-    with progress(f"rows of {side} read", total, quiet=quiet) as on_row:
+    name = side if given.is_recipe else "data"
+    with progress(f"rows of {name} read", total, quiet=quiet) as on_row:
         found = set_statistics(
             files,
             measurer=measurer,

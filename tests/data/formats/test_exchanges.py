@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.data.formats.examples import read, said
+from tests.data.formats.examples import MODEL, PERSON, read, said
 from vlmtune.data.types import Image
 from vlmtune.errors import SampleError
 
@@ -71,7 +71,19 @@ def test_answers_stand_in_for_an_answer_that_is_not_there(name):
     assert (said(conversation), conversation.answers) == ([("user", "Hi")], ("Yo", "Ya"))
 
 
+def test_an_empty_cell_is_no_picture_and_no_system_text():
+    row = {"query": "Hi", "response": "Yo", "image": "", "system": ""}
+    assert said(read("query_response", row)) == [("user", "Hi"), ("assistant", "Yo")]
+    turns = {"conversations": [PERSON, MODEL], "image": ""}
+    assert said(read("sharegpt", turns)) == [("user", "Hi"), ("assistant", "Yo")]
+
+
 BAD_ROWS = {
+    "a placeholder and an empty cell": (
+        "query_response",
+        {"query": "<image>Hi", "response": "Yo", "image": ""},
+        r"0 in image\(s\), 1 placeholders",
+    ),
     "no response": ("query_response", {"query": "Hi"}, "there is no response; got: keys query"),
     "response null": ("query_response", {"query": "Hi", "response": None}, "no response"),
     "no query": ("query_response", {"response": "Yo"}, "there is no query"),

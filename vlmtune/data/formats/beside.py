@@ -81,8 +81,10 @@ def media_beside(row: Row, *, always: bool) -> MediaBeside:
     `always`: `<image>` and `<video>` are placeholders even where nothing is listed, so that a
     missing list is an error; otherwise the words then stand for themselves.
     """
+    image = _listed(row, "image")
     given: dict[MediaKind, Sequence[Media]] = {
-        "image": pictures(_listed(row, "image"), row),
+        # A table's empty cell: a placeholder without its picture is still an error.
+        "image": [] if always and image == "" else pictures(image, row),
         "video": [video(value, row) for value in _videos(row)],
     }
     known = {word: kind for word, kind in PLACEHOLDERS.items() if always or given[kind]}

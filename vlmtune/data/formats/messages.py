@@ -5,8 +5,8 @@
                   {"role": "assistant", "content": "A cat."}]}
 
 `{"type": "image"}` without a picture, and `<image>` in a user's text, take the next one of the
-row's `images` where the row lists any; videos and `<video>` alike. An assistant's turn may have
-`train: false` or a `weight`.
+row's `images` where the row lists any; videos and `<video>` alike. Such a part may have the `index`
+that the picture has there. An assistant's turn may have `train: false` or a `weight`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import Any
 
 from vlmtune.data.formats.beside import (
     MEDIA_KEYS,
+    NOUNS,
     MediaBeside,
+    MediaKind,
     media_beside,
     picture,
     video,
@@ -90,6 +92,8 @@ def _part(part: object, place: str, role: Role, row: Row, beside: MediaBeside) -
         raise row.error(
             f"{place} has an unknown type", got=describe(kind), expected=" | ".join(PART_TYPES)
         )
+    if kind != "text" and kind not in given and beside.given[kind]:
+        _check_index(given.pop("index", None), place, kind, row, beside)
     unknown = sorted(given.keys() - {"type", kind})
     if unknown:
         raise row.error(
@@ -102,6 +106,18 @@ def _part(part: object, place: str, role: Role, row: Row, beside: MediaBeside) -
         return [beside.take("image") if from_list else picture(given.get("image"), row)]
     from_list = "video" not in given and beside.given["video"]
     return [beside.take("video") if from_list else video(given.get("video"), row)]
+
+
+def _check_index(index: object, place: str, kind: MediaKind, row: Row, beside: MediaBeside) -> None:
+    """Raise SampleError where a part says by `index` (0-based) which of the row's list it is, and
+    that is not the next."""
+    expected = beside.num_taken[kind]
+    if index is not None and (index != expected or isinstance(index, bool)):
+        raise row.error(
+            f"{place} takes its {NOUNS[kind]} out of order",
+            got=f"index: {describe(index)}",
+            expected=f"index: {expected}, as the {kind}s of the row are taken in turn",
+        )
 
 
 def _text(text: object, place: str, role: Role, row: Row, beside: MediaBeside) -> list[Part]:
