@@ -52,6 +52,23 @@ def test_paths_that_leave_the_folder_are_refused_unless_allowed(ref, data):
     assert _find(ref, data, allow_outside=True).read_bytes() == b"content"
 
 
+@pytest.mark.parametrize(
+    ("ref", "hint"),
+    [
+        ("sub\\b.png", "relative to the folder of the data: sub/b.png"),
+        ("C:\\me\\b.png", "write paths with / between folders, relative to the folder of the data"),
+        ("a.PNG", "write a.png: capitals make a difference"),
+        ("sub/b.Png", "write sub/b.png: capitals"),
+        ("b.png", "image_dir; or skip such samples"),
+        ("b", "image_dir; or skip such samples"),
+    ],
+)
+def test_a_missing_file_says_what_may_be_meant(ref, hint, data):
+    with pytest.raises(NoSuchFile) as caught:
+        _find(ref, data)
+    assert caught.value.do is not None and hint in caught.value.do
+
+
 def test_a_symbolic_link_is_judged_by_where_it_leads(data):
     os.symlink("sub/b.png", data / "inside.png")
     os.symlink(data.parent / "outside.png", data / "leaves.png")

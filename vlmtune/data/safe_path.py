@@ -16,6 +16,8 @@ _SPECIAL = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+MAX_NAME_CHARACTERS = 4096
+"""Longer ones are no paths; base64 is looked at as one first."""
 
 
 class NoSuchFile(VlmtuneError):
@@ -86,8 +88,29 @@ def _missing(path: str, base_dir: Path, what: str, reason: str | None) -> NoSuch
         f"no such {what} file" + (f": {reason}" if reason else ""),
         got=printable(path),
         expected=f"a file, relative to {base_dir}",
-        do="correct the path, or skip such samples with data.on_bad_sample: skip",
+        do=_meant(path, base_dir)
+        or "correct the path, or name the folder as the entry's image_dir; or skip such samples "
+        "with data.on_bad_sample: skip",
     )
+
+
+def _meant(path: str, base_dir: Path) -> str | None:
+    """What to write where the file is there by a Windows path, or with its ending in other letters.
+
+    Looks for a few names and lists no folder, which may be large.
+    """
+    if len(path) > MAX_NAME_CHARACTERS:
+        return None
+    name = os.path.relpath(path, base_dir)
+    if "\\" in name:
+        is_there = os.path.isfile(os.path.join(base_dir, name.replace("\\", "/")))
+        better = f": {printable(name.replace(chr(92), '/'))}" if is_there else ""
+        return f"write paths with / between folders, relative to the folder of the data{better}"
+    stem, ending = os.path.splitext(name)
+    for other in (ending.lower(), ending.upper()):
+        if other != ending and os.path.isfile(os.path.join(base_dir, stem + other)):
+            return f"write {printable(stem + other)}: capitals make a difference"
+    return None
 
 
 def _unreadable(what: str, path: str, reason: str) -> VlmtuneError:
