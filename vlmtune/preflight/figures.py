@@ -98,26 +98,18 @@ def _order(train: CheckedSet, recipe: Recipe) -> tuple[np.ndarray, Order, float]
     """The samples of the stream as rows of the table, their order, and by what figures of the
     table are multiplied for those of the set."""
     table = train.table
-    if train.files and not train.is_partial:
-        conversations = set_of(train.files, table)
-        numbers = row_numbers(train.files, conversations)
-        counts, weights = conversations.counts_and_weights()
-    else:
-        # Of a stream or a choice of rows, any order is as good as another.
-        numbers = table.rows(GOOD, NOT_ENCODED, TOO_LONG)
-        counts, weights = ((len(numbers),), (1.0,)) if len(numbers) else ((), ())
     if not table.count(GOOD):
         raise VlmtuneError(
             "data.train: no sample is left to train on",
-            got=f"{len(table)} rows, none of which can be used",
+            got=f"{len(table):,} rows, none of which can be used",
         )
-    if sum(round(n * w) for n, w in zip(counts, weights, strict=True)) == 0:
-        raise VlmtuneError(
-            "data.train: the weights leave no sample in an epoch",
-            got=", ".join(f"{n} rows of weight {w:g}" for n, w in zip(counts, weights)),
-            do="raise the weights",
-        )
-    return numbers, Order(recipe.seed, counts, weights), 1 / train.share
+    if train.files and not train.is_partial:
+        conversations = set_of(train.files, table)
+        order = conversations.order(seed=recipe.seed)
+        return row_numbers(train.files, conversations), order, 1.0
+    # Of a stream or a choice of rows, any order is as good as another.
+    numbers = table.rows(GOOD, NOT_ENCODED, TOO_LONG)
+    return numbers, Order.uniform(recipe.seed, len(numbers)), 1 / train.share
 
 
 def _step_rows(step: int, *, order: Order, batch_size: int) -> Sequence[int]:

@@ -8,10 +8,10 @@ compute dtype (2, or 4 in fp32).
     trained      an adapter's numbers in float32; modules trained in full: 4 bytes instead of a
     gradients    4 bytes a trained number
     optimizer    8 bytes a trained number, or 2 with 8-bit state (8 in tensors below 4096 numbers)
-    activations  of a tower that trains or lets gradients through:
+    activations  of each tower that trains or lets gradients through
                    without checkpointing  N L k M a
-                   with                   N L D a + one layer, N k M a
-                 of a frozen tower before anything trained: one layer
+                   with                   N L D a, and of the larger one a layer, N k M a
+                 of a tower before anything that trains: a layer, where that is more
     logits       S V (12 + a): the logits, in float32, their log-softmax and its gradient
     unpacking    the largest quantised weight in the compute dtype
 
@@ -21,7 +21,7 @@ GPU), fragmentation, attention without a fused kernel. docs/check.md compares wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from vlmtune.preflight.epoch import MicroBatch
@@ -31,8 +31,9 @@ from vlmtune.recipe.schema import Recipe
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 NF4_BITS_SINGLE = 4 + 32 / 64
 SMALL_TENSOR = 4096
-KEPT_PER_LINEAR_NUMBER = 1.4
-"""k: a layer keeps more than its linear modules' inputs and outputs, for norms and attention."""
+KEPT_PER_LINEAR_NUMBER = 1.2
+"""k: what a layer keeps, as a multiple of its linear modules' inputs and outputs; measured 0.9 to
+1.3, by what trains."""
 
 
 @dataclass(frozen=True)
@@ -92,17 +93,15 @@ def memory_of(
     size = trained.trainable_parameters
     language = meta.towers["language"]
     vision = meta.towers.get("vision", Tower(0, 0, 0))
-    vision_trains = any(
-        count.trainable_parameters
-        for part, count in trained.parts.items()
-        if part in ("vision", "connector")
-    )
-    checkpointing = recipe.train.gradient_checkpointing
+    # A connector comes after the tower: trained alone, it sends no gradient back into it.
+    vision_trains = "vision" in trained.parts and trained.parts["vision"].trainable_parameters > 0
     activations, logits = 0, 0
     for batch in batches:
         patches = round(batch.media * patches_per_media_token)
-        taken = _kept(language, batch.tokens, keeps=True, checkpointing=checkpointing)
-        taken += _kept(vision, patches, keeps=vision_trains, checkpointing=checkpointing)
+        taken = _kept_numbers(
+            [(language, batch.tokens, True), (vision, patches, vision_trains)],
+            checkpointing=recipe.train.gradient_checkpointing,
+        )
         head = batch.supervised * meta.vocabulary * (12 + number)
         if taken * number + head > activations + logits:
             activations, logits = taken * number, head
@@ -117,11 +116,17 @@ def memory_of(
     )
 
 
-def _kept(tower: Tower, tokens: int, *, keeps: bool, checkpointing: bool) -> int:
-    """Numbers a tower keeps of `tokens` tokens at its fullest moment."""
-    layer = KEPT_PER_LINEAR_NUMBER * tower.linear_numbers
-    if not keeps:
-        return round(tokens * layer)
-    if checkpointing:
-        return round(tokens * (tower.layers * tower.width + layer))
-    return round(tokens * tower.layers * layer)
+def _kept_numbers(towers: Sequence[tuple[Tower, int, bool]], *, checkpointing: bool) -> int:
+    """Numbers that towers, each with its tokens, keep at their fullest moment. Of one that does
+    not train (False), a layer at a time, before the others keep anything."""
+    kept, layer_of_kept, passing = 0.0, 0.0, 0.0
+    for tower, tokens, trains in towers:
+        layer = tokens * KEPT_PER_LINEAR_NUMBER * tower.linear_numbers
+        if not trains:
+            passing = max(passing, layer)
+        elif checkpointing:
+            kept += tokens * tower.layers * tower.width
+            layer_of_kept = max(layer_of_kept, layer)
+        else:
+            kept += tower.layers * layer
+    return round(max(kept + layer_of_kept, passing))

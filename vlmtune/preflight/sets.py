@@ -103,12 +103,13 @@ def look_at(
         table = RowTable()
         expected = 0 if isinstance(rows, StreamedRows) else len(rows)
         try:
-            with show_progress(f"checked of {name}", expected) as progressed:
+            with show_progress(f"checking {name}", expected) as progressed:
                 progressed(0)
                 for outcome in check_rows(rows, settings, num_workers=workers):
                     table.add(outcome)
                     if len(table) % 100 == 0:
                         progressed(len(table))
+                progressed(len(table))
         except Inexact:
             settings = settings.exactly()
             continue
