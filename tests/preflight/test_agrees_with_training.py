@@ -12,6 +12,7 @@ import pytest
 from tests.preflight.checking import check_summary, messages
 from tests.train.training import copy_sample, train_once, write_recipe
 from vlmtune.errors import VlmtuneError
+from vlmtune.train import first_batch
 
 EPOCH = {"train__max_steps": None, "train__epochs": 1.0}
 
@@ -148,6 +149,87 @@ def test_modules_for_pictures_without_a_picture_are_an_error(recipe, data):
     with pytest.raises(VlmtuneError, match="no sample has a picture"):
         train_once(path)
     assert check_summary(path, "lora_target=[q_proj]")["verdict"] == "warnings", "they repeat"
+
+
+def test_modules_for_pictures_train_on_videos_alone(recipe, data):
+    frames = [f"images/{path.name}" for path in sorted((data.parent / "images").iterdir())[:2]]
+    rows = rows_of(data)
+    for row in rows:
+        row["messages"][0]["content"][0] = {"type": "video", "video": frames}
+    write_rows(data, rows)
+    path = recipe()
+    assert messages(check_summary(path), "error") == []
+    assert train_once(path)["samples"] == 16
+
+
+@pytest.mark.parametrize("reason", ["too long", "bad"])
+def test_rows_left_out_at_the_start_keep_nobody_from_training(recipe, data, reason, tmp_path):
+    """More of them than are tried before a run that stops at bad rows gives up."""
+    rows = rows_of(data)
+    bad = {"too long": "red " * 60, "bad": "<|im_end|>"}[reason]
+    refused = [row | {"id": f"no-{n}"} for n, row in enumerate(rows * 2)]
+    for row in refused:
+        row["messages"] = [row["messages"][0], {"role": "assistant", "content": bad}]
+    write_rows(data, refused + rows)
+    keys = {"data__max_tokens": 60, "data__over_length": "drop", "data__on_bad_sample": "skip"}
+    path = recipe(**keys, data__max_bad_fraction=0.9)
+    summary = check_summary(path)
+    assert (messages(summary, "error"), summary["samples"]) == ([], 16)
+    trained = train_once(path)
+    assert (trained["samples"], trained["skipped"]) == (16, 32)
+
+
+def test_samples_with_pictures_may_all_be_left_out_where_nothing_wants_them(recipe, data):
+    rows = rows_of(data)
+    text_only = [json.loads(json.dumps(row)) | {"id": f"text-{n}"} for n, row in enumerate(rows)]
+    for row in text_only:
+        row["messages"][0]["content"] = "Say something."
+    for row in rows:
+        row["messages"][1]["content"] = "red " * 60
+    write_rows(data, rows + text_only)
+    path = recipe(data__max_tokens=60, data__over_length="drop", lora_target=["q_proj"])
+    assert messages(check_summary(path), "error") == []
+    assert train_once(path)["samples"] == 16
+    path = recipe(data__max_tokens=60, data__over_length="drop", output_dir=str(data.parent / "x"))
+    assert any("no sample has a picture" in m for m in messages(check_summary(path), "error"))
+    with pytest.raises(VlmtuneError, match="too long"):
+        train_once(path)
+
+
+def test_a_picture_is_looked_for_in_every_row_where_modules_want_one(recipe, data, monkeypatch):
+    monkeypatch.setattr(first_batch, "LOOKED_OVER", 3)
+    rows = rows_of(data)
+    for row in [*rows[:7], *rows[8:]]:
+        row["messages"][0]["content"] = "Say something."
+    write_rows(data, rows)
+    path = recipe()
+    assert messages(check_summary(path), "error") == []
+    assert train_once(path)["samples"] == 16
+
+
+@pytest.mark.parametrize("length", [{"train__epochs": 1.0}, {"train__max_steps": 2}])
+def test_a_set_of_which_nothing_is_left_is_trainings_own_error(recipe, data, length):
+    length = {"train__epochs": None, "train__max_steps": None} | length
+    second = data.with_name("second.jsonl")
+    rows = rows_of(data)
+    write_rows(second, [row | {"id": f"second-{n}"} for n, row in enumerate(rows)])
+    never = {"path": str(second), "weight": 0.03}
+    for entries in ([never], [str(data), never]):
+        path = recipe(data__train=entries, **length)
+        [error] = messages(check_summary(path), "error")
+        assert "leaves no sample in an epoch" in error and "second.jsonl: 16 samples" in error
+        with pytest.raises(VlmtuneError) as caught:
+            train_once(path)
+        assert str(caught.value) == error
+    write_rows(data, ["{no json"] * 3)
+    path = recipe(data__on_bad_sample="skip", data__max_bad_fraction=1.0, **length)
+    [error] = messages(check_summary(path), "error")
+    with pytest.raises(VlmtuneError) as caught:
+        train_once(path)
+    assert str(caught.value) == error
+    assert error == (
+        "data.train: no sample is left to train on; got: 3 rows, none of which can be used"
+    )
 
 
 def test_a_folder_with_a_run_is_a_warning_that_says_how_to_go_on(recipe, tmp_path):

@@ -26,9 +26,9 @@ from vlmtune.data.stream import Stream, StreamCursor, open_stream
 from vlmtune.data.types import IGNORED, Conversation, Sample
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.recipe.schema import DataEntry
-from vlmtune.train.build import looked_over
 from vlmtune.train.checkpoint import complete_checkpoints, read_state
 from vlmtune.train.feed import FeedSettings, StepBuilder, StepData, StepDataset, steps_from
+from vlmtune.train.first_batch import looked_over
 from vlmtune.train.skips import SkipLedger
 from vlmtune.train.stream_feed import stream_steps
 

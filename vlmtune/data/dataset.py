@@ -24,6 +24,7 @@ from vlmtune.data.formats.registry import (
     parse_row,
 )
 from vlmtune.data.formats.rows import Row
+from vlmtune.data.order import Order, num_slots
 from vlmtune.data.sources.registry import open_rows
 from vlmtune.data.sources.rows import Rows
 from vlmtune.data.types import LOCAL, Access, Conversation
@@ -105,13 +106,35 @@ class ConversationSet(Sequence[Conversation]):
 
     def counts_and_weights(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Samples and weight of each entry that has any, for `order.Order`."""
+        used = self._entries()
+        return tuple(count for _, count in used), tuple(entry.weight for entry, _ in used)
+
+    def order(self, *, seed: int) -> Order:
+        """The order of the training stream. Raises VlmtuneError where there is no sample, or where
+        an entry's weight leaves none of its samples in an epoch."""
+        if not len(self):
+            num_rows = sum(len(file.rows) for file in self.files)
+            raise VlmtuneError(
+                "data.train: no sample is left to train on",
+                got=f"{num_rows:,} rows, none of which can be used",
+            )
+        for entry, count in self._entries():
+            if num_slots(count, entry.weight) == 0:
+                raise VlmtuneError(
+                    "data.train: the weight leaves no sample in an epoch",
+                    got=f"{entry.path}: {count:,} samples of weight {entry.weight:g}",
+                    do="raise the weight, or take the entry out",
+                )
+        return Order(seed, *self.counts_and_weights())
+
+    def _entries(self) -> list[tuple[DataEntry, int]]:
+        """The entries that have samples, and how many each has."""
         counts: dict[int, int] = {}
-        weights: dict[int, float] = {}
+        entries: dict[int, DataEntry] = {}
         for at, file in enumerate(self.files):
             counts[id(file.entry)] = counts.get(id(file.entry), 0) + self._count(at)
-            weights[id(file.entry)] = file.entry.weight
-        used = [key for key, count in counts.items() if count]
-        return tuple(counts[key] for key in used), tuple(weights[key] for key in used)
+            entries[id(file.entry)] = file.entry
+        return [(entries[key], count) for key, count in counts.items() if count]
 
     def _count(self, at: int) -> int:
         kept = self.kept[at]

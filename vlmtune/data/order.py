@@ -36,7 +36,7 @@ class Order:
 
     def __post_init__(self) -> None:
         assert len(self.counts) == len(self.weights) and min(self.counts) > 0
-        assert self.num_per_epoch > 0, "weights leave no sample in an epoch"
+        assert self.num_per_epoch > 0, "the weights leave no sample in an epoch"
 
     @classmethod
     def uniform(cls, seed: int, num_samples: int) -> Order:
@@ -46,7 +46,7 @@ class Order:
     @property
     def slots(self) -> tuple[int, ...]:
         """Slots of each entry in an epoch."""
-        return tuple(round(n * w) for n, w in zip(self.counts, self.weights, strict=True))
+        return tuple(num_slots(n, w) for n, w in zip(self.counts, self.weights, strict=True))
 
     @property
     def num_per_epoch(self) -> int:
@@ -67,6 +67,11 @@ class Order:
         turn, place = divmod(epoch * in_epoch + slot, count)
         key = f"vlmtune:{self.seed}:entry {entry}:{turn}"
         return first_row + permuted(place, size=count, key=key)
+
+
+def num_slots(count: int, weight: float) -> int:
+    """How many slots of an epoch an entry of `count` rows fills."""
+    return round(count * weight)
 
 
 def permuted(place: int, *, size: int, key: str) -> int:

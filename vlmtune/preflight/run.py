@@ -261,15 +261,15 @@ class Preflight:
 def _check_pictures(
     trained: Trained, train: CheckedSet, problems: Problems, places: Places
 ) -> None:
-    """Modules for pictures want pictures."""
+    """Modules for pictures want pictures, or videos."""
     parts = [p for p, count in trained.parts.items() if count.trainable_parameters]
-    has_pictures = any(train.table.images[int(row)] for row in train.table.rows(GOOD))
-    if set(parts) & {"vision", "connector"} and not has_pictures and train.table.count(GOOD):
+    has_media = any(train.table.media[int(row)] for row in train.table.rows(GOOD))
+    if set(parts) & {"vision", "connector"} and not has_media and train.table.count(GOOD):
         places.add_error(
             problems,
             VlmtuneError(
                 "modules of the vision tower or the connector are trained, but no sample has a "
-                "picture",
+                "picture or a video",
                 do="leave them out of lora_target and modules_to_save",
             ),
         )

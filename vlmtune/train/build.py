@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import logging
-import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from vlmtune.data.collate import collate
 from vlmtune.data.dataset import ConversationSet
 from vlmtune.data.encode import Encoder, OverLength, encoder_for
-from vlmtune.data.order import Order
 from vlmtune.data.packing import num_steps
-from vlmtune.data.pairs import encode_pair, side_batches
 from vlmtune.data.source import access_of, cache_dir_of, open_conversations
-from vlmtune.data.stream import OpenStream, Stream, StreamCursor, open_stream
-from vlmtune.data.types import Batch, Conversation, SideBatch, Skipped
+from vlmtune.data.stream import Stream, StreamCursor, open_stream
+from vlmtune.data.types import Batch, Conversation, Skipped
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.models.adapters.base import Adapter
 from vlmtune.models.embedding import EmbeddingForward, write_embedding_record
@@ -46,6 +41,7 @@ from vlmtune.train.feed import (
     steps_from,
     to_device,
 )
+from vlmtune.train.first_batch import TrainingData, first_batch
 from vlmtune.train.optim import build_optimizer, own_group, parameter_groups
 from vlmtune.train.probe import check_forward, freeze_unreached
 from vlmtune.train.runtime import DTYPES
@@ -57,11 +53,6 @@ from vlmtune.train.trainee import Trainee
 log = logging.getLogger("vlmtune")
 
 DEFAULT_EPOCHS = 3.0
-
-LOOKED_OVER = 1000
-"""Samples that are looked at before training: has one a picture, which is the first to encode."""
-
-TrainingData = ConversationSet | Stream
 
 
 def open_training_data(recipe: Recipe) -> tuple[TrainingData, list[Skipped]]:
@@ -89,19 +80,14 @@ def num_samples_of(data: TrainingData) -> int | None:
 
 
 def total_steps_of(recipe: Recipe, data: TrainingData) -> int:
-    """Optimizer steps of the run."""
+    """Optimizer steps of the run. Raises VlmtuneError where no sample is left to train on."""
     epochs = epochs_of(recipe)
-    if epochs is None:
-        assert recipe.train.max_steps is not None
-        return recipe.train.max_steps
-    assert isinstance(data, ConversationSet), "a stream needs train.max_steps"
-    return num_steps(epochs, order_of(recipe, data).num_per_epoch, recipe.train.batch_size)
-
-
-def order_of(recipe: Recipe, conversations: ConversationSet) -> Order:
-    """The order of the training stream."""
-    counts, weights = conversations.counts_and_weights()
-    return Order(recipe.seed, counts, weights)
+    if isinstance(data, ConversationSet):
+        order = data.order(seed=recipe.seed)
+        if epochs is not None:
+            return num_steps(epochs, order.num_per_epoch, recipe.train.batch_size)
+    assert recipe.train.max_steps is not None, "a stream needs it"
+    return recipe.train.max_steps
 
 
 def epochs_of(recipe: Recipe) -> float | None:
@@ -177,7 +163,9 @@ def build_steps(
             assert start.cursor is not None, "the fingerprint tells streams from rows by number"
             cursor = StreamCursor.from_dict(start.cursor)
         return partial(stream_steps, data, builder, cursor=cursor, num_workers=num_workers)
-    dataset = StepDataset(data, builder, order=order_of(recipe, data), epochs=epochs_of(recipe))
+    dataset = StepDataset(
+        data, builder, order=data.order(seed=recipe.seed), epochs=epochs_of(recipe)
+    )
     return partial(steps_from, dataset, num_workers=num_workers)
 
 
@@ -190,67 +178,6 @@ def build_objective(recipe: Recipe, device: torch.device) -> Objective:
     if recipe.objective == "next_token":
         return NextToken()
     return Contrastive(recipe.contrastive.initial_temperature, device)
-
-
-def looked_over(data: TrainingData) -> Iterator[Conversation]:
-    """Up to `LOOKED_OVER` samples from all over the data; those that cannot be read are left
-    out."""
-    unread: Iterator[Callable[[], Conversation]]
-    if isinstance(data, Stream):
-        opened = OpenStream(data)
-        unread = (opened.take().conversation for _ in range(LOOKED_OVER))
-    else:
-        apart = math.ceil(len(data) / LOOKED_OVER)
-        unread = (partial(data.__getitem__, at) for at in range(0, len(data), apart))
-    for read in unread:
-        try:
-            yield read()
-        except SampleError as error:
-            log.debug("not looked at before training: %s", error)
-
-
-def first_batch(
-    conversations: Iterable[Conversation],
-    encoder: Encoder,
-    vlm: VLM,
-    *,
-    with_media: bool,
-    embedding_prompt: str | None = None,
-) -> Batch | SideBatch:
-    """A micro-batch of the first usable sample, one with a picture or a video where
-    `with_media`; with an embedding prompt, of its picture side."""
-    layout: dict[str, Any] = {
-        "pad_token_id": pad_token_id(vlm.processor),
-        "media_layout": vlm.family.media_layout,
-    }
-    problems: list[SampleError] = []
-    num_looked_at = 0
-    for conversation in conversations:
-        num_looked_at += 1
-        if with_media and not (conversation.images or conversation.videos):
-            continue
-        try:
-            if embedding_prompt is not None:
-                pair = encode_pair(encoder, conversation, prompt=embedding_prompt)
-                return side_batches([pair], micro_batch_tokens=1, **layout)[0]
-            return collate([encoder.encode(conversation)], **layout)
-        except SampleError as error:
-            problems.append(error)
-            if len(problems) == 20:
-                break
-    if problems:
-        raise problems[0]
-    if not num_looked_at:
-        raise VlmtuneError(
-            "none of the samples looked at can be read",
-            do="`vlmtune check` says what is wrong with each",
-        )
-    raise VlmtuneError(
-        "modules of the vision tower or the connector are trained, but no sample has a picture or "
-        "a video",
-        got=f"{num_looked_at:,} samples looked at",
-        do="leave them out of lora_target and modules_to_save",
-    )
 
 
 def usable(
@@ -293,12 +220,11 @@ def build_trainee(
     forward.to(accelerator.device)
     trained = {n: p for n, p in adapter.model.named_parameters() if p.requires_grad}
     parts = {name: part_of(base_name(name), vlm.family) or "language" for name in trained}
-    has_media = any(c.images or c.videos for c in looked_over(data))
     batch = first_batch(
-        looked_over(data),
+        data,
         encoder,
         vlm,
-        with_media=has_media or bool(set(parts.values()) & set(MEDIA_PARTS)),
+        needs_media=bool(set(parts.values()) & set(MEDIA_PARTS)),
         embedding_prompt=prompt,
     )
     batch = to_device(batch, accelerator.device)

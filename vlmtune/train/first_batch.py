@@ -1,0 +1,118 @@
+"""The micro-batch that a model is tried on before it is trained.
+
+samples from all over the data -> the first usable one, with a picture where there is one -> batch
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain
+from typing import Any
+
+from vlmtune.data.collate import collate
+from vlmtune.data.dataset import ConversationSet
+from vlmtune.data.encode import Encoder
+from vlmtune.data.formats.rows import check_trainable
+from vlmtune.data.pairs import encode_pair, side_batches
+from vlmtune.data.stream import OpenStream, Stream
+from vlmtune.data.types import Batch, Conversation, SideBatch
+from vlmtune.errors import SampleError, VlmtuneError
+from vlmtune.models.load import VLM
+from vlmtune.models.processor import pad_token_id
+
+log = logging.getLogger("vlmtune")
+
+LOOKED_OVER = 1000
+"""Samples that are looked at before training: has one a picture, which is the first to encode."""
+
+TrainingData = ConversationSet | Stream
+
+
+def looked_over(data: TrainingData) -> Iterator[Conversation]:
+    """Up to `LOOKED_OVER` samples from all over the data; those that cannot be read are left
+    out."""
+    if isinstance(data, Stream):
+        opened = OpenStream(data)
+        return _readable(opened.take().conversation for _ in range(LOOKED_OVER))
+    apart = math.ceil(len(data) / LOOKED_OVER)
+    return _readable(partial(data.__getitem__, at) for at in range(0, len(data), apart))
+
+
+def _every_sample(data: TrainingData) -> Iterator[Conversation]:
+    """All that can be read, in the order of the files; of a stream, which may be without end,
+    none."""
+    if isinstance(data, Stream):
+        return iter(())
+    return _readable(partial(data.__getitem__, at) for at in range(len(data)))
+
+
+def _readable(unread: Iterable[Callable[[], Conversation]]) -> Iterator[Conversation]:
+    for read in unread:
+        try:
+            yield read()
+        except SampleError as error:
+            log.debug("not looked at before training: %s", error)
+
+
+def first_batch(
+    data: TrainingData,
+    encoder: Encoder,
+    vlm: VLM,
+    *,
+    needs_media: bool,
+    embedding_prompt: str | None = None,
+) -> Batch | SideBatch:
+    """A micro-batch of the first usable sample, one with a picture or a video where there is one;
+    with an embedding prompt, of its picture side.
+
+    Raises the first sample's SampleError where none is usable, and with `needs_media` a
+    VlmtuneError where none has a picture or a video.
+    """
+    layout: dict[str, Any] = {
+        "pad_token_id": pad_token_id(vlm.processor),
+        "media_layout": vlm.family.media_layout,
+    }
+    problems: list[SampleError] = []
+
+    def batch_of(conversation: Conversation) -> Batch | SideBatch | None:
+        try:
+            if embedding_prompt is not None:
+                pair = encode_pair(encoder, conversation, prompt=embedding_prompt)
+                return side_batches([pair], micro_batch_tokens=1, **layout)[0]
+            check_trainable(conversation)
+            return collate([encoder.encode(conversation)], **layout)
+        except SampleError as error:
+            problems.append(error)
+            return None
+
+    num_looked_at = 0
+    without_media: list[Conversation] = []
+    # Where modules want a picture, one is looked for as long as there may be one.
+    for conversation in chain(looked_over(data), _every_sample(data) if needs_media else ()):
+        num_looked_at += 1
+        if not (conversation.images or conversation.videos):
+            if len(without_media) < LOOKED_OVER:
+                without_media.append(conversation)
+        elif (batch := batch_of(conversation)) is not None:
+            return batch
+        elif len(problems) == LOOKED_OVER:
+            break
+    if needs_media and not problems and num_looked_at:
+        raise VlmtuneError(
+            "modules of the vision tower or the connector are trained, but no sample has a picture "
+            "or a video",
+            got=f"{num_looked_at:,} samples looked at",
+            do="leave them out of lora_target and modules_to_save",
+        )
+    for conversation in () if needs_media else without_media:
+        if (batch := batch_of(conversation)) is not None:
+            return batch
+    if problems:
+        raise problems[0]
+    raise VlmtuneError(
+        "none of the samples looked at can be read",
+        do="`vlmtune check` says what is wrong with each",
+    )
