@@ -222,6 +222,18 @@ def test_skipped_rows_are_written_with_their_reasons(folder: Path):
     assert not (folder / "b_skipped.jsonl").exists()
 
 
+def test_new_ids_are_those_of_places(folder: Path):
+    rows = [ask(1), ask(1), ask(2)]
+    files = [write_rows(folder / "in" / name, rows) for name in ("a.jsonl", "c.jsonl")]
+    with pytest.raises(ErrorGroup, match="the id 'row-1' is taken.*convert --new-ids"):
+        convert(opened(*files, cache_dir=folder), folder / "b.jsonl")
+    convert(opened(*files, cache_dir=folder), folder / "b.jsonl", new_ids=True)
+    assert [c.id for c in load_plain(folder / "b.jsonl")] == [
+        *("a:1", "a:2", "a:3"),
+        *("c:1", "c:2", "c:3"),
+    ]
+
+
 def test_no_usable_row_is_an_error_even_with_skip(folder: Path):
     source = write_rows(folder / "in" / "a.jsonl", [{"id": "x"}])
     with pytest.raises(ErrorGroup):
@@ -291,10 +303,20 @@ def test_other_input_is_not_gone_on_with(folder: Path, monkeypatch: pytest.Monke
     write_rows(source, [ask(n) for n in range(6, 12)])
     with pytest.raises(VlmtuneError, match="other data"):
         convert(opened(source, cache_dir=folder), output)
-    with pytest.raises(VlmtuneError, match="other data"):
-        convert(opened(source, cache_dir=folder), output, copy_images=True)
     convert(opened(source, cache_dir=folder), output, overwrite=True)
     assert [c.id for c in load_plain(output)] == [f"row-{n}" for n in range(6, 12)]
+
+
+@pytest.mark.parametrize(
+    "option", [{"copy_images": True}, {"new_ids": True}, {"on_bad_sample": "skip"}]
+)
+def test_other_options_are_not_gone_on_with(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, option: dict[str, Any]
+):
+    source, output = stopped(folder, monkeypatch)
+    with pytest.raises(VlmtuneError, match="with other options"):
+        convert(opened(source, cache_dir=folder), output, **option)
+    assert convert(opened(source, cache_dir=folder), output).num_started_at > 0
 
 
 def test_a_lost_partial_means_a_new_start(folder: Path, monkeypatch: pytest.MonkeyPatch):

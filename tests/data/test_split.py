@@ -175,6 +175,13 @@ def test_bad_rows_stop_it_or_are_left_out(folder: Path):
     assert (done.bad.count, sum(done.num_samples)) == (2, 60)
 
 
+def test_new_ids_are_those_of_places(folder: Path):
+    rows = [row("same", "Which?", f"{name}.png") for name in (1, 2)]
+    split_rows(folder, rows, new_ids=True)
+    sides = [ids_of(folder / "out" / f"{side}.jsonl") for side in ("train", "eval")]
+    assert sorted([*sides[0], *sides[1]]) == ["out.data:1", "out.data:2"]
+
+
 def test_outputs_are_not_overwritten_unasked(folder: Path):
     split_rows(folder, three_each())
     with pytest.raises(VlmtuneError, match="there already"):

@@ -39,6 +39,10 @@ CopyOption = Annotated[
         "themselves (bytes, base64) becomes files either way.",
     ),
 ]
+NewIdsOption = Annotated[
+    bool,
+    typer.Option("--new-ids", help="Call rows by file and line, whatever ids they have."),
+]
 OverwriteOption = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace an output that is there, and start anew."),
@@ -60,6 +64,7 @@ def convert_command(
     split: SplitOption = None,
     of: SideOption = "train",
     copy_images: CopyOption = False,
+    new_ids: NewIdsOption = False,
     on_bad_sample: BadOption = None,
     allow_outside_paths: OutsideOption = False,
     allow_urls: UrlsOption = False,
@@ -95,6 +100,7 @@ def convert_command(
                 files,
                 output,
                 copy_images=copy_images,
+                new_ids=new_ids,
                 on_bad_sample=given.section.on_bad_sample,
                 overwrite=overwrite,
                 on_row=on_row,

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlmtune.cli.common import DebugOption, JsonOption, QuietOption, command, print_json
-from vlmtune.cli.data_convert import CopyOption, OverwriteOption, tell_outside, tell_unused
+from vlmtune.cli.data_convert import (
+    CopyOption,
+    NewIdsOption,
+    OverwriteOption,
+    tell_outside,
+    tell_unused,
+)
 from vlmtune.cli.data_input import (
     AnnotationsOption,
     BadOption,
@@ -57,6 +63,7 @@ def split_command(
     split: SplitOption = None,
     of: SideOption = "train",
     copy_images: CopyOption = False,
+    new_ids: NewIdsOption = False,
     on_bad_sample: BadOption = None,
     allow_outside_paths: OutsideOption = False,
     allow_urls: UrlsOption = False,
@@ -98,6 +105,7 @@ def split_command(
             eval_fraction=eval_fraction,
             seed=seed,
             copy_images=copy_images,
+            new_ids=new_ids,
             on_bad_sample=given.section.on_bad_sample,
             overwrite=overwrite,
             on_row=on,

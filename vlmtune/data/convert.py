@@ -69,11 +69,13 @@ def convert(
     output: Path,
     *,
     copy_images: bool = False,
+    new_ids: bool = False,
     on_bad_sample: OnBadSample = "error",
     overwrite: bool = False,
     on_row: Callable[[int], None] = lambda done: None,
 ) -> Converted:
-    """Write the rows of `files` to `output`, going on where a stopped run was.
+    """Write the rows of `files` to `output`, going on where a stopped run was. `new_ids`: rows are
+    called by file and line, whatever ids they have.
 
     With `error`, raises an ErrorGroup of all bad rows, and there is no output; with `skip` they
     are written to OUT_skipped.jsonl with their reasons. Raises VlmtuneError where the output
@@ -85,10 +87,11 @@ def convert(
     with ExitStack() as stack:
         lines = stack.enter_context(_open(names.partial))
         skipped = stack.enter_context(_open(names.skipped_partial))
-        print_of = _fingerprint(files, output, copy_images, on_bad_sample)
+        options = [copy_images, new_ids, on_bad_sample]
+        print_of = _fingerprint(files, output, options)
         state = _start(names, print_of, (lines, skipped), overwrite=overwrite)
         run = _Run(
-            walk=RowWalk(files),
+            walk=RowWalk(files, new_ids),
             state=state,
             places=MediaPlaces(output, copy_images, num_outside=state.num_outside),
             names=names,
@@ -278,9 +281,7 @@ def _start(
     return state
 
 
-def _fingerprint(
-    files: Sequence[OpenFile], output: Path, copy_images: bool, on_bad_sample: OnBadSample
-) -> str:
+def _fingerprint(files: Sequence[OpenFile], output: Path, options: Sequence[object]) -> str:
     """Of everything that decides the output's bytes."""
     read = [
         {
@@ -291,7 +292,7 @@ def _fingerprint(
         }
         for file in files
     ]
-    written = [VERSION, os.path.realpath(output), copy_images, on_bad_sample]
+    written = [VERSION, os.path.realpath(output), *options]
     return hashlib.sha256(json.dumps([read, written]).encode("utf-8")).hexdigest()
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vlmtune.data.dataset import OpenFile
 from vlmtune.data.formats.registry import parse_row, unused_keys
+from vlmtune.data.source import NEW_IDS
 from vlmtune.data.text import shorten
 from vlmtune.data.types import Conversation, Source
 from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
@@ -42,9 +43,13 @@ class BadRows:
 
 @dataclass
 class RowWalk:
-    """`files` in order. `unused` counts, by name, the keys that no conversation is made from."""
+    """`files` in order. `unused` counts, by name, the keys that no conversation is made from.
+
+    `new_ids`: rows are called by file and line, whatever ids they have.
+    """
 
     files: Sequence[OpenFile]
+    new_ids: bool = False
     unused: Counter[str] = field(default_factory=Counter)
     _ids: set[int] = field(default_factory=set, repr=False)
 
@@ -77,6 +82,8 @@ class RowWalk:
         row = file.row(index)
         self.unused.update(unused_keys(row.values, file.entry, file.format))
         conversation = parse_row(row, file.format)
+        if self.new_ids:
+            conversation = replace(conversation, id=row.fallback_id)
         if _digest(conversation.id) in self._ids:
             raise SampleError(
                 f"the id {shorten(conversation.id, 60)!r} is taken",
@@ -84,6 +91,7 @@ class RowWalk:
                 line=conversation.source.line,
                 got="the same id in an earlier row",
                 expected="an id of its own",
+                do=NEW_IDS,
             )
         return conversation
 

@@ -30,6 +30,8 @@ logger = logging.getLogger("vlmtune")
 
 MAX_ERRORS_SHOWN = 20
 
+NEW_IDS = "change it, or take ids out; `vlmtune data convert --new-ids` gives new ones"
+
 Files = Sequence[str | Path | DataEntry]
 
 
@@ -178,6 +180,7 @@ def _check_id(conversation: Conversation, places: dict[str, Source]) -> None:
             line=conversation.source.line,
             got=f"the same id at {first.file}:{first.line}",
             expected="an id of its own",
+            do=NEW_IDS,
         )
 
 

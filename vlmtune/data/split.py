@@ -120,11 +120,13 @@ def split(
     eval_fraction: float,
     seed: int,
     copy_images: bool = False,
+    new_ids: bool = False,
     on_bad_sample: OnBadSample = "error",
     overwrite: bool = False,
     on_row: Callable[[int], None] = lambda done: None,
 ) -> Split:
-    """Write train.jsonl and eval.jsonl into `folder`; both appear at the end.
+    """Write train.jsonl and eval.jsonl into `folder`; both appear at the end. `new_ids`: rows are
+    called by file and line, whatever ids they have.
 
     Rows are gone through twice: `on_row` is told how many of twice all rows are done. Raises an
     ErrorGroup of all bad rows with `error`, VlmtuneError where the set cannot be split or an
@@ -133,7 +135,7 @@ def split(
     outputs = (folder / "train.jsonl", folder / "eval.jsonl")
     _check_outputs(outputs, files, overwrite=overwrite)
     bad, groups = BadRows(), Groups()
-    usable = _read(files, groups, bad, on_row)
+    usable = _read(RowWalk(files, new_ids), groups, bad, on_row)
     if bad.count and (on_bad_sample == "error" or not groups.owners):
         raise bad.as_error()
     of_row, names = groups.resolve()
@@ -142,7 +144,7 @@ def split(
     sides = np.full(len(usable), _BAD, np.int8)
     sides[np.frombuffer(usable, bool)] = np.where(chosen[of_row], _EVAL, _TRAIN)
     places = [MediaPlaces(output, copy_images) for output in outputs]
-    counts, unused = _write(files, sides, places, bad, on_row)
+    counts, unused = _write(RowWalk(files, new_ids), sides, places, on_row)
     return Split(
         outputs=outputs,
         num_samples=(counts[_TRAIN], counts[_EVAL]),
@@ -154,11 +156,9 @@ def split(
     )
 
 
-def _read(
-    files: Sequence[OpenFile], groups: Groups, bad: BadRows, on_row: Callable[[int], None]
-) -> bytearray:
+def _read(walk: RowWalk, groups: Groups, bad: BadRows, on_row: Callable[[int], None]) -> bytearray:
     """Fill `groups` with the usable rows; a byte for each row, 1 where it is usable."""
-    walk, known, usable = RowWalk(files), PictureDigests(), bytearray()
+    known, usable = PictureDigests(), bytearray()
     on_row(0)
     for _, found in walk.rows():
         try:
@@ -176,14 +176,13 @@ def _read(
 
 
 def _write(
-    files: Sequence[OpenFile],
+    walk: RowWalk,
     sides: np.ndarray,
     places: Sequence[MediaPlaces],
-    bad: BadRows,
     on_row: Callable[[int], None],
 ) -> tuple[list[int], dict[str, int]]:
     """The number of samples of each side, and the keys that were not used."""
-    walk, counts = RowWalk(files), [0, 0]
+    counts = [0, 0]
     partials = [p.output.with_name(f"{p.output.name}.partial") for p in places]
     try:
         with ExitStack() as stack, writing(places[0].output):
