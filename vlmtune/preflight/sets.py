@@ -14,7 +14,7 @@ import numpy as np
 
 from vlmtune.data.dataset import SCANNED_OUTRIGHT, OpenFile, open_files
 from vlmtune.data.duplicates import duplicates
-from vlmtune.data.source import access_of, cache_dir_of
+from vlmtune.data.source import NEW_IDS, access_of, cache_dir_of
 from vlmtune.data.stream import Stream, open_stream
 from vlmtune.data.text import shorten
 from vlmtune.errors import SampleError, VlmtuneError
@@ -134,6 +134,7 @@ def take_out_repeated_ids(checked: CheckedSet) -> None:
             line=source.line,
             got=f"the same id at {other.file}:{other.line}",
             expected="an id of its own",
+            do=NEW_IDS,
         )
         label = next(f.label for f in checked.files if f.rows.file == source.file)
         table.take_out(Failed(number, f"{label}:{source.line}", source, NOT_A_ROW, error))
