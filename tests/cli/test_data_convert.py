@@ -85,6 +85,18 @@ def test_pictures_elsewhere_are_said(folder: Path):
     assert "1 references lead out" in stdout and "allow_outside_paths" in stdout
 
 
+def test_weights_that_are_not_kept_are_said(folder: Path):
+    for name in ("a", "c"):
+        write_rows(folder / f"{name}.jsonl", [ask(0 if name == "a" else 1)])
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        "model: a/b\noutput_dir: out\ndata: {train: [a.jsonl, {path: c.jsonl, weight: 2.5}]}\n"
+    )
+    _, stdout, _ = run(recipe, "--output", folder / "b.jsonl")
+    assert f"weights not kept, each row is written once: {folder / 'c.jsonl'} (2.5)" in stdout
+    assert "a.jsonl" not in stdout
+
+
 def test_bad_rows_end_with_2_and_no_output(folder: Path):
     source = write_rows(folder / "a.jsonl", [ask(0), ask(0), {"id": 5}])
     code, stdout, stderr = run(source, "--output", folder / "b.jsonl", "--quiet")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,7 @@ from vlmtune.cli.progress import progress
 
 if TYPE_CHECKING:
     from vlmtune.data.convert import Converted
+    from vlmtune.data.dataset import OpenFile
 
 CopyOption = Annotated[
     bool,
@@ -120,6 +122,7 @@ def convert_command(
         print(f"{folder}: {done.num_pictures_written:,} pictures and videos written")
     tell_unused(done.unused)
     tell_outside(done.num_outside)
+    tell_weights(files)
 
 
 def tell_unused(unused: dict[str, int]) -> None:
@@ -136,6 +139,14 @@ def tell_outside(num_outside: int) -> None:
             f"{num_outside:,} references lead out of the output's folder: training on it needs "
             "data.allow_outside_paths: true (or convert with --copy-images)"
         )
+
+
+def tell_weights(files: Sequence[OpenFile]) -> None:
+    """Say which entries' weights are no part of the output, where each row is once."""
+    weights = {file.entry.path: file.entry.weight for file in files if file.entry.weight != 1}
+    if weights:
+        names = ", ".join(f"{path} ({weight:g})" for path, weight in weights.items())
+        print(f"weights not kept, each row is written once: {names}")
 
 
 def _as_json(done: Converted) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from vlmtune.cli.data_convert import (
     OverwriteOption,
     tell_outside,
     tell_unused,
+    tell_weights,
 )
 from vlmtune.cli.data_input import (
     AnnotationsOption,
@@ -122,6 +123,7 @@ def split_command(
     )
     tell_unused(done.unused)
     tell_outside(done.num_outside)
+    tell_weights(files)
 
 
 def _as_json(done: Split, asked: float) -> dict[str, Any]:
