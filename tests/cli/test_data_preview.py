@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vlmtune.cli.app import app
-from vlmtune.cli.data_preview import printable
+from vlmtune.data.text import escaped
 
 
 def run(*arguments: object, env: dict[str, str] | None = None) -> tuple[int, str, str]:
@@ -108,4 +108,4 @@ def test_a_page_is_written_beside(common: tuple[object, ...], tmp_path: Path):
 
 
 def test_characters_that_a_terminal_obeys_are_shown_as_escapes():
-    assert printable("a\x1b[31mb\r\n\tc\u202e é") == "a\\x1b[31mb\\r\n\tc\\u202e é"
+    assert escaped("a\x1b[31mb\r\n\tc\u202e é") == "a\\x1b[31mb\\r\n\tc\\u202e é"

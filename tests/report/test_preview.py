@@ -113,6 +113,27 @@ def test_shrunk_pictures_are_shown_as_they_are_seen(folder: Path):
     assert size == PictureSize(100, 60, None, None)
 
 
+def test_weights_are_told(folder: Path):
+    answers = [Turn("assistant", (Text("red"),), weight) for weight in (0.5, 1.0)]
+    user = Turn("user", (Text("What?"),))
+    conversation = Conversation("w", (user, answers[0], user, answers[1]), Source("a.jsonl", 1))
+    plain = preview(Conversation("w", (user, answers[1]), Source("a.jsonl", 1)), encoder_of("qwen"))
+    assert plain.notes == ()
+    shown = preview(conversation, encoder_of("qwen"))
+    assert shown.num_supervised == 2 * plain.num_supervised
+    assert shown.notes == (f"{plain.num_supervised} supervised tokens of weight 0.5",)
+
+
+def test_text_that_turns_text_around_is_escaped_on_the_page(folder: Path):
+    conversation = ask(folder, question="a\u202eb é")
+    output = folder / "page.html"
+    shown = preview(conversation, encoder_of("qwen"))
+    write_preview_page([(conversation, shown)], output, title="t\u2066")
+    page = output.read_text("utf-8")
+    assert "\u202e" not in page and "\u2066" not in page
+    assert "a\\u202eb é" in page and "t\\u2066" in page
+
+
 def test_a_sample_without_pictures(folder: Path):
     shown = preview(ask(folder), encoder_of("qwen"))
     assert (shown.sizes, shown.num_media) == ((), 0)

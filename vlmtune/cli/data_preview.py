@@ -199,28 +199,24 @@ def _has_colours(console: Console) -> bool:
 def _rule(console: Console, title: str) -> None:
     from rich.text import Text
 
-    console.print(Text(f"--- {printable(title)}", "dim"))
+    from vlmtune.data.text import escaped
+
+    console.print(Text(f"--- {escaped(title)}", "dim"))
 
 
 def _rendered(item: Preview, *, in_colour: bool) -> Text:
     from rich.text import Text
 
+    from vlmtune.data.text import escaped
+
     text = Text()
     for piece in item.pieces:
-        shown = printable(piece.text)
+        shown = escaped(piece.text)
         if in_colour:
             text.append(shown, STYLES[piece.kind])
         else:
             text.append(f"{OPEN}{shown}{CLOSE}" if piece.kind == "taught" else shown)
     return text
-
-
-def printable(text: str) -> str:
-    """`text` without characters that a terminal obeys: they are written as escapes."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii")
-        for c in text
-    )
 
 
 def _as_json(item: Preview) -> dict[str, Any]:

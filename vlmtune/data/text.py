@@ -28,3 +28,11 @@ def describe(value: object) -> str:
     if isinstance(value, (dict, list, bytes)) or value is None:
         return kind
     return f"{kind}: {shorten(repr(value), 60)}"
+
+
+def escaped(text: str) -> str:
+    """`text` with escapes for the characters that a terminal obeys, or that turn text around."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -21,9 +22,10 @@ from markupsafe import Markup
 
 from vlmtune import __version__
 from vlmtune.data.encode import Encoder
-from vlmtune.data.types import Conversation
+from vlmtune.data.text import escaped
+from vlmtune.data.types import IGNORED, Conversation, Sample
 from vlmtune.errors import VlmtuneError
-from vlmtune.report.figures import plural, sentence
+from vlmtune.report.figures import plural
 from vlmtune.report.marked_text import Piece, whole_pieces
 from vlmtune.report.picture_sizes import PictureSize, picture_sizes
 from vlmtune.report.pictures import Thumbnail, Thumbnails
@@ -74,7 +76,7 @@ def preview(conversation: Conversation, encoder: Encoder) -> Preview:
         num_tokens=sample.num_tokens,
         num_media=sum(int((sample.input_ids == token).sum()) for token in media),
         num_supervised=sample.num_supervised,
-        notes=sample.notes,
+        notes=(*sample.notes, *_weights(sample)),
     )
 
 
@@ -110,7 +112,7 @@ def _render(cards: Sequence[_Card], title: str) -> str:
         undefined=jinja2.StrictUndefined,
         lstrip_blocks=True,
     )
-    environment.filters |= {"plural": plural, "sentence": sentence}
+    environment.filters |= {"plural": plural, "escaped": escaped}
     digest = base64.b64encode(sha256(style.encode("utf-8")).digest()).decode("ascii")
     return environment.get_template("preview.html").render(
         cards=cards,
@@ -120,6 +122,18 @@ def _render(cards: Sequence[_Card], title: str) -> str:
         version=__version__,
         made_at=time.strftime("%Y-%m-%d %H:%M"),
     )
+
+
+def _weights(sample: Sample) -> list[str]:
+    """What supervised tokens count in the loss, where that is not 1."""
+    if sample.weights is None:
+        return []
+    weights = Counter(sample.weights[sample.targets != IGNORED].tolist())
+    return [
+        f"{plural(count, 'supervised token')} of weight {weight:g}"
+        for weight, count in sorted(weights.items())
+        if weight != 1
+    ]
 
 
 def _media_ids(encoder: Encoder) -> dict[int, str]:
