@@ -350,6 +350,12 @@ def test_outputs_that_cannot_be(folder: Path):
     with pytest.raises(VlmtuneError, match="one of the inputs"):
         convert(files, source, overwrite=True)
     assert source.read_bytes() == before
+    entry = DataEntry(path=str(source), annotations=str(folder / "answers.json"))
+    with pytest.raises(VlmtuneError, match="one of the inputs"):
+        convert([replace(files[0], entry=entry)], folder / "answers.json", overwrite=True)
+    for name in ("b.csv", "b", "b.jsonl.gz"):
+        with pytest.raises(VlmtuneError, match="JSON lines; expected: a name that ends in .jsonl"):
+            convert(files, folder / name)
     with pytest.raises(VlmtuneError, match="a folder"):
         convert(files, folder / "in")
     (folder / "taken.jsonl").write_text("mine")

@@ -29,6 +29,7 @@ from vlmtune.data.row_walk import BadRows, RowWalk
 from vlmtune.errors import SampleError, VlmtuneError
 
 VERSION = 1
+_SUFFIXES = (".jsonl", ".ndjson", ".json")
 SAVE_SECONDS = 1.0
 """Time between two moments that a killed run can go on from."""
 
@@ -224,7 +225,12 @@ class _Run:
 def _check_output(output: Path, files: Sequence[OpenFile], *, overwrite: bool) -> None:
     if output.is_dir():
         raise VlmtuneError("the output is a folder", file=output, expected="a file's name")
-    if any(output.resolve() == Path(file.rows.file).resolve() for file in files):
+    if output.suffix.lower() not in _SUFFIXES:  # CSV, say: it would be read as what it is called
+        raise VlmtuneError(
+            "the output is JSON lines", file=output, expected=f"a name that ends in {_SUFFIXES[0]}"
+        )
+    inputs = [path for file in files for path in (file.rows.file, file.entry.annotations) if path]
+    if output.resolve() in (Path(path).resolve() for path in inputs):
         raise VlmtuneError(
             "the output is one of the inputs", file=output, do="give another --output"
         )
