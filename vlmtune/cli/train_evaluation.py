@@ -44,9 +44,9 @@ def load_held_out(recipe: Recipe) -> HeldOut:
     scored, which the first evaluation would find, hours later."""
     from vlmtune.data.source import access_of, load_conversations
     from vlmtune.evaluation.guard import guard_section
-    from vlmtune.evaluation.subset import fixed_subset
+    from vlmtune.evaluation.subset import check_some_left, fixed_subset
 
-    def load(entries: list[DataEntry] | None, num: int | None) -> list[Conversation]:
+    def load(key: str, entries: list[DataEntry] | None, num: int | None) -> list[Conversation]:
         found, bad = load_conversations(
             entries or [],
             on_bad_sample=recipe.data.on_bad_sample,
@@ -54,15 +54,16 @@ def load_held_out(recipe: Recipe) -> HeldOut:
         )
         for row in bad:
             logger.warning("not evaluated on: %s", row.reason)
+        check_some_left(key, num_left=len(found), num_given=len(found) + len(bad))
         return fixed_subset(found, num, seed=recipe.seed)
 
     _say_without_effect(recipe)
     guard = recipe.eval.guard
-    samples = load(recipe.data.eval, recipe.eval.max_samples)
+    samples = load("data.eval", recipe.data.eval, recipe.eval.max_samples)
     _check_scorable(samples, recipe.eval)
     if guard is None:
         return HeldOut(samples, [])
-    guarded = load(guard.data, guard.max_samples)
+    guarded = load("eval.guard.data", guard.data, guard.max_samples)
     _check_scorable(guarded, guard_section(recipe.eval))
     return HeldOut(samples, guarded)
 
@@ -215,22 +216,40 @@ def build_evaluation(
 ) -> TrainingEvaluation | None:
     """The evaluation of `trainee`, tried on every sample's encoding first; None without data.
     `vlm` has the trained model."""
-    from vlmtune.train.build import usable
+    from vlmtune.evaluation.runner import figure_names
+    from vlmtune.evaluation.subset import check_some_left
+    from vlmtune.train.build import check_best_metric, embedding_prompt_of, usable
 
     if not (held_out.samples or held_out.guard):
         return None
     skip = recipe.data.on_bad_sample == "skip"
-    held_out = HeldOut(
-        usable(held_out.samples, encoder=encoder, skip=skip),
+    prompt = embedding_prompt_of(recipe)
+    left = HeldOut(
+        usable(held_out.samples, encoder=encoder, skip=skip, embedding_prompt=prompt),
         usable(held_out.guard, encoder=encoder, skip=skip),
     )
+    for key, given, kept in (
+        ("data.eval", held_out.samples, left.samples),
+        ("eval.guard.data", held_out.guard, left.guard),
+    ):
+        check_some_left(key, num_left=len(kept), num_given=len(given))
+    figures = figure_names(left.samples, recipe.eval)
+    check_best_metric(recipe, left.samples, encoder=encoder, figures=figures)
+    num_asked = sum(not encoder.is_supervised(sample) for sample in left.samples)
+    if num_asked and prompt is None:
+        logger.info(
+            "%d of %d held-out samples have no answer to learn: they are answered, and no part of "
+            "eval_loss",
+            num_asked,
+            len(left.samples),
+        )
     return TrainingEvaluation(
         recipe=recipe,
         vlm=vlm,
         trainee=trainee,
         encoder=encoder,
         accelerator=accelerator,
-        held_out=held_out,
+        held_out=left,
         folder=folder,
     )
 

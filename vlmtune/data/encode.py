@@ -115,7 +115,13 @@ class Encoder:
         Raises SampleError, with file and line, where the sample cannot be used, and OverLength
         where it is too long and `over_length` is "drop".
         """
-        conversation = self._supervised(conversation)
+        conversation = replace(conversation, turns=self._weighted(conversation.turns))
+        if not _is_supervised(conversation.turns):
+            raise _error(
+                conversation,
+                "there is nothing to learn: no answer is supervised",
+                expected="an assistant turn with a weight",
+            )
         if self._cache is None:
             return self._make(conversation)
         return self._cache.sample(conversation, self._make)
@@ -128,6 +134,10 @@ class Encoder:
         if self.over_length == "trim_text":
             return self._trim(conversation, media, encoded)
         return self._shrink_or_refuse(conversation, media, encoded, prompt=False)
+
+    def is_supervised(self, conversation: Conversation) -> bool:
+        """Whether there is an answer to learn. One to be asked about only need have none."""
+        return _is_supervised(self._weighted(conversation.turns))
 
     def encode_prompt(self, conversation: Conversation) -> Sample:
         """The sample up to where the model starts to give the last answer; nothing supervised.
@@ -158,22 +168,15 @@ class Encoder:
         }
         return SampleCache(folder, fingerprint_of(self.processor, settings))
 
-    def _supervised(self, conversation: Conversation) -> Conversation:
-        """The conversation with the weights that `train_on` leaves its turns."""
-        turns = conversation.turns
-        if self.train_on == "last_turn":
-            answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
-            turns = tuple(
-                replace(turn, weight=0.0) if index in answers[:-1] else turn
-                for index, turn in enumerate(turns)
-            )
-        if not _is_supervised(turns):
-            raise _error(
-                conversation,
-                "there is nothing to learn: no answer is supervised",
-                expected="an assistant turn with a weight",
-            )
-        return replace(conversation, turns=turns)
+    def _weighted(self, turns: Sequence[Turn]) -> tuple[Turn, ...]:
+        """The turns with the weights that `train_on` leaves them."""
+        if self.train_on == "assistant":
+            return tuple(turns)
+        answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+        return tuple(
+            replace(turn, weight=0.0) if index in answers[:-1] else turn
+            for index, turn in enumerate(turns)
+        )
 
     def _open(self, conversation: Conversation) -> _Media:
         for turn in conversation.turns:

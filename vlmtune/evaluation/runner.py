@@ -20,7 +20,7 @@ from vlmtune.evaluation.references import check_references
 from vlmtune.evaluation.references import picture_name as picture_name
 from vlmtune.evaluation.results import write_report as write_report
 from vlmtune.evaluation.retrieval.items import retrieval_items
-from vlmtune.evaluation.retrieval.runner import evaluate_retrieval
+from vlmtune.evaluation.retrieval.runner import evaluate_retrieval, wanted_figures
 from vlmtune.evaluation.scoring import score_answers
 from vlmtune.evaluation.types import EvalReport
 from vlmtune.models.load import VLM
@@ -109,6 +109,21 @@ def evaluate(
         seed=seed,
         chosen=chosen,
     )
+
+
+def figure_names(conversations: Sequence[Conversation], section: EvalSection) -> list[str]:
+    """The names of the figures that `evaluate` has for these conversations; no model is asked.
+    Raises VlmtuneError for an unknown task or metric."""
+    if section.task == "retrieval":
+        return wanted_figures(section.metrics)
+    names: list[str] = []
+    for name in metrics_for(section.task, section.metrics):
+        for conversation in conversations:
+            scored = score_answers([conversation], [""], task=section.task, metrics=[name])
+            if scored.metrics:
+                names += scored.metrics
+                break
+    return names + [CHOICE_LIKELIHOOD] * (CHOICE_LIKELIHOOD in section.metrics)
 
 
 def num_to_do(

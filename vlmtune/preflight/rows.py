@@ -161,12 +161,15 @@ class RowChecker:
         pair_prompt = self._settings.pair_prompt
         if not self._settings.with_prompt:
             return self.measurer.measure(conversation, pair_prompt=pair_prompt)
-        # Answered, with the loss of its answer, and where pairs are trained on, that of its pair.
-        measure = self.measurer.measure(conversation)
-        self.measurer.measure_prompt(conversation)
+        # Asked, with the loss of its answer, if any, and where pairs are trained on, of its pair.
+        encoder = self._settings.encoder
+        measure = None
+        if encoder is not None and encoder.is_supervised(conversation):
+            measure = self.measurer.measure(conversation)
+        asked = self.measurer.measure_prompt(conversation)
         if pair_prompt is not None:
             self.measurer.measure(conversation, pair_prompt=pair_prompt)
-        return measure
+        return measure or asked
 
 
 class ChunkSet(IterableDataset[ChunkOutcome]):

@@ -87,7 +87,7 @@ class Preflight:
             self._check_folder(report)
             processor, meta = self._open_model(report.problems, places)
             encoder = self._encoder(report.problems, places, processor, meta)
-            self._check_sets(report, encoder)
+            self._check_sets(report, places, encoder)
             self._check_overlap(report)
             self._check_training(report, places, processor, meta)
         return report
@@ -136,7 +136,7 @@ class Preflight:
             return build_encoder(recipe, vlm)
         return None
 
-    def _check_sets(self, report: Report, encoder: Encoder | None) -> None:
+    def _check_sets(self, report: Report, places: Places, encoder: Encoder | None) -> None:
         recipe = self.recipe
         guard = recipe.eval.guard
         wanted: list[tuple[SetName, Sequence[DataEntry] | None, int | None]] = [
@@ -160,8 +160,8 @@ class Preflight:
             if name == "data.train":
                 add_limit(checked, report.problems, recipe=recipe)
             elif chosen is not None:
-                with _noted(report.problems):
-                    check_scorable(checked, chosen, recipe)
+                with _noted(report.problems, places):
+                    check_scorable(checked, chosen, recipe, encoder=encoder)
             if checked.is_partial:
                 report.problems.add(
                     "warning",

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from vlmtune.data.dataset import ConversationSet
 from vlmtune.data.encode import Encoder, OverLength, encoder_for
 from vlmtune.data.packing import num_steps
+from vlmtune.data.pairs import encode_pair
 from vlmtune.data.source import access_of, cache_dir_of, open_conversations
 from vlmtune.data.stream import Stream, StreamCursor, open_stream
 from vlmtune.data.types import Batch, Conversation, Skipped
@@ -30,6 +31,7 @@ from vlmtune.models.forward import (
 from vlmtune.models.load import VLM
 from vlmtune.models.processor import pad_token_id
 from vlmtune.recipe.schema import Recipe
+from vlmtune.train.best import updated
 from vlmtune.train.checkpoint import TrainState
 from vlmtune.train.contrastive import Contrastive
 from vlmtune.train.feed import (
@@ -181,18 +183,26 @@ def build_objective(recipe: Recipe, device: torch.device) -> Objective:
 
 
 def usable(
-    conversations: Sequence[Conversation], *, encoder: Encoder, skip: bool
+    conversations: Sequence[Conversation],
+    *,
+    encoder: Encoder,
+    skip: bool,
+    embedding_prompt: str | None = None,
 ) -> list[Conversation]:
-    """The held-out conversations that can be encoded, tried before the first step.
+    """The held-out conversations that can be encoded, tried before the first step: the question,
+    the answer where there is one to learn, and with an embedding prompt the pair.
 
     Otherwise the first evaluation, hours later, would find the bad one. Raises its `SampleError`,
-    or, with `skip`, leaves it out and says how many were.
+    or, with `skip`, leaves it out and names it.
     """
     kept = []
     for conversation in conversations:
         try:
-            encoder.encode(conversation)
+            if encoder.is_supervised(conversation):
+                encoder.encode(conversation)
             encoder.encode_prompt(conversation)
+            if embedding_prompt is not None:
+                encode_pair(encoder, conversation, prompt=embedding_prompt)
         except SampleError as error:
             # OverLength: the recipe says to drop what is too long, here as in training.
             if not (skip or isinstance(error, OverLength)):
@@ -201,6 +211,20 @@ def usable(
             continue
         kept.append(conversation)
     return kept
+
+
+def check_best_metric(
+    recipe: Recipe, samples: Sequence[Conversation], *, encoder: Encoder, figures: Sequence[str]
+) -> None:
+    """Raise VlmtuneError where `eval.best_metric` is none of `figures`, which answers to the
+    held-out `samples` have, and no loss on them."""
+    metric = recipe.eval.best_metric
+    if metric is None or not samples:
+        return
+    losses = ["loss", "in_batch_accuracy"]
+    if embedding_prompt_of(recipe) is None:
+        losses = ["loss"] if any(encoder.is_supervised(c) for c in samples) else []
+    updated(None, metric=metric, step=0, values=dict.fromkeys([*losses, *figures], 0.0))
 
 
 def build_trainee(

@@ -224,8 +224,7 @@ def contrastive_loss(
         sums += torch.tensor([float(result.losses.sum()), float(result.num_right), len(pairs), 0])
     everywhere = accelerator.reduce(sums.to(accelerator.device), "sum")
     loss, right, num_pairs, skipped = everywhere.tolist()
-    values = {
-        "loss": loss / max(1, num_pairs),
-        "in_batch_accuracy": right / max(1, 2 * num_pairs),
-    }
+    values: dict[str, float] = {}
+    if num_pairs:
+        values = {"loss": loss / num_pairs, "in_batch_accuracy": right / (2 * num_pairs)}
     return values | ({"skipped": skipped} if skipped else {})

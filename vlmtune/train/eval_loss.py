@@ -32,11 +32,13 @@ def evaluation_loss(
     media_layout: MediaLayout,
 ) -> dict[str, float]:
     """`loss` in nats per supervised token, weighted as in training, and `skipped`, the samples that
-    could not be used.
+    could not be used. Without a supervised token there is no `loss`.
 
+    Samples that have no answer to learn, as where `answers` alone are given, count in neither.
     `forward` is the unwrapped module. Contains one collective.
     """
-    mine = conversations[accelerator.process_index :: accelerator.num_processes]
+    learnt = [c for c in conversations if encoder.is_supervised(c)]
+    mine = learnt[accelerator.process_index :: accelerator.num_processes]
     total, weight, skipped = 0.0, 0.0, 0
     for start in range(0, len(mine), CHUNK):
         samples = []
@@ -56,5 +58,5 @@ def evaluation_loss(
             weight += total_weight(batch.targets, batch.weights)
     sums = torch.tensor([total, weight, skipped], dtype=torch.float64, device=accelerator.device)
     total, weight, skipped = accelerator.reduce(sums, "sum").tolist()
-    result = {"loss": total / (weight or 1.0)}
-    return result | {"skipped": float(skipped)} if skipped else result
+    result = {"loss": total / weight} if weight else {}
+    return result | ({"skipped": float(skipped)} if skipped else {})
