@@ -80,6 +80,20 @@ def test_what_is_left_out_is_what_training_leaves_out(recipe, data, tmp_path):
     assert trained["samples"] == summary["samples"] == 10
 
 
+def test_a_row_with_two_faults_is_left_out_once(recipe, data, tmp_path):
+    rows = rows_of(data)
+    for row in rows[3:6]:
+        row["id"] = rows[0]["id"]
+    rows[3]["messages"][1]["content"] = "red " * 60
+    rows[4]["messages"][1]["content"] = "<|im_end|>"
+    write_rows(data, rows)
+    keys = {"data__on_bad_sample": "skip", "data__max_bad_fraction": 0.5}
+    path = recipe(data__over_length="drop", data__max_tokens=60, **keys)
+    summary = check_summary(path)
+    assert summary["dropped"] == {"the id … is taken": 3}
+    assert train_once(path)["skipped"] == 3
+
+
 def test_errors_of_the_check_stop_training_and_name_the_same_lines(recipe, data):
     damage(data)
     path = recipe(data__max_tokens=60)
@@ -101,8 +115,9 @@ def test_too_many_bad_rows_are_an_error_as_in_training(recipe, data):
     summary = check_summary(path)
     [error] = messages(summary, "error")
     assert error.startswith("data.train: too many bad samples; got: 6 of 16")
-    with pytest.raises(VlmtuneError, match="too many bad samples"):
+    with pytest.raises(VlmtuneError, match="too many bad samples") as caught:
         train_once(path)
+    assert "expected: at most 3 (" in error and "expected: at most 3 (" in str(caught.value)
     assert check_summary(path, "data.max_bad_fraction=0.375")["verdict"] == "warnings"
 
 

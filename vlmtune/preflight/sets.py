@@ -39,6 +39,7 @@ from vlmtune.preflight.table import (
     RowTable,
 )
 from vlmtune.recipe.schema import DataEntry, Recipe
+from vlmtune.train.skips import allowed_bad
 
 SetName = Literal["data.train", "data.eval", "eval.guard.data"]
 ShowProgress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -120,7 +121,8 @@ def look_at(
 
 def take_out_repeated_ids(checked: CheckedSet) -> None:
     """Of rows with one id, the first is used, where the reader looks at all of them."""
-    if not checked.files or checked.num_rows > SCANNED_OUTRIGHT or checked.is_partial:
+    is_scanned = checked.num_rows <= SCANNED_OUTRIGHT or checked.name != "data.train"
+    if not checked.files or not is_scanned or checked.is_partial:
         return
     table = checked.table
     rows = FileRows(checked.files)
@@ -165,12 +167,12 @@ def add_limit(checked: CheckedSet, problems: Problems, *, recipe: Recipe) -> Non
     """An error where more rows are bad than `data.max_bad_fraction` lets training skip."""
     table = checked.table
     num_bad = table.count(NOT_A_ROW, NO_MEDIA, NOT_ENCODED)
-    limit = recipe.data.max_bad_fraction * len(table)
+    limit = allowed_bad(recipe.data.max_bad_fraction, len(table))
     if recipe.data.on_bad_sample == "skip" and num_bad > limit:
         problems.add(
             "error",
             f"{checked.name}: too many bad samples; got: {num_bad} of {len(table)}; "
-            f"expected: at most {limit:.0f} (data.max_bad_fraction)",
+            f"expected: at most {limit} (data.max_bad_fraction)",
         )
 
 

@@ -122,11 +122,22 @@ class RowTable:
             yield int(rows[at]), int(rows[first[group[at]]])
 
     def take_out(self, failed: Failed) -> None:
-        """Make a row one that is not used."""
-        for kept in self.failures.values():
-            kept.failed = [f for f in kept.failed if f.number != failed.number]
+        """Make a row one that is not used, and if it is none already, for this reason instead."""
+        before = [key for key in self.failures if key[0] == self.states[failed.number]]
+        for key in sorted(before, key=lambda key: not self._names(key, failed.number)):
+            kept = self.failures[key]
+            # Where its place was not kept, of any kind that has such rows.
+            if self._names(key, failed.number) or kept.count > len(kept.failed):
+                kept.failed = [f for f in kept.failed if f.number != failed.number]
+                kept.count -= 1
+                if not kept.count:
+                    del self.failures[key]
+                break
         self.states[failed.number] = failed.state
         self._keep(failed)
+
+    def _names(self, key: tuple[int, str], number: int) -> bool:
+        return any(failed.number == number for failed in self.failures[key].failed)
 
     def row_lengths(self) -> list[Sequence[int]]:
         """For each row of the set, the lengths of the rows the model gets; none where unusable."""

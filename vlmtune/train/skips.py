@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from vlmtune.errors import VlmtuneError
 from vlmtune.train.feed import LeftOut
+
+
+def allowed_bad(max_bad_fraction: float, num_samples: int) -> int:
+    """How many of the samples may be bad."""
+    # 0.29 * 100 is 28.999999999999996.
+    return math.floor(round(max_bad_fraction * num_samples, 6))
+
+
+_Place = tuple[str, str, int]
 
 
 class SkipLedger:
@@ -29,9 +39,9 @@ class SkipLedger:
     ) -> None:
         self._path = path
         self._num_samples = num_samples
-        self._limit = max_bad_fraction * num_samples
+        self._limit = allowed_bad(max_bad_fraction, num_samples)
         self._counts_repeats = counts_repeats
-        self._entries: dict[str, LeftOut] = {}
+        self._entries: dict[_Place, LeftOut] = {}
         self.num_bad = 0
 
     @property
@@ -41,8 +51,8 @@ class SkipLedger:
     def add(self, entries: Iterable[LeftOut], *, write: bool) -> None:
         """Note what is new; raises `VlmtuneError` beyond the limit, on every process alike."""
         drawn = list(entries)
-        new = list({e.id: e for e in drawn if e.id not in self._entries}.values())
-        self._entries |= {e.id: e for e in new}
+        new = list({_place(e): e for e in drawn if _place(e) not in self._entries}.values())
+        self._entries |= {_place(e): e for e in new}
         if write:
             self._append(new)
         bad = [e for e in (drawn if self._counts_repeats else new) if e.is_bad]
@@ -54,7 +64,7 @@ class SkipLedger:
                 f"the last: {last.reason}",
                 file=last.file,
                 line=last.line,
-                expected=f"at most {self._limit:.0f} (data.max_bad_fraction)",
+                expected=f"at most {self._limit} (data.max_bad_fraction)",
                 do="mend the data (data.on_bad_sample: error lists the bad rows) or raise "
                 "data.max_bad_fraction",
             )
@@ -66,8 +76,9 @@ class SkipLedger:
     def restore(self, entries: Iterable[dict[str, Any]], *, num_bad: int | None = None) -> None:
         """Start from a checkpoint's entries, without those of an attempt after it. `num_bad`:
         where it is more than one for each bad entry."""
-        self._entries = {str(entry["id"]): LeftOut(**entry) for entry in entries}
-        counted = sum(entry.is_bad for entry in self._entries.values())
+        restored = [LeftOut(**entry) for entry in entries]
+        self._entries = {_place(entry): entry for entry in restored}
+        counted = sum(entry.is_bad for entry in restored)
         self.num_bad = counted if num_bad is None else num_bad
 
     def write(self) -> None:
@@ -80,3 +91,8 @@ class SkipLedger:
         if lines:
             with self._path.open("a", encoding="utf-8") as file:
                 file.writelines(lines)
+
+
+def _place(entry: LeftOut) -> _Place:
+    """What tells samples apart: of large sets and of streams nobody checks that ids are unique."""
+    return entry.id, entry.file, entry.line

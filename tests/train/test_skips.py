@@ -1,0 +1,48 @@
+"""Samples left out: each listed once, and no more of them bad than the recipe allows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vlmtune.errors import VlmtuneError
+from vlmtune.train.feed import LeftOut
+from vlmtune.train.skips import SkipLedger, allowed_bad
+
+
+def bad(name: str, line: int, file: str = "rows.jsonl") -> LeftOut:
+    return LeftOut(name, file, line, "it is bad", is_bad=True)
+
+
+def ledger(folder: Path, fraction: float = 0.5) -> SkipLedger:
+    return SkipLedger(folder / "skipped.jsonl", num_samples=10, max_bad_fraction=fraction)
+
+
+def test_samples_of_one_id_are_told_apart_by_their_place(tmp_path: Path):
+    kept = ledger(tmp_path)
+    kept.add([bad("7", 1), bad("7", 2), bad("7", 1, "other.jsonl")], write=True)
+    kept.add([bad("7", 2)], write=True)
+    listed = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    places = [("rows.jsonl", 1), ("rows.jsonl", 2), ("other.jsonl", 1)]
+    assert [(row["file"], row["line"]) for row in listed] == places
+    resumed = ledger(tmp_path / "again")
+    resumed.restore(json.loads(json.dumps(kept.as_list())))
+    resumed.add([bad("7", 1)], write=False)
+    assert (kept.num_bad, resumed.num_bad, resumed.num_left_out) == (3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "num", "allowed"),
+    [(0.29, 100, 29), (0.7, 10, 7), (0.1, 30, 3), (0.09, 10, 0), (0.01, 199, 1), (1.0, 7, 7)],
+)
+def test_a_fraction_allows_whole_samples_and_loses_none_to_rounding(fraction, num, allowed):
+    assert allowed_bad(fraction, num) == allowed
+
+
+def test_the_first_beyond_the_limit_stops_the_run_and_the_limit_is_named(tmp_path: Path):
+    kept = ledger(tmp_path, fraction=0.29)
+    kept.add([bad("a", 1), bad("b", 2)], write=False)
+    with pytest.raises(VlmtuneError, match=r"3 of 10.*expected: at most 2 \(data.max_bad"):
+        kept.add([bad("c", 3)], write=False)
