@@ -62,6 +62,7 @@ def test_blank_lines_and_quoted_line_breaks_do_not_move_the_line_numbers(tmp_pat
         ("sep=\t\na\tb\n1\t2\n", "x.tsv", {"a": "1", "b": "2"}),
         ("sep=x,b\n1,2\n", "x.csv", {"sep=x": "1", "b": "2"}),
         ("a\n1\n", "x.csv", {"a": "1"}),
+        ("a| b;c| d\n1| 2, 3| 4\n", "x.csv", {"a": "1", "b;c": "2, 3", "d": "4"}),
         (",b\n0,2\n", "x.csv", {"column 1": "0", "b": "2"}),
     ],
 )

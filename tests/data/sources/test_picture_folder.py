@@ -111,7 +111,7 @@ def test_what_is_not_used_is_counted(make, caplog):
     (folder / "linked").symlink_to(folder / "cat")
     with caplog.at_level("INFO", logger="vlmtune"):
         assert len(open_picture_folder(folder, format_name=None)) == 2
-    (record,) = caplog.records
+    record = caplog.records[0]
     for count in (
         "hidden files (1)",
         "hidden folders (1)",
@@ -121,6 +121,18 @@ def test_what_is_not_used_is_counted(make, caplog):
         "texts without a picture (1)",
     ):
         assert count in record.getMessage()
+
+
+def test_the_classes_are_named_with_their_pictures(make, caplog):
+    folder = make("cat/1.png", "cat/2.png", "dog/1.png", "dog/puppies/2.png", "dog/old/3.png")
+    with caplog.at_level("INFO", logger="vlmtune"):
+        open_picture_folder(folder, format_name=None)
+    (record,) = caplog.records
+    assert "2 classes: cat (2), dog (3); 2 pictures are in folders of" in record.getMessage()
+    caplog.clear()
+    with caplog.at_level("INFO", logger="vlmtune"):
+        open_picture_folder(make("cat/1.txt"), format_name="image_text")
+    assert "classes" not in caplog.text
 
 
 def test_names_are_kept_as_the_system_has_them():

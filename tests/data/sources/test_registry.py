@@ -88,6 +88,14 @@ def test_a_pattern_that_matches_nothing_is_an_error(tmp_path, cache_dir):
         open_rows(DataEntry(path=str(tmp_path / "a-{0..1}.jsonl")), cache_dir=cache_dir)
 
 
+def test_json_is_told_by_what_it_starts_with(tmp_path, cache_dir):
+    for name in ("a.txt", "a.dat", "a"):
+        for text in ('\n {"a": 1}', '[{"a": 1}]', '\ufeff{"a": 1}\n'):
+            (tmp_path / name).write_text(text)
+            [rows] = open_rows(DataEntry(path=str(tmp_path / name)), cache_dir=cache_dir)
+            assert rows.read(0) == {"a": 1}
+
+
 REFUSED = {
     "a.jsonl.gz": (gzip.compress(b"{}"), "compressed.*data.streaming: true"),
     "a.tar.gz": (gzip.compress(b"{}"), "compressed.*data.streaming: true"),
@@ -96,6 +104,8 @@ REFUSED = {
     "a.zip": (b"PK\x03\x04rest", "compressed.*zip"),
     "utf16.jsonl": ('{"a": 1}'.encode("utf-16"), "UTF-16"),
     "a.png": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "in no known form"),
+    "a.txt": (b"image,caption\na.png,A cat\n", "got: image,caption;.*call a file of cells .csv"),
+    "a.dat": (b"\x1b[31m a", r"no known form.*got: \\x1b\[31m a"),
     "a.parquet": (b"a,b\n1,2\n", "cannot be read as parquet"),
     "a.arrow": (b"a,b\n1,2\n", "cannot be read as Arrow"),
     "a.tar": (b"a,b\n1,2\n", "cannot be read as a tar file"),

@@ -36,9 +36,8 @@ MAX_CELL_CHARACTERS = 1 << 26
 """Room for a picture in base64; a quote that is not closed is found no later."""
 
 _CHUNK_BYTES = 1 << 20
-_DELIMITERS = (",", "\t", ";")
-_NAMES = {",": "commas", "\t": "tabs", ";": "semicolons"}
-_EXCEL_LINE = re.compile(rb"sep=([,;\t])\s*", re.IGNORECASE)
+_NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+_EXCEL_LINE = re.compile(rb"sep=([,;|\t])\s*", re.IGNORECASE)
 
 
 class Dialect(NamedTuple):
@@ -121,7 +120,7 @@ def _sniff(path: Path) -> Dialect:
     if path.suffix.lower() in (".tsv", ".tab"):
         delimiter = "\t"
     else:
-        delimiter = named[1].decode() if named else max(_DELIMITERS, key=header.count)
+        delimiter = named[1].decode() if named else max(_NAMES, key=header.count)
     count = header.count(delimiter)
     return Dialect(delimiter, count > 0 and header.count(f"{delimiter} ") == count)
 

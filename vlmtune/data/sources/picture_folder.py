@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vlmtune.data.index import Numbers
+from vlmtune.data.text import escaped, shorten
 from vlmtune.data.types import Source
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.recipe.schema import FormatName
@@ -99,6 +100,8 @@ def open_picture_folder(path: Path, *, format_name: FormatName | None) -> Folder
     counts = ", ".join(f"{what} ({num:,})" for what, num in sorted(unused.items()) if num)
     if counts:
         logger.info("%s: files that are not used: %s", path, counts)
+    if kind == "class_folders":
+        _tell_classes(path, pictures)
     return FolderRows(path, kind, Names(pictures))
 
 
@@ -164,6 +167,15 @@ def _detect(path: Path, pictures: list[str], texts: set[str]) -> Kind:
             do=f"give {path / min(classes)}, or name the format: class_folders or image_text",
         )
     return "class_folders"
+
+
+def _tell_classes(path: Path, pictures: list[str]) -> None:
+    """Name the classes: a folder too high or too low gives others than are meant."""
+    classes = Counter(name.partition("/")[0] for name in pictures if "/" in name)
+    names = ", ".join(f"{name} ({num:,})" for name, num in sorted(classes.items()))
+    deeper = sum(name.count("/") > 1 for name in pictures)
+    more = f"; {deeper:,} pictures are in folders of a class's folder" if deeper else ""
+    logger.info("%s: %d classes: %s%s", path, len(classes), escaped(shorten(names, 300)), more)
 
 
 def _unknown(path: Path, got: str) -> VlmtuneError:

@@ -28,6 +28,7 @@ from vlmtune.data.sources.parquet import open_parquet
 from vlmtune.data.sources.picture_folder import open_picture_folder
 from vlmtune.data.sources.rows import Rows
 from vlmtune.data.sources.tar_shard import open_tar
+from vlmtune.data.text import escaped, shorten
 from vlmtune.errors import VlmtuneError
 from vlmtune.recipe.paths import HUB, expand_shards
 from vlmtune.recipe.schema import DataEntry
@@ -83,6 +84,14 @@ def _open(path: Path, entry: DataEntry, cache_dir: Path) -> Rows:
     if suffix in _CELLS:
         return open_delimited(path, cache_dir=cache_dir)
     start = head.removeprefix(BOM).lstrip()
+    if start and not start.startswith((b"{", b"[")) and suffix not in (*_LINES, ".json"):
+        raise VlmtuneError(
+            "the file is in no known form: a text that does not start as JSON",
+            file=path,
+            got=escaped(shorten(start.split(b"\n")[0].decode("utf-8", "replace"), 60)),
+            expected=_KNOWN,
+            do="call a file of cells .csv or .tsv, as what it is",
+        )
     if start.startswith(b"["):
         return open_json_array(path, cache_dir=cache_dir)
     if start.startswith(b"{") and suffix not in _LINES and looks_like_container(head):
