@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.data.conftest import cached_processor
+from tests.data.families import FAMILIES
 from vlmtune.data.encode import Encoder, OverLength
 from vlmtune.data.measure import AUDIT_EVERY, AUDIT_FIRST, Measurer, SizedProcessor
 from vlmtune.data.pairs import encode_pair
@@ -89,6 +90,22 @@ def test_blank_pictures_measure_what_the_encoder_makes(kind, make_encoder, pictu
     assert measured == [outcome_of_encoder(encoder, c) for c in found]
     fits = {isinstance(m[0], int) and not m[4] for m in measured}
     assert fits == {True, False}, "some are too long"
+
+
+NOT_BY_SIZE = {"idefics2", "mllama"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_familys_samples_are_measured_as_encoded(family, pictures):
+    encoder = Encoder(
+        FAMILIES[family](), max_tokens=400, over_length="error", max_image_pixels=10_000
+    )
+    measurer = Measurer(encoder)
+    found = conversations(pictures, 20)
+    assert [outcome_of_measurer(measurer, c) for c in found] == [
+        outcome_of_encoder(encoder, c) for c in found
+    ]
+    assert measurer.by_size == (family not in NOT_BY_SIZE)
 
 
 def test_most_samples_are_measured_without_the_pictures_processing(make_encoder, pictures):

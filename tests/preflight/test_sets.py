@@ -12,11 +12,15 @@ from tests.preflight.checking import check_summary, messages
 from tests.preflight.test_agrees_with_training import rows_of, write_rows
 from tests.train.training import copy_sample, write_recipe
 from vlmtune.data import measure
+from vlmtune.data.encode import Encoder
+from vlmtune.data.source import load_conversations
 from vlmtune.data.types import Source
 from vlmtune.errors import SampleError, VlmtuneError
+from vlmtune.models.processor import load_processor
 from vlmtune.preflight.disk import Disk, check_room, shown_bytes
 from vlmtune.preflight.rows import FileRows, RowFailure, RowOutcome
 from vlmtune.preflight.table import GOOD, NOT_A_ROW, RowTable
+from vlmtune.recipe.load import load_recipe
 
 
 @pytest.fixture
@@ -92,13 +96,47 @@ def test_a_missing_file_is_a_problem_beside_the_others(recipe, data, tmp_path):
     assert summary["sets"]["data.eval"]["samples"] == 16, "the other set is looked at"
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [("quickstart", ["data.eval=null"]), ("easy_vqa_lora", ["data.eval=null"])],
+)
+def test_counts_are_those_of_full_encodings(root, name, overrides):
+    """All samples of the sample task; of easy-VQA, where it has been prepared, 500."""
+    path = root / "configs" / f"{name}.yaml"
+    if name == "easy_vqa_lora" and not (root / "data/easy_vqa/train.jsonl").exists():
+        pytest.skip("scripts/prepare_easy_vqa.py has not been run")
+    recipe = load_recipe(path, overrides).recipe
+    rows = rows_of(Path(recipe.data.train[0].path))
+    limit = len(rows) if name == "quickstart" else 500
+    chosen = [number * len(rows) // limit for number in range(limit)]
+    found = check_summary(path, *overrides, max_samples=limit)["sets"]["data.train"]
+    conversations, _ = load_conversations(recipe.data.train)
+    processor = load_processor(recipe.model, image=recipe.image)
+    encoder = Encoder(
+        processor,
+        max_tokens=recipe.data.max_tokens,
+        over_length=recipe.data.over_length,
+        max_image_pixels=recipe.data.max_image_pixels,
+    )
+    full = [encoder.encode(conversations[number]) for number in chosen]
+    image_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    assert not found["encoded_in_full"]
+    assert [found[key] for key in ("samples", "tokens", "supervised_tokens", "images")] == [
+        limit,
+        sum(sample.num_tokens for sample in full),
+        sum(sample.num_supervised for sample in full),
+        sum(sample.num_images for sample in full),
+    ]
+    assert found["image_tokens"] == sum(int((s.input_ids == image_id).sum()) for s in full)
+
+
 def test_weights_scale_an_epochs_figures(recipe, data):
     entries = [{"path": str(data), "weight": 0.5}]
     half, whole = check_summary(recipe(data__train=entries)), check_summary(recipe())
     assert half["epoch"]["samples"] == 8
     assert half["epoch"]["tokens"] == pytest.approx(whole["epoch"]["tokens"] / 2, abs=1)
     none = check_summary(recipe(data__train=[{"path": str(data), "weight": 0.01}]))
-    assert any("weights leave no sample" in m for m in messages(none, "error"))
+    assert any("leaves no sample" in m for m in messages(none, "error"))
 
 
 def test_rows_from_all_over_are_chosen(recipe, data):
