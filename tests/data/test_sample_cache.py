@@ -237,6 +237,20 @@ def test_where_nothing_can_be_written_that_is_said_once(
         for _ in range(3):
             assert_same(encoder.encode(asked), expected)
     assert caplog.text.count("takes no more samples") == 1 and len(made) == 4
+    assert len(caplog.records) == 1, "and nothing else is said"
+
+
+def test_where_nothing_can_be_opened_that_is_said_once(make_encoder, asked, folder, made, caplog):
+    logging.getLogger("vlmtune").propagate = True
+    encoder = make_encoder("qwen", cache_dir=folder)
+    expected = encoder.encode(asked)
+    [kept] = files_of(folder)
+    kept.unlink()
+    kept.mkdir()  # whoever may read anything cannot read this
+    with caplog.at_level("WARNING", logger="vlmtune"):
+        for _ in range(3):
+            assert_same(encoder.encode(asked), expected)
+    assert caplog.text.count("cannot be read") == 1 and len(made) == 4
 
 
 def test_a_full_disk_leaves_no_part_of_a_file(make_encoder, asked, folder, made, caplog):

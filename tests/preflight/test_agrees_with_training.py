@@ -290,6 +290,17 @@ def test_a_contrastive_run_is_checked_by_its_pairs(recipe, data):
         train_once(path)
 
 
+def test_a_cache_that_cannot_be_is_a_warning_and_training_goes_on_without(recipe, data, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    keys = {"data__cache": "disk", "lora_target": ["q_proj"]}
+    path = recipe(data__cache_dir=str(tmp_path / "file" / "cache"), **keys)
+    [warning] = messages(check_summary(path), "warning")
+    assert "no sample is kept" in warning and f"a file at {tmp_path / 'file'}" in warning
+    assert train_once(path)["samples"] == 16
+    path = recipe(data__cache_dir=str(tmp_path / "new" / "cache"), **keys, output_dir="other")
+    assert check_summary(path)["verdict"] == "ready"
+
+
 def test_streamed_rows_are_read_through(recipe, data, tmp_path):
     damage(data)
     keys = {"data__streaming": True, "train__max_steps": 2, "train__epochs": None}

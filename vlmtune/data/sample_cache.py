@@ -45,20 +45,21 @@ _NOWHERE = Source("", 0)
 class SampleCache:
     """Samples in `folder`, made by an encoder of `fingerprint`. Pickles into worker processes.
 
-    Where a file cannot be written (a full disk), that is said once in each process, and no other
-    is written by it.
+    Where a file cannot be written (a full disk) or not be opened (somebody else's), that is said
+    once in each process, and no other is by it.
     """
 
     folder: Path
     fingerprint: str
     _is_writable: bool = field(default=True, repr=False)
+    _is_readable: bool = field(default=True, repr=False)
 
     def sample(self, conversation: Conversation, make: Callable[[Conversation], Sample]) -> Sample:
         """The kept sample of `conversation`, or what `make` gives, which is kept then."""
         key = _key(conversation, self.fingerprint)
         if key is None:
             return make(conversation)
-        kept = self._load(key)
+        kept = self._load(key) if self._is_readable else None
         if kept is not None:
             return replace(kept, id=conversation.id, source=conversation.source)
         sample = make(conversation)
@@ -72,10 +73,20 @@ class SampleCache:
 
     def _load(self, key: str) -> Sample | None:
         try:
-            return _from_bytes(self._place(key).read_bytes())
-        except FileNotFoundError:
+            content = self._place(key).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+        except OSError as error:
+            self._is_readable = False
+            logger.warning(
+                "the sample cache cannot be read (%s: %s); samples are made anew",
+                self.folder,
+                error.strerror or error,
+            )
+            return None
+        try:
+            return _from_bytes(content)
+        except (SafetensorError, ValueError, KeyError) as error:
             logger.warning("%s is made anew: it cannot be read (%s)", self._place(key), error)
             return None
 

@@ -60,6 +60,19 @@ def check_room(disk: Disk, folder: Path) -> None:
         )
 
 
+def check_cache_folder(folder: Path) -> None:
+    """Raise VlmtuneError where no sample can be kept in `folder`; training then goes on without."""
+    absolute = folder.absolute()
+    there = next(p for p in (absolute, *absolute.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise VlmtuneError(
+            "the sample cache cannot be written: no sample is kept",
+            file=folder,
+            got=f"no permission to write in {there}" if there.is_dir() else f"a file at {there}",
+            do="set data.cache_dir to a folder you may write to, or data.cache: off",
+        )
+
+
 def check_cache_room(cache_bytes: int, folder: Path) -> None:
     """Raise VlmtuneError where the sample cache does not fit on the disk of `folder`."""
     free = shutil.disk_usage(nearest_folder(folder)).free

@@ -254,8 +254,13 @@ class Preflight:
         with _noted(problems):
             disks.check_room(report.disk, Path(recipe.output_dir))
         if recipe.data.cache == "disk":
+            folder = cache_dir_of(access_of(recipe.data))
+            try:
+                disks.check_cache_folder(folder)
+            except VlmtuneError as error:
+                problems.add_error(error, severity="warning")
             with _noted(problems):
-                disks.check_cache_room(cache_bytes, cache_dir_of(access_of(recipe.data)))
+                disks.check_cache_room(cache_bytes, folder)
 
 
 def _check_pictures(
