@@ -128,6 +128,13 @@ def test_questions_are_joined_with_their_answers(open_json, always_kept, about_l
     assert expected[3]["multiple_choice_answer"] == "a3" != rows.read(4)["multiple_choice_answer"]
 
 
+def test_braces_in_the_name_of_a_subset_are_letters(open_json):
+    questions, answers = _vqa()
+    questions["data_subtype"] = "{0}a{image_id}"
+    rows = open_json(questions, annotations=answers)
+    assert rows.read(3)["image"] == "COCO_{0}a{image_id}_000000000003.jpg"
+
+
 def test_a_question_without_answers_or_picture_is_a_bad_row(open_json):
     questions, answers = _vqa()
     del answers["annotations"][0]  # of the last question

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import random
 import shutil
+import struct
 
+import pyarrow
+import pyarrow.feather
 import pytest
 
 from tests.data.sources.test_registry import WRITERS
@@ -47,6 +50,15 @@ def test_a_damaged_dataset_folder_gives_rows_or_an_error_that_names_it(tmp_path)
         endings |= _endings(path)
         shutil.rmtree(path)
     assert endings == {"row", "error"}
+
+
+def test_a_damaged_length_that_asks_for_all_memory_is_an_error_that_names_the_file(tmp_path):
+    path, length = tmp_path / "a.feather", 100_003
+    pyarrow.feather.write_feather(pyarrow.table({"text": ["a" * length]}), path, compression="lz4")
+    whole = path.read_bytes()
+    assert whole.count(struct.pack("<q", length)) > 0
+    path.write_bytes(whole.replace(struct.pack("<q", length), struct.pack("<q", 2**60)))
+    assert _endings(path) == {"error"}
 
 
 def _endings(path) -> set[str]:

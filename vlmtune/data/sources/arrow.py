@@ -125,7 +125,7 @@ def _open(path: Path) -> tuple[Batch, int, list[str]]:
         stream = pa.ipc.open_stream(mapped)
         held = list(stream)  # of a mapped stream that is not compressed: no copies
         return held.__getitem__, len(held), stream.schema.names
-    except (OSError, ValueError, NotImplementedError) as error:
+    except (OSError, ValueError, NotImplementedError, MemoryError) as error:
         raise _broken(path, error) from error
 
 
@@ -142,7 +142,7 @@ def _check(batches: Batch, number: int, path: Path) -> int:
 def _batch(batches: Batch, number: int, path: Path) -> Any:
     try:
         return batches(number)
-    except (OSError, ValueError, NotImplementedError) as error:
+    except (OSError, ValueError, NotImplementedError, MemoryError) as error:
         raise _broken(path, error) from error
 
 

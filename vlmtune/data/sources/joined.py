@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +171,9 @@ def open_vqa(questions: Container, answers: Container, *, cache_dir: Path) -> Vq
     table = open_table("vqa", files, columns=4, build=build, cache_dir=cache_dir)
     subtype = questions.text("data_subtype") or answers.text("data_subtype")
     pattern = _PICTURE_NAMES.get(questions.text("data_type") or "mscoco")
-    picture_name = pattern.replace("{subtype}", subtype) if pattern and subtype else None
+    picture_name = None
+    if pattern and subtype:
+        picture_name = pattern.replace("{subtype}", re.sub(r"([{}])", r"\1\1", subtype))
     return VqaRows(*files[0], *files[1], table, picture_name)
 
 

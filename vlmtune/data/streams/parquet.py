@@ -36,7 +36,7 @@ class ParquetShard:
             with pyarrow.parquet.ParquetFile(self.path, pre_buffer=False) as file:
                 check_columns(file.schema_arrow.names, self.path)
                 yield from _rows(file, start)
-        except (OSError, ValueError, NotImplementedError) as error:
+        except (OSError, ValueError, NotImplementedError, MemoryError) as error:
             reason = str(error).split("\n")[0].rstrip(".")
             raise VlmtuneError(
                 f"the file cannot be read as parquet ({reason})", file=self.path
