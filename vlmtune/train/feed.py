@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol, TypeVar
 
@@ -246,6 +247,22 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@contextmanager
+def lost_workers_told() -> Iterator[None]:
+    """What torch raises, at any moment, where a process that makes steps ahead is gone, as a
+    VlmtuneError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise VlmtuneError(
+            "a process that makes steps ahead was ended from outside",
+            got=str(error).splitlines()[0],
+            do="memory may have run out: lower data.num_workers, and go on with --resume auto",
+        ) from error
 
 
 def steps_from(

@@ -31,7 +31,7 @@ from vlmtune.train.checkpoint import (
     random_state,
     restore_random_state,
 )
-from vlmtune.train.feed import StepData
+from vlmtune.train.feed import StepData, lost_workers_told
 from vlmtune.train.interrupt import StopSignal
 from vlmtune.train.optim import learning_rate_factor, resolve_count, set_learning_rate
 from vlmtune.train.runtime import peak_memory_bytes
@@ -121,7 +121,8 @@ def train(
     """Train from the step after `resume` (or 1) to the last; runs on every process.
 
     `make_steps(first, last)` yields this process's data. `evaluate` is a collective and returns the
-    metrics to log. Raises `VlmtuneError` for a non-finite loss, too many bad samples, a full disk.
+    metrics to log. Raises `VlmtuneError` for a non-finite loss, too many bad samples, a full disk,
+    a worker process that is gone.
     """
     first, best = 1, None
     if resume is not None:
@@ -150,7 +151,8 @@ def train(
             tracker=tracker,
             result=TrainResult(steps=first - 1, best=best),
         )
-        loop.run(first, make_steps)
+        with lost_workers_told():
+            loop.run(first, make_steps)
     return loop.finish()
 
 
