@@ -13,7 +13,12 @@ from vlmtune.data.collate import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation, Image, Source, Text, Turn
 from vlmtune.models.family import part_of
-from vlmtune.models.forward import SupervisedForward, full_logits, set_gradient_checkpointing
+from vlmtune.models.forward import (
+    MEDIA_PARTS,
+    SupervisedForward,
+    full_logits,
+    set_gradient_checkpointing,
+)
 from vlmtune.models.load import VLM, load_vlm
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "smolvlm"]
@@ -108,6 +113,15 @@ def test_checkpointing_changes_no_gradient_and_leaves_a_frozen_tower_alone(vlm: 
 
     plain = gradients()
     assert set_gradient_checkpointing(vlm.model, vlm.family) == ["language"]
+    recorded = []
+    hooks = [
+        module.register_forward_hook(lambda *args: recorded.append(args[-1].requires_grad))
+        for name, module in vlm.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and part_of(name, vlm.family) in MEDIA_PARTS
+    ]
     checkpointed = gradients()
+    assert recorded and not any(recorded), "a frozen tower recorded its graph"
+    for hook in hooks:
+        hook.remove()
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, checkpointed))
     vlm.model.activation_checkpointing_disable()

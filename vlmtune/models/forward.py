@@ -90,12 +90,13 @@ def set_gradient_checkpointing(model: nn.Module, family: Family) -> list[str]:
     """Switch on non-reentrant activation checkpointing in the parts that train; returns them.
 
     A frozen vision tower is left out: it keeps no activations for a backward pass, so recomputing
-    it would cost time and save nothing. No hook on input embeddings is set: the non-reentrant kind
-    does not need one.
+    it would cost time and save nothing. No hook makes embeddings ask for gradients: the
+    non-reentrant kind needs none, and a frozen tower would record its graph.
     """
     base = base_of(model)
     trained = {part_of(n, family) for n, p in base.named_parameters() if p.requires_grad}
     base.activation_checkpointing_enable({"use_reentrant": False})
+    base.disable_input_require_grads()
     parts = {"language"}
     if trained & set(MEDIA_PARTS):
         parts |= {"vision", "connector"}
