@@ -158,7 +158,10 @@ def _check_text(path: Path, head: bytes) -> None:
             raise VlmtuneError(
                 f"the file is compressed ({name}): its rows cannot be read by number",
                 file=path,
-                do="set data.streaming: true, or unpack it" if is_streamed else "unpack it",
+                do="unpack it, or train on it with data.streaming: true (evaluation and the "
+                "data commands read by number)"
+                if is_streamed
+                else "unpack it",
             )
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise VlmtuneError("the file is UTF-16", file=path, do="save the file as UTF-8")
