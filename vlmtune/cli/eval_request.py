@@ -177,6 +177,11 @@ class Request:
                 "--blind has no effect: retrieval without pictures is chance",
                 do="leave --blind out; chance is k of the number of texts for R@k",
             )
+        if any(conversation.videos for conversation in conversations):
+            raise VlmtuneError(
+                "--blind asks with blank pictures, which are not made of videos",
+                do="leave --blind out, or leave out the samples with videos",
+            )
         from vlmtune.data.source import load_conversations
         from vlmtune.evaluation.blind import majority_answers
 

@@ -16,7 +16,7 @@ from vlmtune import __version__
 from vlmtune.data.encode import Encoder
 from vlmtune.data.fetch import is_url
 from vlmtune.data.media import content_digest, locate_image
-from vlmtune.data.types import Conversation, Image, Part, Text
+from vlmtune.data.types import Conversation, Image, Part, Text, Video
 from vlmtune.evaluation.references import reference_answer
 from vlmtune.models.load import VLM
 from vlmtune.models.processor import pixel_budget
@@ -39,7 +39,10 @@ def answer_settings(
     """The settings of answers to `conversations`, as JSON has them. `folders` hold the model's
     files: adapter and base; a model of the hub is known by its commit."""
     decoding = decoding_in_effect(section.decoding)
-    return {
+    conversations = list(conversations)
+    has_videos = any(conversation.videos for conversation in conversations)
+    of_videos = {"video": encoder.video.model_dump(mode="json")} if has_videos else {}
+    return of_videos | {
         "versions": {"vlmtune": __version__} | {name: metadata.version(name) for name in VERSIONED},
         "model": vlm.source,
         "commit": vlm.commit,
@@ -70,7 +73,8 @@ def model_files(folder: Path) -> dict[str, list[int]]:
 
 
 def samples_digest(conversations: Iterable[Conversation]) -> str:
-    """SHA-256 over what is asked: the prompts' texts, and each picture's file, size and time."""
+    """SHA-256 over what is asked: the prompts' texts, and of each picture and video, or its frames,
+    the file, its size and time."""
     digest = hashlib.sha256()
     for conversation in conversations:
         turns = conversation.turns
@@ -102,7 +106,10 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
 def _identity(part: Part) -> object:
     if isinstance(part, Text):
         return part.text
-    assert isinstance(part, Image)
+    if isinstance(part, Video):
+        refs = part.ref if isinstance(part.ref, tuple) else (part.ref,)
+        files = (Image(ref, part.base_dir, part.content, part.access) for ref in refs)
+        return ["video", *map(_identity, files)]
     if is_url(part.ref):  # downloaded anew, it has a new time
         return content_digest(part)
     found = locate_image(part)

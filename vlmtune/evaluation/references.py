@@ -92,6 +92,16 @@ def question_of(conversation: Conversation) -> str:
     return asked[-1] if asked else ""
 
 
+def media_names(conversation: Conversation) -> tuple[str, ...]:
+    """What tells the pictures and videos of a conversation from others, in no words for people."""
+    names = [picture_name(image) for image in conversation.images]
+    for video in conversation.videos:
+        refs = video.ref if isinstance(video.ref, tuple) else (video.ref,)
+        files = (Image(ref, video.base_dir, video.content, video.access) for ref in refs)
+        names += map(picture_name, files)
+    return tuple(names)
+
+
 def picture_name(image: Image) -> str:
     """A picture's full path, or a digest where the data file itself holds the picture."""
     found = locate_image(image)

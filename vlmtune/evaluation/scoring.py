@@ -15,7 +15,12 @@ from vlmtune.evaluation.choice import choice_statistics
 from vlmtune.evaluation.metrics.base import Mean, Metric, Statistics
 from vlmtune.evaluation.metrics.bootstrap import Interval, bootstrap_intervals
 from vlmtune.evaluation.metrics.registry import CHOICE_LIKELIHOOD, metrics_for
-from vlmtune.evaluation.references import answered_sample, picture_name, question_of
+from vlmtune.evaluation.references import (
+    answered_sample,
+    media_names,
+    picture_name,
+    question_of,
+)
 from vlmtune.evaluation.types import EvalReport, Prediction
 
 
@@ -50,12 +55,14 @@ def score_answers(
         )
         for index, (conversation, sample) in enumerate(zip(conversations, samples, strict=True))
     ]
+    # Samples on the same pictures or videos belong together; one without any stands alone.
+    clusters = [media_names(conversation) or (conversation.id,) for conversation in conversations]
     kinds = sorted({p.question_type for p in predictions if p.question_type is not None})
     slices = {None: range(len(predictions))} | {
         kind: [i for i, p in enumerate(predictions) if p.question_type == kind] for kind in kinds
     }
     summaries: dict[str | None, dict[str, Interval]] = {
-        kind: _summarise(predictions, by_name, statistics, rows, seed=seed)
+        kind: _summarise(clusters, by_name, statistics, rows, seed=seed)
         for kind, rows in slices.items()
     }
     return EvalReport(
@@ -68,7 +75,7 @@ def score_answers(
 
 
 def _summarise(
-    predictions: Sequence[Prediction],
+    clusters: Sequence[Hashable],
     metrics: Mapping[str, Metric],
     statistics: Mapping[str, Sequence[Statistics | None]],
     rows: Iterable[int],
@@ -84,12 +91,7 @@ def _summarise(
             summary |= bootstrap_intervals(
                 np.array([s.sums for _, s in scored], dtype=np.float64),
                 figures=metric.figures,
-                clusters=[_cluster(predictions[row]) for row, _ in scored],
+                clusters=[clusters[row] for row, _ in scored],
                 seed=seed,
             )
     return summary
-
-
-def _cluster(prediction: Prediction) -> Hashable:
-    """Samples on the same pictures belong together; one without a picture stands alone."""
-    return prediction.images or (prediction.id,)
