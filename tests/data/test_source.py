@@ -11,8 +11,9 @@ import PIL.Image
 import pytest
 
 from vlmtune.data.formats.registry import FORMATS
-from vlmtune.data.source import content_hash, load_conversations
+from vlmtune.data.source import content_hash, load_conversations, open_conversations
 from vlmtune.data.types import Image, Text, Turn, Video
+from vlmtune.errors import ErrorGroup
 from vlmtune.recipe.schema import FormatName
 
 USER = {"role": "user", "content": "Hi"}
@@ -273,3 +274,12 @@ def test_video_is_a_word_of_html_where_none_is_listed(load):
     ) + load({"conversations": turns})
     assert asked.turns[0].text == "a <video> tag"
     assert answered.turns[1].text == "Use <video src>, <video>"
+
+
+def test_training_takes_rows_with_one_id_and_evaluation_does_not(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(json.dumps({**GOOD, "id": name}) for name in "aba"))
+    conversations, skipped = open_conversations([path], on_bad_sample="error")
+    assert [c.id for c in conversations] == ["a", "b", "a"] and not skipped
+    with pytest.raises(ErrorGroup, match="data.jsonl:3: the id 'a' is taken"):
+        load_conversations([path])

@@ -136,7 +136,8 @@ def _scan(
                 conversation = parse_row(row, file.format)
                 if into is None:
                     check_trainable(conversation)
-                _check_id(conversation, places)
+                else:  # answers are told apart by id; training goes by place
+                    _check_id(conversation, places)
                 if check_media:
                     check_located(conversation)
             except SampleError as error:

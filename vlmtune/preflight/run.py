@@ -38,9 +38,9 @@ from vlmtune.preflight.sets import (
     add_limit,
     evaluated_rows,
     look_at,
+    look_at_repeated_ids,
     open_set,
     opened_one_by_one,
-    take_out_repeated_ids,
 )
 from vlmtune.preflight.table import GOOD
 from vlmtune.recipe.load import LoadedRecipe
@@ -152,7 +152,7 @@ class Preflight:
             if checked is None:
                 continue
             report.sets[name] = checked
-            take_out_repeated_ids(checked)
+            look_at_repeated_ids(checked, report.problems)
             chosen = None
             if name != "data.train":
                 chosen = evaluated_rows(checked, num_evaluated, seed=recipe.seed)

@@ -119,14 +119,24 @@ def look_at(
     return CheckedSet(name, files, table, num_rows or len(table), settings.by_size)
 
 
-def take_out_repeated_ids(checked: CheckedSet) -> None:
-    """Of rows with one id, the first is used, where the reader looks at all of them."""
-    is_scanned = checked.num_rows <= SCANNED_OUTRIGHT or checked.name != "data.train"
-    if not checked.files or not is_scanned or checked.is_partial:
-        return
+def look_at_repeated_ids(checked: CheckedSet, problems: Problems) -> None:
+    """Of held-out rows with one id the first is used; training uses all, which is said."""
     table = checked.table
-    rows = FileRows(checked.files)
     taken = list(table.repeated_ids())
+    if not taken or not checked.files or checked.is_partial:
+        return
+    if checked.name == "data.train":
+        (number, first), *_ = taken
+        source, other = table.source(number), table.source(first)
+        problems.add(
+            "warning",
+            f"{checked.name}: {len(taken):,} rows have an id that a row before them has, and are "
+            f"trained on as well; the first has that of {other.file}:{other.line}",
+            file=source.file,
+            line=source.line,
+        )
+        return
+    rows = FileRows(checked.files)
     ids = _ids_at(rows, {number for number, _ in taken})
     for number, first in taken:
         source, other = table.source(number), table.source(first)
