@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.signals import hears_ctrl_c
 from tests.train.training import copy_sample, write_recipe
 from vlmtune.cli.app import app
 
@@ -164,6 +165,7 @@ def test_ctrl_c_ends_with_130_and_leaves_no_process(recipe: Path, data: Path) ->
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,
+        preexec_fn=hears_ctrl_c,
         text=True,
     ) as process:
         assert process.stderr is not None

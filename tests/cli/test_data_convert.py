@@ -18,6 +18,7 @@ import PIL.Image
 import pytest
 from typer.testing import CliRunner
 
+from tests.signals import hears_ctrl_c
 from vlmtune.cli.app import app
 from vlmtune.data.source import load_conversations
 
@@ -199,7 +200,13 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(folder: Path):
         "main()\n"
     )
     command = [sys.executable, "-c", slow, "data", "convert", str(source), "--output", str(output)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=hears_ctrl_c,
+        text=True,
+    )
     state = output.with_name("b.jsonl.state.json")
     deadline = time.monotonic() + 60
     while not state.exists() and process.poll() is None and time.monotonic() < deadline:
