@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vlmtune.data.types import Conversation, Source, Text, Turn
-from vlmtune.preflight.answers import LEAK, NO_WORDS, leaks, odd_answers
+from vlmtune.preflight.answers import EMPTY_CELL, LEAK, NO_WORDS, leaks, odd_answers
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,13 @@ def test_an_answer_without_a_letter_is_told(answer):
     assert [kind for kind, _ in odd_answers(conversation(ask("What?"), say(answer)))] == [NO_WORDS]
 
 
-@pytest.mark.parametrize("answer", ["7", "猫", "ja"])
+@pytest.mark.parametrize("answer", ["nan", "NaN", "null", "<NA>", "#N/A"])
+def test_an_empty_cell_that_became_an_answer_is_told(answer):
+    turns = (ask("What?"), say(answer))
+    assert [kind for kind, _ in odd_answers(conversation(*turns))] == [EMPTY_CELL]
+
+
+@pytest.mark.parametrize("answer", ["7", "猫", "ja", "None", "n/a"])
 def test_digits_and_any_script_are_words(answer):
     assert odd_answers(conversation(ask("What?"), say(answer))) == []
 

@@ -1,6 +1,6 @@
-"""Answers that teach nothing: without a letter, or standing in their own question.
+"""Answers that teach nothing: without a letter, an empty cell's mark, or in their own question.
 
-Both are hints, not proofs, and only ever warnings. An answer counts as leaking where the whole of
+All are hints, not proofs, and only ever warnings. An answer counts as leaking where the whole of
 it, of at least four characters or two words, stands word for word in the user's turn before it,
 and the question does not offer it as a choice.
 """
@@ -14,8 +14,10 @@ from vlmtune.data.types import Conversation
 
 LEAK = "the answer stands in its question"
 NO_WORDS = "the answer holds no letter and no digit"
+EMPTY_CELL = "the answer is how tables write an empty cell"
 
 MIN_CHARACTERS = 4
+_EMPTY_CELLS = frozenset({"nan", "null", "<na>", "#n/a"})
 _EDGES = " \t\r\n.,;:!?\"'()[]"
 _SENTENCE = re.compile(r"[^.!?\n]+[.!?]*")
 _CHOICE_WORD = re.compile(r"\b(?:or|either|true|false|yes|no)\b", re.IGNORECASE)
@@ -36,6 +38,8 @@ def odd_answers(conversation: Conversation) -> list[tuple[str, str]]:
         answer = turn.text.strip()
         if not any(character.isalnum() for character in answer):
             found.append((NO_WORDS, f"turn {number}: {NO_WORDS}; got: {shorten(answer, 40)!r}"))
+        elif answer.lower() in _EMPTY_CELLS:
+            found.append((EMPTY_CELL, f"turn {number}: {EMPTY_CELL}; got: {answer!r}"))
         elif not conversation.options and leaks(answer, question):
             got = f"{shorten(answer, 40)!r} in {shorten(question, 100)!r}"
             found.append((LEAK, f"turn {number}: {LEAK}; got: {got}"))
