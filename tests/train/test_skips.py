@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.train.training import copy_sample, train_once, write_recipe
 from vlmtune.errors import VlmtuneError
 from vlmtune.train.feed import LeftOut
 from vlmtune.train.skips import SkipLedger, allowed_bad
@@ -46,3 +47,17 @@ def test_the_first_beyond_the_limit_stops_the_run_and_the_limit_is_named(tmp_pat
     kept.add([bad("a", 1), bad("b", 2)], write=False)
     with pytest.raises(VlmtuneError, match=r"3 of 10.*expected: at most 2 \(data.max_bad"):
         kept.add([bad("c", 3)], write=False)
+
+
+def test_what_was_changed_is_counted_by_place_too(tmp_path: Path, tiny_vlm, sample_data):
+    """Rows of one id, each cut, and seen more than once."""
+    data = copy_sample(sample_data, tmp_path / "data", keep=3)
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for row in rows:
+        row["messages"][1]["content"] = "red " * 40
+        row["id"] = "the same"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"data__streaming": True, "data__over_length": "trim_text", "data__max_tokens": 50}
+    recipe = write_recipe(tmp_path, tiny_vlm=tiny_vlm, data=data, **keys, train__max_steps=2)
+    [count] = train_once(recipe)["notes"].values()
+    assert count == 3

@@ -20,7 +20,7 @@ from vlmtune.data.collate import MediaLayout, collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.media import content_digest
 from vlmtune.data.packing import plan_micro_batches
-from vlmtune.data.types import Conversation, Image, Part, Sample, SideBatch, Text, Turn
+from vlmtune.data.types import Conversation, Image, Part, Sample, SideBatch, Source, Text, Turn
 from vlmtune.errors import SampleError, VlmtuneError
 
 
@@ -37,6 +37,10 @@ class Pair:
     @property
     def id(self) -> str:
         return self.picture.id
+
+    @property
+    def source(self) -> Source:
+        return self.picture.source
 
     @property
     def notes(self) -> tuple[str, ...]:

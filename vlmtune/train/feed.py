@@ -53,14 +53,15 @@ class StepData:
     """The micro-batches of one process for one optimizer step; at least one.
 
     `pair_keys` are, of contrastive training, the picture's and the text's key of each pair.
-    `notes` are what was done to samples to fit them in (a note and a sample's id).
+    `notes` are what was done to samples to fit them in (a note, and the sample's file
+    and line: ids need not be unique).
     `num_step_samples` counts the samples of the step over all processes, left out or not; `epoch`
     is the share of training data seen after it; `cursor`: where a stream stands after it.
     """
 
     micro_batches: Sequence[Batch | SideBatch]
     left_out: list[LeftOut]
-    notes: list[tuple[str, str]]
+    notes: list[tuple[str, str, int]]
     num_step_samples: int
     epoch: float
     pair_keys: Sequence[tuple[int, int]] = ()
@@ -133,7 +134,11 @@ class StepBuilder:
         return StepData(
             micro_batches=self._pair_batches(pairs) if pairs else self._batches(samples),
             left_out=left_out,
-            notes=[(note, sample.id) for sample in samples for note in sample.notes],
+            notes=[
+                (note, sample.source.file, sample.source.line)
+                for sample in samples
+                for note in sample.notes
+            ],
             num_step_samples=len(whole),
             epoch=epoch,
             pair_keys=[(pair.picture_key, pair.text_key) for pair in pairs],

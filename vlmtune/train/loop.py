@@ -172,7 +172,7 @@ class _Loop:
     tracker: Tracker
     result: TrainResult
     window: Window = field(default_factory=Window)
-    notes: set[tuple[str, str]] = field(default_factory=set)
+    notes: set[tuple[str, str, int]] = field(default_factory=set)
     cursor: StreamCursor | None = None
     began: float = field(default_factory=time.monotonic)
 
@@ -213,7 +213,7 @@ class _Loop:
         result.seconds = time.monotonic() - self.began
         result.skipped = self.skips.num_left_out
         everyones = set(gather_object(sorted(self.notes)))
-        result.notes = dict(Counter(note for note, _ in everyones))
+        result.notes = dict(Counter(note for note, _, _ in everyones))
         result.peak_memory_bytes = peak_memory_bytes(self.accelerator.device)
         return result
 
