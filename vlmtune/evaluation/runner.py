@@ -16,7 +16,7 @@ from vlmtune.evaluation.answers import KeptAnswers
 from vlmtune.evaluation.choice import choose_by_likelihood
 from vlmtune.evaluation.generate import generate_answers
 from vlmtune.evaluation.metrics.registry import CHOICE_LIKELIHOOD, metrics_for
-from vlmtune.evaluation.references import check_references
+from vlmtune.evaluation.references import answered_sample, check_references
 from vlmtune.evaluation.references import picture_name as picture_name
 from vlmtune.evaluation.results import write_report as write_report
 from vlmtune.evaluation.retrieval.items import retrieval_items
@@ -117,11 +117,11 @@ def figure_names(conversations: Sequence[Conversation], section: EvalSection) ->
     if section.task == "retrieval":
         return wanted_figures(section.metrics)
     names: list[str] = []
-    for name in metrics_for(section.task, section.metrics):
+    for name, metric in metrics_for(section.task, section.metrics).items():
         for conversation in conversations:
-            scored = score_answers([conversation], [""], task=section.task, metrics=[name])
-            if scored.metrics:
-                names += scored.metrics
+            if metric.statistics([answered_sample(conversation, "")])[0] is not None:
+                one = score_answers([conversation], [""], task=section.task, metrics=[name])
+                names += one.metrics
                 break
     return names + [CHOICE_LIKELIHOOD] * (CHOICE_LIKELIHOOD in section.metrics)
 
