@@ -34,6 +34,14 @@ def test_what_was_kept_does_not_count_as_speed(capsys: pytest.CaptureFixture[str
     ]
 
 
+def test_a_short_job_is_one_line_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    ticks = iter(range(100))
+    with progress("read", 10, quiet=False, clock=lambda: next(ticks) / 10) as on_progress:
+        for done in range(11):
+            on_progress(done)
+    assert capsys.readouterr().err == "read 10 of 10\n"
+
+
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with progress("answered", 10, quiet=True) as on_progress:
         on_progress(0)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+LINE_SECONDS = 2.0
 Clock = Callable[[], float]
 
 
@@ -15,7 +16,8 @@ def progress(
     what: str, total: int, *, quiet: bool, clock: Clock = time.monotonic
 ) -> Iterator[Callable[[int], None]]:
     """A function that is told how many of `total` are done; the first time, how many were done
-    already. A bar on a terminal, a line every tenth in a pipe, nothing with `quiet`."""
+    already. A bar on a terminal; in a pipe a line every tenth, none within `LINE_SECONDS` of another
+    but the last; nothing with `quiet`."""
     if quiet or total == 0:
         yield lambda done: None
     elif sys.stderr.isatty():
@@ -38,16 +40,21 @@ class _Lines:
         self._clock = clock
         self._first: tuple[int, float] | None = None
         self._shown = 0
+        self._shown_at = 0.0
 
     def __call__(self, done: int) -> None:
         now = self._clock()
         if self._first is None:
             self._first = (done, now)
             self._shown = done * 10 // self._total
+            self._shown_at = now
             return
         if done * 10 // self._total <= self._shown:
             return
+        if now - self._shown_at < LINE_SECONDS and done < self._total:
+            return
         self._shown = done * 10 // self._total
+        self._shown_at = now
         done_before, began = self._first
         left = (now - began) / max(1, done - done_before) * (self._total - done)
         text = f"{self._what} {done} of {self._total}"
