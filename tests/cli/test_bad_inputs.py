@@ -181,7 +181,10 @@ TRAIN_CASES: dict[str, tuple[Spoil, list[str]]] = {
         with_turns([{"role": "user", "content": "look: <|image_pad|>"}, ANSWER]),
         ["train.jsonl:2", "<|image_pad|>"],
     ),
-    "twice the same id": (lambda b: b.rows[1].update(id="row-0"), ["train.jsonl:2", "row-0"]),
+    "twice the same id in what is evaluated on": (
+        lambda b: (b.rows[1].update(id="row-0"), b.recipe["data"].update(eval="train.jsonl")),
+        ["train.jsonl:2", "row-0"],
+    ),
     "missing picture": (with_picture(lambda p: None), ["train.jsonl:2", "bad.png"]),
     "picture is a folder": (with_picture(lambda p: p.mkdir()), ["train.jsonl:2", "bad.png"]),
     "zero bytes": (with_picture(lambda p: p.write_bytes(b"")), ["train.jsonl:2", "bad.png"]),
