@@ -16,8 +16,8 @@ def progress(
     what: str, total: int, *, quiet: bool, clock: Clock = time.monotonic
 ) -> Iterator[Callable[[int], None]]:
     """A function that is told how many of `total` are done; the first time, how many were done
-    already. A bar on a terminal; in a pipe a line every tenth, none within `LINE_SECONDS` of another
-    but the last; nothing with `quiet`."""
+    already. A bar on a terminal; in a pipe a line every tenth, but the last none within
+    `LINE_SECONDS` of another; nothing with `quiet`."""
     if quiet or total == 0:
         yield lambda done: None
     elif sys.stderr.isatty():
