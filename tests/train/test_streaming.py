@@ -370,7 +370,8 @@ def make_recipe(tmp_path: Path, tiny_vlm: Path, sample_data: Path):
     return make
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+# Without workers before the kill: no more than the tests above hold.
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_killed_and_resumed_streaming_run_equals_an_uninterrupted_one(make_recipe, workers: int):
     whole, killed = make_recipe("whole"), make_recipe("killed", data__num_workers=workers)
     train_once(whole)
