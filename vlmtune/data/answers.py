@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from vlmtune.data.masks import MaskError, label_targets
+from vlmtune.data.placed import placed
 from vlmtune.data.template import ChatTemplate, Rendered, TemplateError, special_tokens
 from vlmtune.data.text import shorten
 from vlmtune.data.types import IGNORED, Conversation, Source, Text, Turn
@@ -37,7 +38,7 @@ class AnswerTokenizer:
         try:
             return self._template.render_prompt(_asked(conversation))
         except TemplateError as error:
-            raise _placed(conversation, error) from error
+            raise placed(error, conversation.source) from error
 
     def answers(
         self,
@@ -64,7 +65,7 @@ class AnswerTokenizer:
         found = next((token for token in self._reserved if token and token in text), None)
         if found is not None:
             error = VlmtuneError("a text holds a control token of the model", got=found)
-            raise _placed(conversation, error)
+            raise placed(error, conversation.source)
         try:
             rendered = self._template.render([*_asked(conversation), _answer_turn(text)])
             ids, offsets = self._tokenize(rendered.text)
@@ -76,17 +77,16 @@ class AnswerTokenizer:
                 tokenizer=self._tokenizer,
             ).targets
         except (TemplateError, MaskError) as error:
-            raise _placed(conversation, error) from error
+            raise placed(error, conversation.source) from error
         positions = (targets != IGNORED).nonzero().flatten()  # (n,)
         if ids[: int(positions[0]) + 1] != prompt:
-            raise _placed(
-                conversation,
-                VlmtuneError(
-                    "the tokens before an answer depend on the answer",
-                    got=repr(shorten(text)),
-                    expected="the prompt's own tokens before it",
-                    do="rewrite the text's start",
-                ),
+            raise SampleError(
+                "the tokens before an answer depend on the answer",
+                file=conversation.source.file,
+                line=conversation.source.line,
+                got=repr(shorten(text)),
+                expected="the prompt's own tokens before it",
+                do="rewrite the text's start",
             )
         return targets[positions]
 
@@ -118,14 +118,3 @@ def _asked(conversation: Conversation) -> tuple[Turn, ...]:
 
 def _answer_turn(text: str) -> Turn:
     return Turn("assistant", (Text(text),))
-
-
-def _placed(conversation: Conversation, error: VlmtuneError) -> SampleError:
-    return SampleError(
-        error.message,
-        file=conversation.source.file,
-        line=conversation.source.line,
-        got=error.got,
-        expected=error.expected,
-        do=error.do,
-    )

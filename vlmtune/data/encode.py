@@ -22,6 +22,7 @@ import PIL.Image
 from vlmtune.data.masks import MaskError, label_targets
 from vlmtune.data.media import read_image
 from vlmtune.data.over_length import TURNS_LEFT_OUT, cut_text, shrink_images
+from vlmtune.data.placed import placed
 from vlmtune.data.process import ProcessError, process
 from vlmtune.data.sample_cache import SampleCache, fingerprint_of
 from vlmtune.data.template import ChatTemplate, Rendered, TemplateError, special_tokens
@@ -206,7 +207,7 @@ class Encoder:
                 for video in conversation.videos
             ]
         except VlmtuneError as error:
-            raise _placed(conversation, error) from error
+            raise placed(error, conversation.source) from error
         notes = [note for picture in pictures for note in picture.notes]
         notes += [note for clip in clips for note in clip.notes]
         return _Media([p.picture for p in pictures], clips, tuple(dict.fromkeys(notes)))
@@ -236,7 +237,7 @@ class Encoder:
                 tokenizer=tokenizer,
             )
         except (TemplateError, ProcessError, MaskError) as error:
-            raise _placed(conversation, error) from error
+            raise placed(error, conversation.source) from error
         assert not bool((labels.targets == self._image_id).any()), "a picture's token is supervised"
         notes = [*media.notes, *rendered.notes, *labels.notes]
         unknown = tokenizer.unk_token_id
@@ -350,8 +351,3 @@ def _error(
     return SampleError(
         message, file=source.file, line=source.line, got=got, expected=expected, do=do
     )
-
-
-def _placed(conversation: Conversation, error: VlmtuneError) -> SampleError:
-    """`error` with the sample's place."""
-    return _error(conversation, error.message, got=error.got, expected=error.expected, do=error.do)

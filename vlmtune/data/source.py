@@ -20,6 +20,7 @@ from vlmtune.data.dataset import (
 from vlmtune.data.formats.registry import parse_row, unused_keys
 from vlmtune.data.formats.rows import check_trainable
 from vlmtune.data.media import locate_media
+from vlmtune.data.placed import placed
 from vlmtune.data.sources.digest import digests_of
 from vlmtune.data.text import shorten
 from vlmtune.data.types import LOCAL, Access, Conversation, Media, Skipped, Source
@@ -162,14 +163,7 @@ def check_located(conversation: Conversation) -> None:
         try:
             locate_media(media)
         except VlmtuneError as error:
-            raise SampleError(
-                error.message,
-                file=conversation.source.file,
-                line=conversation.source.line,
-                got=error.got,
-                expected=error.expected,
-                do=error.do,
-            ) from error
+            raise placed(error, conversation.source) from error
 
 
 def _check_id(conversation: Conversation, places: dict[str, Source]) -> None:

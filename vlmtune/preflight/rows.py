@@ -7,12 +7,11 @@ rows -> chunks -> worker processes: parse -> media there -> Measurer -> digests 
 from __future__ import annotations
 
 import os
-import signal
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -23,30 +22,19 @@ from vlmtune.data.encode import Encoder, OverLength
 from vlmtune.data.formats.rows import check_trainable
 from vlmtune.data.measure import Measure, Measurer
 from vlmtune.data.media import verify_image
+from vlmtune.data.placed import placed
 from vlmtune.data.source import check_located
 from vlmtune.data.stream import Stream
 from vlmtune.data.types import Conversation, Source
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.preflight.answers import odd_answers
+from vlmtune.train.feed import Unread, start_worker
 
 CHUNK = 64
 ROWS_PER_WORKER = 400
 """A worker costs more to start than so many rows to check."""
 
 Stage = Literal["row", "media", "encode"]
-
-
-class AnyRow(Protocol):
-    """A row that is not yet parsed. `id`: its name where the row itself gives none."""
-
-    @property
-    def id(self) -> str: ...
-
-    @property
-    def source(self) -> Source: ...
-
-    def conversation(self) -> Conversation:
-        """Raises SampleError with the row's place."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +115,7 @@ class RowChecker:
         if settings.encoder is not None:
             self.measurer = Measurer(settings.encoder, by_size=settings.by_size)
 
-    def check(self, row: AnyRow) -> RowOutcome:
+    def check(self, row: Unread) -> RowOutcome:
         """What becomes of a row."""
         try:
             conversation = row.conversation()
@@ -176,7 +164,7 @@ class ChunkSet(IterableDataset[ChunkOutcome]):
     """The chunks of a set of rows; worker w of W does the chunks w, w + W, …, so that the loader,
     which asks the workers in turn, gives them in order."""
 
-    def __init__(self, rows: Callable[[], Iterable[AnyRow]], settings: RowSettings) -> None:
+    def __init__(self, rows: Callable[[], Iterable[Unread]], settings: RowSettings) -> None:
         self._rows = rows
         self._settings = settings
 
@@ -205,7 +193,7 @@ class FileRows:
     def total(self) -> int:
         return sum(len(file.rows) for file in self.files)
 
-    def __call__(self) -> Iterator[AnyRow]:
+    def __call__(self) -> Iterator[Unread]:
         ends = list(accumulate(len(file.rows) for file in self.files))
         total, wanted = self.total, len(self)
         for number in range(wanted):
@@ -224,12 +212,12 @@ class StreamedRows:
     stream: Stream
     limit: int | None = None
 
-    def __call__(self) -> Iterator[AnyRow]:
+    def __call__(self) -> Iterator[Unread]:
         return islice(self.stream.every_row(), self.limit)
 
 
 def check_rows(
-    rows: Callable[[], Iterable[AnyRow]], settings: RowSettings, *, num_workers: int
+    rows: Callable[[], Iterable[Unread]], settings: RowSettings, *, num_workers: int
 ) -> Iterator[RowOutcome]:
     """What becomes of each row, in order. `num_workers` 0: in this process.
 
@@ -241,7 +229,7 @@ def check_rows(
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         generator=torch.Generator().manual_seed(0),
     )
     try:
@@ -270,22 +258,3 @@ def useful_workers(num_rows: int, *, asked: int | None) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     wanted = min(cores or 1, num_rows // ROWS_PER_WORKER)
     return wanted if wanted > 1 else 0
-
-
-def placed(error: VlmtuneError, source: Source) -> SampleError:
-    """`error` as one of the row at `source`."""
-    return SampleError(
-        error.message,
-        file=source.file,
-        line=source.line,
-        got=error.got,
-        expected=error.expected,
-        do=error.do,
-    )
-
-
-def _start_worker(_: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process decides when workers stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -21,7 +21,6 @@ from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.evaluation.subset import fixed_subset
 from vlmtune.preflight.problems import Problems, Severity, kind_of
 from vlmtune.preflight.rows import (
-    AnyRow,
     FileRows,
     Inexact,
     RowSettings,
@@ -39,6 +38,7 @@ from vlmtune.preflight.table import (
     RowTable,
 )
 from vlmtune.recipe.schema import DataEntry, Recipe
+from vlmtune.train.feed import Unread
 from vlmtune.train.skips import allowed_bad
 
 SetName = Literal["data.train", "data.eval", "eval.guard.data"]
@@ -92,7 +92,7 @@ def look_at(
 ) -> CheckedSet:
     """Look at every row of a set, or at `max_samples` of them. Raises VlmtuneError where a file
     cannot be read on."""
-    rows: Callable[[], Iterable[AnyRow]]
+    rows: Callable[[], Iterable[Unread]]
     if isinstance(opened, Stream):
         rows, num_rows = StreamedRows(opened, max_samples), 0
         workers = useful_workers(SCANNED_OUTRIGHT, asked=num_workers)

@@ -247,8 +247,8 @@ class StepDataset(Dataset[StepData | VlmtuneError]):
             return error
 
 
-def _start_worker(_: int) -> None:
-    # Ctrl-C reaches the whole process group; the loop decides when workers stop.
+def start_worker(_: int) -> None:
+    """Let the main process decide when a worker stops: Ctrl-C reaches the whole group."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -288,7 +288,7 @@ def loaded(
         sampler=sampler,
         num_workers=num_workers,
         prefetch_factor=2 if num_workers else None,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         # The loader draws a base seed; without its own generator that would move the global RNG,
         # and a resumed run would see other dropout masks.
         generator=torch.Generator().manual_seed(0),
