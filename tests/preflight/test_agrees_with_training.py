@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -310,4 +309,6 @@ def test_streamed_rows_are_read_through(recipe, data, tmp_path):
     summary = check_summary(recipe(**keys, data__max_tokens=60))
     lines = {p["line"] for p in summary["problems"] if p["severity"] == "error"}
     assert lines == {2, 4, 6, 8, 10, 12}
-    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    write_rows(data, ["{no json"] * 3)
+    with pytest.raises(VlmtuneError, match=r"train\.jsonl:\d: not JSON"):
+        train_once(recipe(**keys))

@@ -325,12 +325,15 @@ def test_pictures_are_looked_for_all_over_a_large_set_and_bad_rows_passed_over(
     monkeypatch.setattr(source, "SCANNED_OUTRIGHT", 0)
     entries = [broken_rows(tmp_path), write_rows(tmp_path / "later.jsonl", 2500)]
     data, _ = open_conversations(entries, on_bad_sample="error")
-    found = [conversation.id for conversation in looked_over(data)]
+    problems: list[SampleError] = []
+    found = [conversation.id for conversation in looked_over(data, problems)]
+    assert {error.line for error in problems} <= {5, 12}
     assert 800 < len(found) <= 1000 and found[-1] > "later-24"
     stream = open_stream(entries, seed=0, block_rows=100, cache_dir=tmp_path)
-    found = [conversation.id for conversation in looked_over(stream)]
+    found = [conversation.id for conversation in looked_over(stream, problems)]
     assert 800 < len(found) < 1000  # one in ten of the first entry's cannot be read
     assert {name.split("-")[0] for name in found} == {"rows", "later"}
+    assert {error.line for error in problems} == {5, 12}
 
 
 def test_a_streams_bad_rows_count_each_time_they_come(tmp_path: Path):

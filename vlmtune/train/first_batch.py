@@ -5,7 +5,6 @@ samples from all over the data -> the first usable one, with a picture where the
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -23,22 +22,22 @@ from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.models.load import VLM
 from vlmtune.models.processor import pad_token_id
 
-log = logging.getLogger("vlmtune")
-
 LOOKED_OVER = 1000
 """Samples that are looked at before training: has one a picture, which is the first to encode."""
 
 TrainingData = ConversationSet | Stream
 
 
-def looked_over(data: TrainingData) -> Iterator[Conversation]:
-    """Up to `LOOKED_OVER` samples from all over the data; those that cannot be read are left
-    out."""
+def looked_over(data: TrainingData, problems: list[SampleError]) -> Iterator[Conversation]:
+    """Up to `LOOKED_OVER` samples from all over the data; of those that cannot be read, the errors
+    are added to `problems`."""
     if isinstance(data, Stream):
         opened = OpenStream(data)
-        return _readable(opened.take().conversation for _ in range(LOOKED_OVER))
+        unread = (opened.take().conversation for _ in range(LOOKED_OVER))
+        return _readable(unread, problems)
     apart = math.ceil(len(data) / LOOKED_OVER)
-    return _readable(partial(data.__getitem__, at) for at in range(0, len(data), apart))
+    numbers = range(0, len(data), apart)
+    return _readable((partial(data.__getitem__, at) for at in numbers), problems)
 
 
 def _every_sample(data: TrainingData) -> Iterator[Conversation]:
@@ -46,15 +45,17 @@ def _every_sample(data: TrainingData) -> Iterator[Conversation]:
     none."""
     if isinstance(data, Stream):
         return iter(())
-    return _readable(partial(data.__getitem__, at) for at in range(len(data)))
+    return _readable((partial(data.__getitem__, at) for at in range(len(data))), [])
 
 
-def _readable(unread: Iterable[Callable[[], Conversation]]) -> Iterator[Conversation]:
+def _readable(
+    unread: Iterable[Callable[[], Conversation]], problems: list[SampleError]
+) -> Iterator[Conversation]:
     for read in unread:
         try:
             yield read()
         except SampleError as error:
-            log.debug("not looked at before training: %s", error)
+            problems.append(error)
 
 
 def first_batch(
@@ -68,7 +69,7 @@ def first_batch(
     """A micro-batch of the first usable sample, one with a picture or a video where there is one;
     with an embedding prompt, of its picture side.
 
-    Raises the first sample's SampleError where none is usable, and with `needs_media` a
+    Raises a sample's SampleError where none is usable, and with `needs_media` a
     VlmtuneError where none has a picture or a video.
     """
     layout: dict[str, Any] = {
@@ -89,9 +90,12 @@ def first_batch(
             return None
 
     num_looked_at = 0
+    unreadable: list[SampleError] = []
     without_media: list[Conversation] = []
     # Where modules want a picture, one is looked for as long as there may be one.
-    for conversation in chain(looked_over(data), _every_sample(data) if needs_media else ()):
+    for conversation in chain(
+        looked_over(data, unreadable), _every_sample(data) if needs_media else ()
+    ):
         num_looked_at += 1
         if not (conversation.images or conversation.videos):
             if len(without_media) < LOOKED_OVER:
@@ -110,9 +114,4 @@ def first_batch(
     for conversation in () if needs_media else without_media:
         if (batch := batch_of(conversation)) is not None:
             return batch
-    if problems:
-        raise problems[0]
-    raise VlmtuneError(
-        "none of the samples looked at can be read",
-        do="`vlmtune check` says what is wrong with each",
-    )
+    raise (problems or unreadable)[0]

@@ -14,7 +14,7 @@ from vlmtune.data.stream import OpenStream, StreamCursor, open_stream, stream_id
 from vlmtune.data.streams.hub import shards_of
 from vlmtune.data.streams.parquet import ParquetShard
 from vlmtune.data.streams.registry import open_shards
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.recipe.schema import DataEntry
 
 
@@ -35,6 +35,27 @@ def write_parquet(path: Path, *, start: int = 0, count: int = 300, group: int = 
 
 def parsed(shard, start: int = 0) -> list[dict]:
     return [dict(shard.parse(row)) for row in shard.rows(start)]
+
+
+@pytest.mark.parametrize("kind", ["time", "text"])
+def test_a_row_that_python_cannot_hold_is_named_and_the_others_are_read(tmp_path: Path, kind: str):
+    times = pyarrow.array([0, 2**62, 0], pyarrow.timestamp("us"))
+    ends = b"".join(n.to_bytes(4, "little") for n in (0, 1, 2, 3))
+    texts = pyarrow.Array.from_buffers(
+        pyarrow.string(), 3, [None, pyarrow.py_buffer(ends), pyarrow.py_buffer(b"a\xffb")]
+    )
+    rows = table(0, 3).append_column("odd", times if kind == "time" else texts)
+    pyarrow.parquet.write_table(rows, tmp_path / "rows.parquet")
+    entry = DataEntry(path=str(tmp_path / "rows.parquet"))
+    stream = open_stream([entry], seed=0, block_rows=10, cache_dir=tmp_path)
+    read = {}
+    for row in stream.every_row():
+        try:
+            read[row.source.line] = row.conversation().turns[-1].text
+        except SampleError as error:
+            read[row.source.line] = str(error)
+    assert (read[1], read[3]) == ("number 0", "number 2")
+    assert read[2].startswith(f"{entry.path}:2: the row's values cannot be read")
 
 
 def test_parquet_rows_are_the_tables_from_any_of_them_on(tmp_path: Path):

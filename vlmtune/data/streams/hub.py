@@ -21,6 +21,9 @@ from vlmtune.recipe.schema import DataEntry
 
 logger = logging.getLogger("vlmtune")
 
+# OverflowError: a time that Python's have no room for.
+_ERRORS = (OSError, ValueError, RuntimeError, OverflowError)
+
 
 @dataclass(frozen=True)
 class HubShard:
@@ -115,7 +118,7 @@ def _translated(file: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (*_ERRORS, datasets.exceptions.DatasetsError) as error:
         reason = shorten((str(error) or type(error).__name__).split("\n")[0].rstrip("."), 200)
         raise VlmtuneError(
             f"the data set cannot be streamed from the hub ({reason})",

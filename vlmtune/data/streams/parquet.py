@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmtune.data.sources.parquet import check_columns
+from vlmtune.data.sources.arrow import check_columns, row_at
 from vlmtune.data.streams.shards import RawRow
+from vlmtune.data.types import Source
 from vlmtune.errors import VlmtuneError
 
 BATCH_ROWS = 64
@@ -44,8 +45,7 @@ class ParquetShard:
 
     def parse(self, row: RawRow) -> Mapping[str, Any]:
         batch, at = row.content
-        values: dict[str, Any] = batch.slice(at, 1).to_pylist()[0]
-        return values
+        return row_at(batch, at, Source(self.file, row.line))
 
 
 def _rows(file: Any, start: int) -> Iterator[RawRow]:
