@@ -29,6 +29,10 @@ Batch = Callable[[int], Any]
 
 Original = tuple[Path, Stamp] | None
 
+ARROW_ERRORS = (OSError, ValueError, NotImplementedError, MemoryError)
+"""What pyarrow raises for a file that is damaged, or holds what it cannot read: its own errors are
+kinds of these, and a damaged length is a request for memory."""
+
 
 class ArrowRows:
     """The rows of a file whose record batches end at the row numbers `ends`.
@@ -125,7 +129,7 @@ def _open(path: Path) -> tuple[Batch, int, list[str]]:
         stream = pa.ipc.open_stream(mapped)
         held = list(stream)  # of a mapped stream that is not compressed: no copies
         return held.__getitem__, len(held), stream.schema.names
-    except (OSError, ValueError, NotImplementedError, MemoryError) as error:
+    except ARROW_ERRORS as error:
         raise _broken(path, error) from error
 
 
@@ -142,7 +146,7 @@ def _check(batches: Batch, number: int, path: Path) -> int:
 def _batch(batches: Batch, number: int, path: Path) -> Any:
     try:
         return batches(number)
-    except (OSError, ValueError, NotImplementedError, MemoryError) as error:
+    except ARROW_ERRORS as error:
         raise _broken(path, error) from error
 
 

@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.data.index import Stamp, check_unchanged, stamp_of
-from vlmtune.data.sources.arrow import ArrowRows, check_columns, open_arrow, row_at
+from vlmtune.data.sources.arrow import (
+    ARROW_ERRORS,
+    ArrowRows,
+    check_columns,
+    open_arrow,
+    row_at,
+)
 from vlmtune.data.sources.rows import Rows
 from vlmtune.data.types import Source
 from vlmtune.errors import VlmtuneError
@@ -73,7 +79,7 @@ class ParquetRows:
             with pyarrow.parquet.ParquetFile(self.path, pre_buffer=False) as file:
                 # Workers are forked: no threads of another library in them.
                 table = file.read_row_group(number, use_threads=False)
-        except (OSError, ValueError, NotImplementedError, MemoryError) as error:
+        except ARROW_ERRORS as error:
             raise _broken(self.path, error) from error
         self._group = number, table
         return table
@@ -92,7 +98,7 @@ def open_parquet(path: Path, *, cache_dir: Path) -> Rows:
         with pyarrow.parquet.ParquetFile(path) as file:
             groups = [file.metadata.row_group(n) for n in range(file.num_row_groups)]
             names = file.schema_arrow.names
-    except (OSError, ValueError, NotImplementedError, MemoryError) as error:
+    except ARROW_ERRORS as error:
         raise _broken(path, error) from error
     check_columns(names, path)
     largest = max((group.total_byte_size for group in groups), default=0)
@@ -165,7 +171,7 @@ def _write_copy(path: Path, copy: Path, key: bytes) -> None:
 def _next(batches: Any, path: Path) -> Any:
     try:
         return next(batches, None)
-    except (OSError, ValueError, NotImplementedError, MemoryError) as error:
+    except ARROW_ERRORS as error:
         raise _broken(path, error) from error
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from vlmtune.data.sources.json_text import load_json, reason
@@ -32,6 +33,14 @@ class Member(NamedTuple):
     name: str
     ending: str
     content: bytes
+
+
+def members_of(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Every member in turn, at constant memory. Raises what tarfile does for a broken file."""
+    while (member := tar.next()) is not None:
+        # tarfile keeps each member that it passes, in a list that its type stubs do not name.
+        tar.members = []  # type: ignore[attr-defined]
+        yield member
 
 
 def split_name(name: str) -> tuple[str, str] | None:

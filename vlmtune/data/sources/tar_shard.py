@@ -22,7 +22,7 @@ from vlmtune.data.index import (
     stamp_of,
     unreadable,
 )
-from vlmtune.data.sources.tar_sample import Member, is_read, row_of, split_name
+from vlmtune.data.sources.tar_sample import Member, is_read, members_of, row_of, split_name
 from vlmtune.data.types import Source
 from vlmtune.errors import VlmtuneError
 
@@ -118,8 +118,7 @@ def _files(
     tar: tarfile.TarFile, not_read: Counter[str]
 ) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
     """The files that belong to samples, with key and ending; the others are counted."""
-    while (member := tar.next()) is not None:
-        tar.members = []  # type: ignore[attr-defined]  # what was passed is not kept
+    for member in members_of(tar):
         named = split_name(member.name)
         if member.isdir():
             continue

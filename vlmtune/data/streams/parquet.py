@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmtune.data.sources.arrow import check_columns, row_at
+from vlmtune.data.sources.arrow import ARROW_ERRORS, check_columns, row_at
 from vlmtune.data.streams.shards import RawRow
 from vlmtune.data.types import Source
 from vlmtune.errors import VlmtuneError
@@ -37,7 +37,7 @@ class ParquetShard:
             with pyarrow.parquet.ParquetFile(self.path, pre_buffer=False) as file:
                 check_columns(file.schema_arrow.names, self.path)
                 yield from _rows(file, start)
-        except (OSError, ValueError, NotImplementedError, MemoryError) as error:
+        except ARROW_ERRORS as error:
             reason = str(error).split("\n")[0].rstrip(".")
             raise VlmtuneError(
                 f"the file cannot be read as parquet ({reason})", file=self.path

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from vlmtune.data.index import unreadable
-from vlmtune.data.sources.tar_sample import Member, is_read, row_of, split_name
+from vlmtune.data.sources.tar_sample import Member, is_read, members_of, row_of, split_name
 from vlmtune.data.streams.lines import open_bytes
 from vlmtune.data.streams.shards import RawRow
 from vlmtune.data.types import Source
@@ -154,8 +154,7 @@ class _Blocks:
 
 def _files(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """The files that belong to samples, with key and ending."""
-    while (member := tar.next()) is not None:
-        tar.members = []  # type: ignore[attr-defined]  # what was passed is not kept
+    for member in members_of(tar):
         named = split_name(member.name)
         if member.isreg() and named is not None and is_read(named[1]):
             yield *named, member
