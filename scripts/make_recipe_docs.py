@@ -12,8 +12,9 @@ from pathlib import Path
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from vlmtune.recipe.data_section import DataEntry
 from vlmtune.recipe.keys import describe, section_of
-from vlmtune.recipe.schema import DataEntry, Recipe
+from vlmtune.recipe.schema import Recipe
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"
 

@@ -29,7 +29,7 @@ from vlmtune.data.message_rows import CannotWrite, MediaPlaces, row_of
 from vlmtune.data.source import load_conversations
 from vlmtune.data.types import Access, Conversation, Image, Source, Text, Turn, Video
 from vlmtune.errors import ErrorGroup, VlmtuneError
-from vlmtune.recipe.schema import DataEntry, FormatName
+from vlmtune.recipe.data_section import DataEntry, FormatName
 
 ANSWER = {"role": "assistant", "content": "red"}
 
@@ -396,7 +396,7 @@ from pathlib import Path
 from vlmtune.data import convert as module
 from vlmtune.data.dataset import open_files
 from vlmtune.data.formats.registry import FORMATS
-from vlmtune.recipe.schema import DataEntry, FormatName
+from vlmtune.recipe.data_section import DataEntry, FormatName
 
 module.SAVE_SECONDS = 0
 def on_row(done):

@@ -24,7 +24,7 @@ from vlmtune.data import sample_cache
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Image, Sample, Source, Video
 from vlmtune.errors import SampleError
-from vlmtune.recipe.schema import VideoSection
+from vlmtune.recipe.data_section import VideoSection
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from vlmtune.data.formats.registry import FORMATS
 from vlmtune.data.source import content_hash, load_conversations, open_conversations
 from vlmtune.data.types import Image, Text, Turn, Video
 from vlmtune.errors import ErrorGroup
-from vlmtune.recipe.schema import FormatName
+from vlmtune.recipe.data_section import FormatName
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Yo"}

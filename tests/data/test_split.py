@@ -20,7 +20,7 @@ from vlmtune.data.source import load_conversations
 from vlmtune.data.split import Groups, Split, choose_eval, split
 from vlmtune.data.types import Access
 from vlmtune.errors import ErrorGroup, VlmtuneError
-from vlmtune.recipe.schema import DataEntry
+from vlmtune.recipe.data_section import DataEntry
 
 ANSWER = {"role": "assistant", "content": "yes"}
 NUM_PICTURES = 20

@@ -19,7 +19,7 @@ from vlmtune.data.streams.blocks import BlockReader, EntryCursor
 from vlmtune.data.streams.lines import LineShard
 from vlmtune.data.streams.shards import RawRow
 from vlmtune.errors import SampleError, VlmtuneError
-from vlmtune.recipe.schema import DataEntry
+from vlmtune.recipe.data_section import DataEntry
 
 
 class Numbers:

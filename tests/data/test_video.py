@@ -16,7 +16,7 @@ from vlmtune.data.encode import Encoder
 from vlmtune.data.types import IGNORED, Video
 from vlmtune.data.video import FRAMES_LEFT_OUT, read_video
 from vlmtune.errors import SampleError, VlmtuneError
-from vlmtune.recipe.schema import VideoSection
+from vlmtune.recipe.data_section import VideoSection
 
 BUILDERS = FAMILIES | {"smolvlm": lambda: build_tiny_processor("smolvlm")}
 WITH_VIDEO = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl", "smolvlm")

@@ -17,7 +17,7 @@ from tests.tiny_models import MODEL_TYPES, build_tiny_model, build_tiny_processo
 from vlmtune.errors import VlmtuneError
 from vlmtune.models.load import load_processor, load_vlm
 from vlmtune.models.processor import pixel_budget, set_pixel_budget
-from vlmtune.recipe.schema import ImageSection
+from vlmtune.recipe.data_section import ImageSection
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from vlmtune.errors import ErrorGroup, VlmtuneError
+from vlmtune.recipe.data_section import DataEntry
 from vlmtune.recipe.load import load_recipe
-from vlmtune.recipe.schema import DataEntry
 
 GOOD = """\
 model: org/some-vlm

@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vlmtune.errors import ErrorGroup, VlmtuneError
+from vlmtune.recipe.data_section import DataEntry
 from vlmtune.recipe.keys import OTHER_TOOLS, suggest, walk_keys
 from vlmtune.recipe.load import dump_recipe, load_recipe, load_resolved, recipe_json_schema
-from vlmtune.recipe.schema import DataEntry, Recipe
+from vlmtune.recipe.schema import Recipe
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

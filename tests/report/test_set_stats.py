@@ -15,7 +15,7 @@ from vlmtune.data.dataset import open_files
 from vlmtune.data.encode import Encoder
 from vlmtune.data.measure import Measurer
 from vlmtune.data.source import load_conversations
-from vlmtune.recipe.schema import DataEntry
+from vlmtune.recipe.data_section import DataEntry
 from vlmtune.report.set_stats import SetStatistics, figures, set_statistics
 
 NUM_ROWS = 12

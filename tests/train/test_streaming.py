@@ -25,7 +25,7 @@ from vlmtune.data.source import open_conversations
 from vlmtune.data.stream import Stream, StreamCursor, open_stream
 from vlmtune.data.types import IGNORED, Conversation, Sample
 from vlmtune.errors import SampleError, VlmtuneError
-from vlmtune.recipe.schema import DataEntry
+from vlmtune.recipe.data_section import DataEntry
 from vlmtune.train.checkpoint import complete_checkpoints, read_state
 from vlmtune.train.feed import FeedSettings, StepBuilder, StepData, StepDataset, steps_from
 from vlmtune.train.first_batch import looked_over

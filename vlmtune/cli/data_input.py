@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from vlmtune.data.dataset import OpenFile
     from vlmtune.data.encode import Encoder
     from vlmtune.data.row_walk import BadRows
-    from vlmtune.recipe.schema import DataEntry, DataSection, Recipe
+    from vlmtune.recipe.data_section import DataEntry, DataSection
+    from vlmtune.recipe.schema import Recipe
 
 logger = logging.getLogger("vlmtune")
 
@@ -117,7 +118,8 @@ def read_input(options: DataOptions, *, model: str | None = None) -> DataInput:
             raise VlmtuneError(f"{name} is an empty text", expected="a name")
     if _is_recipe(options.paths):
         return _of_recipe(options, model)
-    from vlmtune.recipe.schema import DataSection, Recipe
+    from vlmtune.recipe.data_section import DataSection
+    from vlmtune.recipe.schema import Recipe
 
     given: dict[str, Any] = {} if not options.allow_urls else {"allow_urls": True}
     section = DataSection(
@@ -196,7 +198,7 @@ def _of_recipe(options: DataOptions, model: str | None) -> DataInput:
 
 
 def _entries(options: DataOptions) -> list[DataEntry]:
-    from vlmtune.recipe.schema import DataEntry, FormatName
+    from vlmtune.recipe.data_section import DataEntry, FormatName
 
     recipes = [p for p in options.paths if Path(p).suffix.lower() in RECIPE_SUFFIXES]
     if recipes:
@@ -227,7 +229,7 @@ def _entries(options: DataOptions) -> list[DataEntry]:
 
 
 def _columns(given: Sequence[str] | None) -> dict[str, str]:
-    from vlmtune.recipe.schema import ColumnRole
+    from vlmtune.recipe.data_section import ColumnRole
 
     roles, columns = get_args(ColumnRole), dict[str, str]()
     errors: list[VlmtuneError] = []

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from vlmtune.cli.processes import Processes
     from vlmtune.data.types import Access, Conversation
     from vlmtune.evaluation.results import Result
-    from vlmtune.recipe.schema import DataEntry, Recipe
+    from vlmtune.recipe.data_section import DataEntry
+    from vlmtune.recipe.schema import Recipe
 
 logger = logging.getLogger("vlmtune")
 

@@ -104,7 +104,7 @@ def max_image_pixels(opened: OpenTarget) -> int:
     """The run's limit on a picture's pixels before decoding, or the schema's default."""
     if opened.recipe is not None:
         return opened.recipe.data.max_image_pixels
-    from vlmtune.recipe.schema import DataSection
+    from vlmtune.recipe.data_section import DataSection
 
     return int(DataSection.model_fields["max_image_pixels"].default)
 

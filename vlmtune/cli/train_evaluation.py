@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from vlmtune.evaluation.guard import GuardVerdict
     from vlmtune.evaluation.types import EvalReport
     from vlmtune.models.load import VLM
-    from vlmtune.recipe.schema import DataEntry, EvalSection, Recipe
+    from vlmtune.recipe.data_section import DataEntry
+    from vlmtune.recipe.schema import EvalSection, Recipe
     from vlmtune.train.loop import Progress
     from vlmtune.train.trainee import Trainee
 

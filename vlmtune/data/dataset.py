@@ -29,7 +29,7 @@ from vlmtune.data.sources.registry import open_rows
 from vlmtune.data.sources.rows import Rows
 from vlmtune.data.types import LOCAL, Access, Conversation
 from vlmtune.errors import VlmtuneError
-from vlmtune.recipe.schema import DataEntry, FormatName
+from vlmtune.recipe.data_section import DataEntry, FormatName
 
 logger = logging.getLogger("vlmtune")
 

@@ -29,7 +29,8 @@ from vlmtune.data.template import ChatTemplate, Rendered, TemplateError, special
 from vlmtune.data.types import Conversation, Sample, Text, Turn
 from vlmtune.data.video import Clip, read_video
 from vlmtune.errors import SampleError, VlmtuneError
-from vlmtune.recipe.schema import Recipe, VideoSection
+from vlmtune.recipe.data_section import VideoSection
+from vlmtune.recipe.schema import Recipe
 
 TrainOn = Literal["assistant", "last_turn"]
 OverLengthPolicy = Literal["error", "drop", "shrink_images", "trim_text"]

@@ -25,7 +25,7 @@ from vlmtune.data.sources.digest import digests_of
 from vlmtune.data.text import shorten
 from vlmtune.data.types import LOCAL, Access, Conversation, Media, Skipped, Source
 from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
-from vlmtune.recipe.schema import DataEntry, DataSection
+from vlmtune.recipe.data_section import DataEntry, DataSection
 
 logger = logging.getLogger("vlmtune")
 

@@ -33,8 +33,8 @@ from vlmtune.data.streams.registry import open_shards
 from vlmtune.data.streams.shards import RawRow, Shard
 from vlmtune.data.types import LOCAL, Access, Conversation, Source
 from vlmtune.errors import SampleError, VlmtuneError
+from vlmtune.recipe.data_section import DataEntry, FormatName
 from vlmtune.recipe.paths import HUB, expand_shards
-from vlmtune.recipe.schema import DataEntry, FormatName
 
 logger = logging.getLogger("vlmtune")
 

@@ -23,7 +23,7 @@ from vlmtune.data.media import locate_video, read_image
 from vlmtune.data.text import shorten
 from vlmtune.data.types import Image, Video
 from vlmtune.errors import VlmtuneError
-from vlmtune.recipe.schema import VideoSection
+from vlmtune.recipe.data_section import VideoSection
 
 if TYPE_CHECKING:
     import av

@@ -29,7 +29,8 @@ from vlmtune.models.families.registry import FAMILIES, family_for
 from vlmtune.models.family import Family
 from vlmtune.models.processor import load_processor as load_processor
 from vlmtune.models.source import commit_of, explained, quiet_transformers, read_config
-from vlmtune.recipe.schema import ImageSection, QuantizationSection
+from vlmtune.recipe.data_section import ImageSection
+from vlmtune.recipe.schema import QuantizationSection
 
 logger = logging.getLogger("vlmtune")
 

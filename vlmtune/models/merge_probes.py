@@ -23,7 +23,8 @@ from vlmtune.data.types import LOCAL, Conversation, Image, Part, Sample, Source,
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.models.forward import full_logits
 from vlmtune.models.load import VLM
-from vlmtune.recipe.schema import DataSection, Recipe
+from vlmtune.recipe.data_section import DataSection
+from vlmtune.recipe.schema import Recipe
 
 logger = logging.getLogger("vlmtune")
 

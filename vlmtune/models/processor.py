@@ -17,7 +17,7 @@ from vlmtune.models.families.registry import FAMILIES
 from vlmtune.models.source import check_source, explained, quiet_transformers
 
 if TYPE_CHECKING:
-    from vlmtune.recipe.schema import ImageSection
+    from vlmtune.recipe.data_section import ImageSection
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 

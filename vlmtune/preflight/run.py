@@ -43,8 +43,9 @@ from vlmtune.preflight.sets import (
     opened_one_by_one,
 )
 from vlmtune.preflight.table import GOOD
+from vlmtune.recipe.data_section import DataEntry
 from vlmtune.recipe.load import LoadedRecipe
-from vlmtune.recipe.schema import DataEntry, Recipe
+from vlmtune.recipe.schema import Recipe
 from vlmtune.train.build import build_encoder, embedding_prompt_of
 from vlmtune.train.run_folder import choose_start
 

@@ -37,7 +37,8 @@ from vlmtune.preflight.table import (
     Kept,
     RowTable,
 )
-from vlmtune.recipe.schema import DataEntry, Recipe
+from vlmtune.recipe.data_section import DataEntry
+from vlmtune.recipe.schema import Recipe
 from vlmtune.train.feed import Unread
 from vlmtune.train.skips import allowed_bad
 

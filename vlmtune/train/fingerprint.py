@@ -6,7 +6,8 @@ from typing import Any
 
 from vlmtune.data.source import access_of, cache_dir_of, content_hash
 from vlmtune.data.stream import stream_identity
-from vlmtune.recipe.schema import DataSection, Recipe, VideoSection
+from vlmtune.recipe.data_section import DataSection, VideoSection
+from vlmtune.recipe.schema import Recipe
 
 # Changing these between a stop and its resume changes no step's result.
 FREE_KEYS = {"output_dir", "eval", "data.eval", "data.num_workers"} | {

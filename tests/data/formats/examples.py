@@ -8,7 +8,7 @@ from typing import Any
 from vlmtune.data.formats.registry import parse_row
 from vlmtune.data.formats.rows import Row
 from vlmtune.data.types import Conversation, Source
-from vlmtune.recipe.schema import DataEntry, FormatName
+from vlmtune.recipe.data_section import DataEntry, FormatName
 
 FOLDER = Path("/data")
 

@@ -11,7 +11,7 @@ from tests.data.formats.examples import ASSISTANT, ROWS, USER, read, row_of
 from vlmtune.data.formats.registry import FORMATS, check_entry, parse_row, unused_keys
 from vlmtune.data.source import load_conversations
 from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
-from vlmtune.recipe.schema import DataEntry
+from vlmtune.recipe.data_section import DataEntry
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from tests.data.formats.examples import read, row_of, said
 from vlmtune.data.formats.registry import parse_row, unused_keys
 from vlmtune.data.formats.table import columns_of
 from vlmtune.errors import SampleError
-from vlmtune.recipe.schema import DataEntry
+from vlmtune.recipe.data_section import DataEntry
 
 PLAIN = DataEntry(path="rows.csv")
 

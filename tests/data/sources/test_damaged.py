@@ -13,7 +13,7 @@ import pytest
 from tests.data.sources.test_registry import WRITERS
 from vlmtune.data.sources.registry import open_rows
 from vlmtune.errors import VlmtuneError
-from vlmtune.recipe.schema import DataEntry
+from vlmtune.recipe.data_section import DataEntry
 
 NUM_CASES = 150
 

@@ -13,7 +13,7 @@ import pytest
 
 from vlmtune.data.sources.dataset_rows import load_hub, open_dataset_folder, open_hub
 from vlmtune.errors import VlmtuneError
-from vlmtune.recipe.schema import DataEntry
+from vlmtune.recipe.data_section import DataEntry
 
 
 def _png(value: int) -> bytes:

@@ -11,7 +11,7 @@ from vlmtune.data import index
 from vlmtune.data.source import content_hash
 from vlmtune.data.sources.digest import digests_of
 from vlmtune.errors import VlmtuneError
-from vlmtune.recipe.schema import DataEntry
+from vlmtune.recipe.data_section import DataEntry
 
 
 def _sha(content: bytes) -> str:

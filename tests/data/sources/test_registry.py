@@ -15,7 +15,7 @@ import pytest
 
 from vlmtune.data.sources.registry import open_rows
 from vlmtune.errors import SampleError, VlmtuneError
-from vlmtune.recipe.schema import DataEntry
+from vlmtune.recipe.data_section import DataEntry
 
 ROWS = [{"question": "a", "answer": "1"}, {"question": "b", "answer": "2"}]
 

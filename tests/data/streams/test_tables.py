@@ -15,7 +15,7 @@ from vlmtune.data.streams.hub import shards_of
 from vlmtune.data.streams.parquet import ParquetShard
 from vlmtune.data.streams.registry import open_shards
 from vlmtune.errors import SampleError, VlmtuneError
-from vlmtune.recipe.schema import DataEntry
+from vlmtune.recipe.data_section import DataEntry
 
 
 def table(start: int, count: int) -> pyarrow.Table:

@@ -19,7 +19,7 @@ from vlmtune.data.streams import tar as module
 from vlmtune.data.streams.registry import open_shards
 from vlmtune.data.streams.tar import TarShard
 from vlmtune.errors import SampleError, VlmtuneError
-from vlmtune.recipe.schema import DataEntry
+from vlmtune.recipe.data_section import DataEntry
 
 
 def png(color: str) -> bytes:

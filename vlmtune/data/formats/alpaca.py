@@ -21,7 +21,7 @@ from vlmtune.data.formats.exchanges import (
 )
 from vlmtune.data.formats.rows import Row
 from vlmtune.data.types import Conversation
-from vlmtune.recipe.schema import DataEntry
+from vlmtune.recipe.data_section import DataEntry
 
 KEYS = MEDIA_KEYS | {"instruction", "input", "output", "history", "system"}
 

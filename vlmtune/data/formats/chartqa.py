@@ -17,7 +17,7 @@ from vlmtune.data.formats.pictured import answers_of, asked_of_pictures
 from vlmtune.data.formats.rows import Row
 from vlmtune.data.text import describe
 from vlmtune.data.types import Conversation
-from vlmtune.recipe.schema import DataEntry
+from vlmtune.recipe.data_section import DataEntry
 
 KEYS = frozenset({"imgname", "image", "query", "label", "type", "human_or_machine"})
 WRITERS = ("human", "machine")

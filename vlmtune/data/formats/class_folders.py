@@ -15,7 +15,7 @@ from vlmtune.data.formats.pictured import CLASS_PROMPT, asked_of_pictures
 from vlmtune.data.formats.rows import Row
 from vlmtune.data.text import describe
 from vlmtune.data.types import Conversation
-from vlmtune.recipe.schema import DataEntry
+from vlmtune.recipe.data_section import DataEntry
 
 KEYS = frozenset({"image", "label"})
 _ONLY_TEXTS = (".csv", ".tsv", ".tab", ".tar", ".tar.gz", ".tgz")

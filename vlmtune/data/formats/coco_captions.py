@@ -15,7 +15,7 @@ from vlmtune.data.formats.exchanges import required_text
 from vlmtune.data.formats.pictured import CAPTION_PROMPT, answers_of, asked_of_pictures
 from vlmtune.data.formats.rows import Row
 from vlmtune.data.types import Conversation
-from vlmtune.recipe.schema import DataEntry
+from vlmtune.recipe.data_section import DataEntry
 
 KEYS = frozenset({"image", "image_id", "caption", "captions"})
 

@@ -17,7 +17,7 @@ from vlmtune.data.formats.exchanges import required_text
 from vlmtune.data.formats.pictured import answers_of, asked_of_pictures, best_answer
 from vlmtune.data.formats.rows import Row
 from vlmtune.data.types import Conversation
-from vlmtune.recipe.schema import DataEntry
+from vlmtune.recipe.data_section import DataEntry
 
 OWN_KEYS = frozenset({"questionId", "docId", "ucsf_document_id", "ucsf_document_page_no"})
 KEYS = OWN_KEYS | {"question", "image", "question_types", "data_split"}

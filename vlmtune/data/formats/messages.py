@@ -28,7 +28,7 @@ from vlmtune.data.formats.turns import WEIGHT_KEYS, has_turns_with, part_types, 
 from vlmtune.data.text import describe
 from vlmtune.data.types import Conversation, Part, Role, Text, Turn
 from vlmtune.errors import nearest
-from vlmtune.recipe.schema import DataEntry
+from vlmtune.recipe.data_section import DataEntry
 
 TURN_KEYS = frozenset({"role", "content"}) | WEIGHT_KEYS
 KEYS = MEDIA_KEYS | {"messages", "conversations"}

@@ -23,7 +23,7 @@ from vlmtune.data.formats.turns import LIST_KEYS, has_turns_with, part_types, tu
 from vlmtune.data.text import describe
 from vlmtune.data.types import Conversation
 from vlmtune.errors import nearest
-from vlmtune.recipe.schema import DataEntry
+from vlmtune.recipe.data_section import DataEntry
 
 TURN_KEYS = messages.TURN_KEYS
 KEYS = frozenset(LIST_KEYS)

@@ -26,7 +26,7 @@ from vlmtune.data.formats.turns import has_turns, unused_turn_keys
 from vlmtune.data.sources.rows import Rows
 from vlmtune.data.types import Conversation
 from vlmtune.errors import SampleError, VlmtuneError
-from vlmtune.recipe.schema import DataEntry, FormatName
+from vlmtune.recipe.data_section import DataEntry, FormatName
 
 NUM_LOOKED_AT = 20
 """Rows by which a file's format is told."""

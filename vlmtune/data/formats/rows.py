@@ -23,7 +23,7 @@ from vlmtune.data.types import (
     Video,
 )
 from vlmtune.errors import SampleError
-from vlmtune.recipe.schema import DataEntry
+from vlmtune.recipe.data_section import DataEntry
 
 COMMON_KEYS = frozenset({"id", "answers", "question_type", "options", "__key__"})
 """Read in every format; `__key__` is a tar member's name, repeated from shard to shard."""

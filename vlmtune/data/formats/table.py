@@ -25,7 +25,7 @@ from vlmtune.data.formats.turns import has_turns
 from vlmtune.data.text import describe
 from vlmtune.data.types import Conversation
 from vlmtune.errors import nearest
-from vlmtune.recipe.schema import ColumnRole, DataEntry
+from vlmtune.recipe.data_section import ColumnRole, DataEntry
 
 USUAL_NAMES: dict[ColumnRole, tuple[str, ...]] = {
     "id": ("id",),

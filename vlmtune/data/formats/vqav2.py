@@ -18,7 +18,7 @@ from vlmtune.data.formats.exchanges import optional_text, required_text
 from vlmtune.data.formats.pictured import answers_of, asked_of_pictures, best_answer
 from vlmtune.data.formats.rows import Row
 from vlmtune.data.types import Conversation
-from vlmtune.recipe.schema import DataEntry
+from vlmtune.recipe.data_section import DataEntry
 
 KEYS = frozenset(
     {"question_id", "image_id", "image", "question", "multiple_choice_answer", "answer_type"}

@@ -15,8 +15,8 @@ from vlmtune.data.sources.arrow import row_at
 from vlmtune.data.text import shorten
 from vlmtune.data.types import Source
 from vlmtune.errors import VlmtuneError, nearest
+from vlmtune.recipe.data_section import DataEntry
 from vlmtune.recipe.paths import HUB
-from vlmtune.recipe.schema import DataEntry
 
 FOLDER_FILES = ("dataset_info.json", "dataset_dict.json")
 """What marks a folder that `save_to_disk` has written."""

@@ -11,8 +11,8 @@ import numpy as np
 from vlmtune.data.index import Extra, Numbers, open_table, read_chunks, stamp_of
 from vlmtune.data.sources.dataset_rows import open_hub
 from vlmtune.errors import VlmtuneError
+from vlmtune.recipe.data_section import DataEntry
 from vlmtune.recipe.paths import HUB, expand_shards
-from vlmtune.recipe.schema import DataEntry
 
 _CHUNK_BYTES = 1 << 20
 

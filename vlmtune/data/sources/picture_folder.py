@@ -16,7 +16,7 @@ from vlmtune.data.index import Numbers
 from vlmtune.data.text import escaped, shorten
 from vlmtune.data.types import Source
 from vlmtune.errors import SampleError, VlmtuneError
-from vlmtune.recipe.schema import FormatName
+from vlmtune.recipe.data_section import FormatName
 
 logger = logging.getLogger("vlmtune")
 

@@ -30,8 +30,8 @@ from vlmtune.data.sources.rows import Rows
 from vlmtune.data.sources.tar_shard import open_tar
 from vlmtune.data.text import escaped, shorten
 from vlmtune.errors import VlmtuneError
+from vlmtune.recipe.data_section import DataEntry
 from vlmtune.recipe.paths import HUB, expand_shards
-from vlmtune.recipe.schema import DataEntry
 
 _HEAD_BYTES = 1 << 20
 _LINES = (".jsonl", ".ndjson")

@@ -16,8 +16,8 @@ from vlmtune.data.sources.dataset_rows import choose_split
 from vlmtune.data.streams.shards import RawRow
 from vlmtune.data.text import shorten
 from vlmtune.errors import VlmtuneError
+from vlmtune.recipe.data_section import DataEntry
 from vlmtune.recipe.paths import HUB
-from vlmtune.recipe.schema import DataEntry
 
 logger = logging.getLogger("vlmtune")
 

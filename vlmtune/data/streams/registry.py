@@ -14,8 +14,8 @@ from vlmtune.data.streams.parquet import ParquetShard
 from vlmtune.data.streams.shards import Shard
 from vlmtune.data.streams.tar import COMPRESSED, TarShard
 from vlmtune.errors import VlmtuneError
+from vlmtune.recipe.data_section import DataEntry
 from vlmtune.recipe.paths import HUB, expand_shards
-from vlmtune.recipe.schema import DataEntry
 
 LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 
