@@ -119,7 +119,7 @@ def means(vlm: VLM, samples: list[Sample]) -> Tensor:
     batch = collate(
         samples, pad_token_id=pad_token_id(vlm.processor), media_layout=vlm.family.media_layout
     )
-    logits = SupervisedForward(vlm.model, vlm.family)(batch.inputs, batch.supervised)
+    logits = SupervisedForward(vlm.model, vlm.family).logits(batch)
     log_probs = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
     counts = batch.supervised.sum(dim=1).tolist()
     return torch.stack([part.mean() for part in log_probs.split(counts)])

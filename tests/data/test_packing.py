@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 
 from vlmtune.data.order import Order
 from vlmtune.data.packing import (
+    Budget,
+    balanced_shares,
     num_steps,
-    plan_micro_batches,
+    plan_packs,
+    plan_padded,
     process_share,
     step_samples,
 )
@@ -89,19 +92,67 @@ def test_shares_partition_the_step_and_are_equal_to_within_one(indices, world_si
     assert max(sizes) - min(sizes) <= 1
 
 
+samples_of_a_step = st.lists(
+    st.integers(1, 60).flatmap(lambda tokens: st.tuples(st.just(tokens), st.integers(1, tokens))),
+    max_size=40,
+)
+budgets = st.builds(Budget, st.integers(1, 200), st.none() | st.integers(1, 100))
+
+
 @few
-@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 100))
-def test_micro_batches_cover_each_position_once_within_the_budget(lengths, budget):
-    groups = plan_micro_batches(lengths, budget)
+@given(samples_of_a_step, budgets, st.booleans())
+def test_micro_batches_cover_each_position_once_within_both_budgets(samples, budget, packs):
+    lengths, supervised = [n for n, _ in samples], [s for _, s in samples]
+    groups = (plan_packs if packs else plan_padded)(lengths, supervised, budget=budget)
     assert sorted(position for group in groups for position in group) == list(range(len(lengths)))
     for group in groups:
-        padded = len(group) * max(lengths[position] for position in group)
-        assert padded <= budget or len(group) == 1
+        longest = max(lengths[position] for position in group)
+        tokens = sum(lengths[at] for at in group) if packs else len(group) * longest
+        fits = budget.takes(tokens, sum(supervised[at] for at in group))
+        assert fits or len(group) == 1
 
 
-def test_micro_batches_by_hand():
-    assert plan_micro_batches([3, 10, 4, 4, 1], 12) == [[1], [2, 3, 0], [4]]
-    assert plan_micro_batches([5, 5, 5], 4) == [[0], [1], [2]]
-    assert plan_micro_batches([], 4) == []
+def test_padded_micro_batches_by_hand():
+    def plan(lengths, tokens, *, supervised=None):
+        of_each = [1] * len(lengths)
+        return plan_padded(lengths, of_each, budget=Budget(tokens, supervised))
+
+    assert plan([3, 10, 4, 4, 1], 12) == [[1], [2, 3, 0], [4]]
+    assert plan([5, 5, 5], 4) == [[0], [1], [2]]
+    assert plan([], 4) == []
+    assert plan([3, 10, 4, 4, 1], 12, supervised=2) == [[1], [2, 3], [0, 4]]
     # The wrong variant counts tokens without padding: 10 + 1 would have fitted into 12.
-    assert [1, 4] not in plan_micro_batches([3, 10, 4, 4, 1], 12)
+    assert [1, 4] not in plan([3, 10, 4, 4, 1], 12)
+
+
+def test_packs_by_hand():
+    def plan(lengths, tokens, *, supervised=None):
+        of_each = [1] * len(lengths)
+        return plan_packs(lengths, of_each, budget=Budget(tokens, supervised))
+
+    assert plan([3, 10, 4, 4, 1], 12) == [[0, 2, 3], [1, 4]]
+    # Two packs are needed: filled up they would be 11 and 6, spread evenly they are 9 and 8.
+    assert plan([6, 5, 3, 3], 11) == [[0, 3], [1, 2]]
+    assert plan([6, 5, 3, 3], 20, supervised=1) == [[0], [1], [2], [3]]
+    assert plan([50, 2, 2], 4) == [[0], [1, 2]]
+    assert plan([], 4) == []
+
+
+@few
+@given(st.lists(st.floats(0.1, 1000), max_size=40), st.integers(1, 9))
+def test_shares_of_about_the_same_work_partition_the_step(work, world_size):
+    shares = balanced_shares(work, world_size)
+    assert sorted(position for share in shares for position in share) == list(range(len(work)))
+    assert len(shares) == world_size
+    assert len(work) < world_size or all(shares)
+    if work:
+        heaviest = max(sum(work[at] for at in share) for share in shares)
+        # The bound that holds for any such split: the mean, and one sample more.
+        assert heaviest <= sum(work) / world_size + max(work) + 1e-6
+
+
+def test_balanced_shares_by_hand():
+    assert balanced_shares([9, 1, 1, 1, 8, 7], 2) == [[0, 1, 2, 3], [4, 5]]
+    # Every other sample, as one would deal them out, gives 18 and 9.
+    by_turns = [sum([9, 1, 1, 1, 8, 7][rank::2]) for rank in (0, 1)]
+    assert by_turns == [18, 9]

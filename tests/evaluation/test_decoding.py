@@ -7,7 +7,7 @@ import torch
 from transformers import StoppingCriteriaList
 
 from vlmtune.data.encode import Encoder
-from vlmtune.data.types import Conversation, Source, Text, Turn
+from vlmtune.data.types import Batch, Conversation, Source, Text, Turn
 from vlmtune.evaluation.decoding import (
     StopTexts,
     cut_before,
@@ -131,7 +131,8 @@ def log_probability(vlm: VLM, encoder: Encoder, asked: Conversation, new_ids: li
     supervised = torch.zeros(ids.shape, dtype=torch.bool)
     supervised[0, -len(new_ids) - 1 : -1] = True
     with evaluating(vlm.model):
-        logits = SupervisedForward(vlm.model, vlm.family)(inputs, supervised)
+        batch = Batch(inputs, supervised, answer[0], ("",), ids.numel(), 1)
+        logits = SupervisedForward(vlm.model, vlm.family).logits(batch)
     return float(logits.log_softmax(-1)[range(len(new_ids)), new_ids].mean())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import PIL.Image
@@ -56,7 +57,7 @@ def test_supervised_logits_equal_the_models_own(vlm: VLM, encoded):
     batch = batch_of(vlm, encoded)
     forward = SupervisedForward(vlm.model, vlm.family).eval()
     with torch.no_grad():
-        ours = forward(batch.inputs, batch.supervised)
+        ours = forward.logits(batch)
         reference = full_logits(vlm.model, batch.inputs)
     assert torch.allclose(ours, reference[batch.supervised], atol=1e-5)
     off_by_one = torch.roll(batch.supervised, 1, dims=1)
@@ -67,9 +68,9 @@ def test_padding_does_not_change_a_samples_logits(vlm: VLM, encoded):
     forward = SupervisedForward(vlm.model, vlm.family).eval()
     with torch.no_grad():
         together = batch_of(vlm, encoded)
-        padded = forward(together.inputs, together.supervised)
+        padded = forward.logits(together)
         alone = [batch_of(vlm, [s]) for s in encoded]
-        separate = torch.cat([forward(b.inputs, b.supervised) for b in alone])
+        separate = torch.cat([forward.logits(b) for b in alone])
     assert torch.allclose(padded, separate, atol=2e-5)
     assert torch.equal(together.targets, torch.cat([b.targets for b in alone]))
     # The wrong variant: padding on the left that the mask does not hide.
@@ -83,7 +84,9 @@ def test_padding_does_not_change_a_samples_logits(vlm: VLM, encoded):
     inputs = {k: moved(v) if v.shape == (3, length) else v for k, v in together.inputs.items()}
     inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
     with torch.no_grad():
-        wrong = forward(inputs, moved(together.supervised))
+        wrong = forward.logits(
+            replace(together, inputs=inputs, supervised=moved(together.supervised))
+        )
     assert not torch.allclose(wrong, separate, atol=1e-3)
 
 
@@ -95,7 +98,7 @@ def test_a_text_only_batch_still_gives_every_vision_tensor_a_gradient(vlm: VLM, 
         parameter.requires_grad_(True)
     forward = SupervisedForward(vlm.model, vlm.family)
     batch = batch_of(vlm, encoded[2:])
-    forward(batch.inputs, batch.supervised).sum().backward()
+    forward(batch).backward()
     assert vision
     assert all(p.grad is not None and not p.grad.any() for p in vision)
 
@@ -108,8 +111,7 @@ def test_checkpointing_changes_no_gradient_and_leaves_a_frozen_tower_alone(vlm: 
     batch = batch_of(vlm, encoded)
 
     def gradients():
-        loss = forward(batch.inputs, batch.supervised).sum()
-        return torch.autograd.grad(loss, trained)
+        return torch.autograd.grad(forward(batch), trained)
 
     plain = gradients()
     assert set_gradient_checkpointing(vlm.model, vlm.family) == ["language"]

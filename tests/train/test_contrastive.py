@@ -17,7 +17,9 @@ from tests.tiny_models import save_tiny_model
 from tests.train.test_processes import train_in_two
 from tests.train.training import adapter_of, metrics_of, train_once, write_recipe
 from vlmtune.cli.eval_section import choose_section, prompt_of_folders
+from vlmtune.data.batches import BatchLayout
 from vlmtune.data.order import Order
+from vlmtune.data.packing import Budget
 from vlmtune.data.source import load_conversations
 from vlmtune.data.types import SideBatch
 from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
@@ -120,9 +122,7 @@ def step_of(
     conversations, _ = load_conversations(loaded.data.train)
     settings = FeedSettings(
         batch_size=9,
-        micro_batch_tokens=budget,
-        pad_token_id=0,
-        media_layout="flat",
+        layout=BatchLayout(Budget(budget), 0, "flat", packs=False),
         skip_bad_samples=True,
         drop_over_length=False,
         rank=0,

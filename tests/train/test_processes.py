@@ -13,14 +13,15 @@ import torch
 
 from tests.train.training import METHODS, adapter_of, copy_sample, metrics_of, write_recipe
 from tests.train.training import train_once as train_alone
+from vlmtune.data.batches import BatchLayout
 from vlmtune.data.order import Order
+from vlmtune.data.packing import Budget
 from vlmtune.data.source import load_conversations
 from vlmtune.models.forward import SupervisedForward
 from vlmtune.models.load import load_vlm
 from vlmtune.recipe.load import load_recipe
 from vlmtune.train.build import build_encoder
 from vlmtune.train.feed import FeedSettings, StepBuilder, StepData, StepDataset
-from vlmtune.train.loss import summed_cross_entropy
 
 
 def train_in_two(recipe: Path, *arguments: str) -> str:
@@ -96,9 +97,7 @@ def test_a_mean_of_the_processes_means_would_be_another_loss(make_recipe):
     for rank in (0, 1):
         settings = FeedSettings(
             batch_size=3,
-            micro_batch_tokens=4000,
-            pad_token_id=0,
-            media_layout="flat",
+            layout=BatchLayout(Budget(4000), 0, "flat", packs=False),
             skip_bad_samples=False,
             drop_over_length=False,
             rank=rank,
@@ -110,8 +109,7 @@ def test_a_mean_of_the_processes_means_would_be_another_loss(make_recipe):
         assert isinstance(data, StepData)
         (batch,) = data.micro_batches
         with torch.no_grad():
-            logits = forward(batch.inputs, batch.supervised)
-        sums.append(summed_cross_entropy(logits, batch.targets).item())
+            sums.append(forward(batch).item())
         counts.append(batch.targets.numel())
     logged = metrics_of(recipe.parent / "run")[0]["loss"]  # an untrained adapter: the base's loss
     assert sum(sums) / sum(counts) == pytest.approx(logged, rel=1e-5)

@@ -11,7 +11,7 @@ import torch
 
 from tests.train.training import adapter_of, copy_sample, metrics_of, train_once, write_recipe
 from vlmtune.errors import VlmtuneError
-from vlmtune.train.loss import summed_cross_entropy
+from vlmtune.models.loss import summed_cross_entropy
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_no_supervised_token_gives_zero_and_stays_in_the_graph():
 
 
 def test_a_loss_that_is_not_finite_names_its_samples(make_recipe, tiny_vlm: Path, monkeypatch):
-    from vlmtune.train import step as module
+    from vlmtune.models import loss as module
 
     calls = []
 

@@ -20,7 +20,9 @@ from tests.train.test_processes import train_in_two
 from tests.train.test_resume import start_process, wait_for_step
 from tests.train.training import METHODS, adapter_of, metrics_of, train_once, write_recipe
 from vlmtune.data import source
+from vlmtune.data.batches import BatchLayout
 from vlmtune.data.order import Order
+from vlmtune.data.packing import Budget
 from vlmtune.data.source import open_conversations
 from vlmtune.data.stream import Stream, StreamCursor, open_stream
 from vlmtune.data.types import IGNORED, Conversation, Sample
@@ -52,9 +54,8 @@ def builder(*, batch_size: int, rank: int = 0, world_size: int = 1, **others) ->
     encoder = ThreeTokens(others.pop("refused", ()))
     plan = FeedSettings(
         batch_size=batch_size,
-        micro_batch_tokens=1,  # a micro-batch for each sample, in the order of the step
-        pad_token_id=0,
-        media_layout="flat",
+        # A micro-batch for each sample, in the order of the step.
+        layout=BatchLayout(Budget(1), 0, "flat", packs=False),
         skip_bad_samples=others.pop("skip", False),
         drop_over_length=False,
         rank=rank,

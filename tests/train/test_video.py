@@ -39,9 +39,8 @@ def test_logits_of_a_video_are_the_models_own_alone_and_in_a_batch(model_type, t
     def logits_of(given: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
         batch = collate(given, pad_token_id=0, media_layout=vlm.family.media_layout)
         with torch.no_grad():
-            return forward(batch.inputs, batch.supervised), full_logits(vlm.model, batch.inputs)[
-                batch.supervised
-            ]
+            reference = full_logits(vlm.model, batch.inputs)
+            return forward.logits(batch), reference[batch.supervised]
 
     alone = []
     for sample in samples:

@@ -15,14 +15,16 @@ from torch.nn import functional as F
 from tests.tiny_models import save_tiny_model
 from tests.train.test_processes import train_in_two
 from tests.train.training import copy_sample, metrics_of, train_once, write_recipe
+from vlmtune.data.batches import BatchLayout
 from vlmtune.data.collate import collate
 from vlmtune.data.encode import Encoder
+from vlmtune.data.packing import Budget
 from vlmtune.data.types import Conversation, Image, Sample, Source, Text, Turn
 from vlmtune.models.forward import SupervisedForward
 from vlmtune.models.load import VLM, load_vlm
+from vlmtune.models.loss import summed_cross_entropy, total_weight
 from vlmtune.train.eval_loss import evaluation_loss
 from vlmtune.train.feed import StepData
-from vlmtune.train.loss import summed_cross_entropy, total_weight
 from vlmtune.train.runtime import build_accelerator
 from vlmtune.train.step import NextToken
 
@@ -138,9 +140,7 @@ def test_the_loss_on_held_out_data_is_weighted_alike(vlm, encoder, samples, tmp_
             given,
             encoder=encoder,
             accelerator=build_accelerator("fp32"),
-            micro_batch_tokens=100,
-            pad_token_id=0,
-            media_layout="flat",
+            layout=BatchLayout(Budget(100), 0, "flat", packs=False),
         )["loss"]
 
     assert measured(conversations) == pytest.approx(step_of(vlm, [samples])[0], rel=1e-5)

@@ -134,17 +134,14 @@ class TrainingEvaluation:
         return values
 
     def _losses(self) -> Mapping[str, float]:
-        from vlmtune.models.processor import pad_token_id
-        from vlmtune.train.build import embedding_prompt_of
+        from vlmtune.train.build import embedding_prompt_of, layout_of
         from vlmtune.train.contrastive import Contrastive, contrastive_loss
         from vlmtune.train.eval_loss import evaluation_loss
 
         common: dict[str, Any] = {
             "encoder": self.encoder,
             "accelerator": self.accelerator,
-            "micro_batch_tokens": self.recipe.train.micro_batch_tokens,
-            "pad_token_id": pad_token_id(self.vlm.processor),
-            "media_layout": self.vlm.family.media_layout,
+            "layout": layout_of(self.recipe, self.vlm),
         }
         forward = self.accelerator.unwrap_model(self.trainee.forward)
         objective = self.trainee.objective

@@ -1,6 +1,6 @@
-"""Samples side by side: padded rows for training (right) and for generation (left).
+"""Samples side by side: a pack or padded rows for training, left-padded rows for generation.
 
-Letters: B rows, T tokens of the longest row, S supervised tokens.
+Letters: B rows, T tokens of the longest row, N tokens of a pack, S supervised tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +13,31 @@ import torch
 from vlmtune.data.types import IGNORED, Batch, Sample
 
 MediaLayout = Literal["flat", "stacked"]
+
+
+def pack(samples: Sequence[Sample], *, media_layout: MediaLayout) -> Batch:
+    """One row without padding, (1, N): the samples one after the other.
+
+    What keeps them apart is up to the model's caller, who gets their `lengths`.
+    """
+    targets = torch.cat([sample.targets for sample in samples])  # (N,)
+    supervised = targets != IGNORED
+    names = _token_field_names(samples)
+    inputs = {"input_ids": torch.cat([sample.input_ids for sample in samples])[None]}
+    for name in names:
+        inputs[name] = torch.cat([sample.token_fields[name] for sample in samples])[None]
+    inputs.update(_media(samples, media_layout, one_row=True))
+    return Batch(
+        inputs=inputs,
+        supervised=supervised[None],
+        targets=targets[supervised],
+        sample_ids=tuple(sample.id for sample in samples),
+        num_tokens=int(targets.numel()),
+        num_images=sum(sample.num_images for sample in samples),
+        weights=_weights(samples),
+        lengths=tuple(sample.num_tokens for sample in samples),
+        media_keys=_media_keys(samples),
+    )
 
 
 def collate(samples: Sequence[Sample], *, pad_token_id: int, media_layout: MediaLayout) -> Batch:
@@ -31,7 +56,12 @@ def collate(samples: Sequence[Sample], *, pad_token_id: int, media_layout: Media
         num_tokens=sum(sample.num_tokens for sample in samples),
         num_images=sum(sample.num_images for sample in samples),
         weights=_weights(samples),
+        media_keys=_media_keys(samples),
     )
+
+
+def _media_keys(samples: Sequence[Sample]) -> tuple[str, ...]:
+    return tuple(key for sample in samples for key in sample.media_keys)
 
 
 def _weights(samples: Sequence[Sample]) -> torch.Tensor | None:
@@ -57,18 +87,23 @@ def collate_prompts(
 def _inputs(
     samples: Sequence[Sample], pad_token_id: int, media_layout: MediaLayout, *, left: bool
 ) -> dict[str, torch.Tensor]:
-    assert samples, "an empty micro-batch"
-    names = set(samples[0].token_fields)
-    assert all(set(sample.token_fields) == names for sample in samples), "token fields differ"
+    names = _token_field_names(samples)
     ids = [sample.input_ids for sample in samples]
     inputs = {
         "input_ids": _pad(ids, pad_token_id, left=left),  # (B, T)
         "attention_mask": _pad([torch.ones_like(row) for row in ids], 0, left=left),  # (B, T)
     }
-    for name in sorted(names):
+    for name in names:
         inputs[name] = _pad([sample.token_fields[name] for sample in samples], 0, left=left)
     inputs.update(_media(samples, media_layout))
     return inputs
+
+
+def _token_field_names(samples: Sequence[Sample]) -> list[str]:
+    assert samples, "an empty micro-batch"
+    names = set(samples[0].token_fields)
+    assert all(set(sample.token_fields) == names for sample in samples), "token fields differ"
+    return sorted(names)
 
 
 def _pad(rows: Sequence[torch.Tensor], value: int, *, left: bool) -> torch.Tensor:
@@ -80,14 +115,32 @@ def _pad(rows: Sequence[torch.Tensor], value: int, *, left: bool) -> torch.Tenso
     return padded
 
 
-def _media(samples: Sequence[Sample], layout: MediaLayout) -> dict[str, torch.Tensor]:
+def _media(
+    samples: Sequence[Sample], layout: MediaLayout, *, one_row: bool = False
+) -> dict[str, torch.Tensor]:
+    """`one_row`: of a pack; `stacked` media are then (1, all pictures, …)."""
     names = sorted({name for sample in samples for name in sample.media})
     if layout == "flat":
         return {
             name: torch.cat([sample.media[name] for sample in samples if name in sample.media])
             for name in names
         }
+    if one_row:
+        return {name: _in_one_row([s.media[name] for s in samples if s.media]) for name in names}
     return {name: _stack([sample.media.get(name) for sample in samples]) for name in names}
+
+
+def _in_one_row(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows (1, pictures, …) as one (1, all pictures, …), each picture padded with zeros."""
+    pictures = [picture for row in rows for picture in row[0]]
+    sizes = [max(sizes) for sizes in zip(*(picture.shape for picture in pictures))]
+    together = pictures[0].new_zeros((1, len(pictures), *sizes))
+    for index, picture in enumerate(pictures):
+        corner = together[0, index]
+        for dim, size in enumerate(picture.shape):
+            corner = corner.narrow(dim, 0, size)
+        corner.copy_(picture)
+    return together
 
 
 def _stack(rows: Sequence[torch.Tensor | None]) -> torch.Tensor:

@@ -2,17 +2,34 @@
 
     shuffled epochs, one after the other (order.py)  ->  steps of `batch_size` samples
       ->  one share per process
-      ->  micro-batches of similar lengths within a token budget
+      ->  micro-batches within a budget: packs, or padded rows of similar lengths
 
 Nothing here keeps state, so a resumed run finds its place from the step number alone.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from vlmtune.data.order import Order
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a micro-batch of several samples may hold; `supervised` None: any number."""
+
+    tokens: int
+    supervised: int | None = None
+
+    def takes(self, tokens: int, supervised: int) -> bool:
+        return tokens <= self.tokens and (self.supervised is None or supervised <= self.supervised)
+
+    def holds(self, pack: Sequence[int], lengths: Sequence[int], supervised: Sequence[int]) -> bool:
+        """Whether the samples at the positions `pack` fit, without padding."""
+        return self.takes(sum(lengths[at] for at in pack), sum(supervised[at] for at in pack))
 
 
 def num_steps(epochs: float, num_samples: int, batch_size: int) -> int:
@@ -41,19 +58,72 @@ def process_share(indices: Sequence[int], *, rank: int, world_size: int) -> list
     return list(indices[rank::world_size])
 
 
-def plan_micro_batches(lengths: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
-    """Positions in `lengths`, grouped so that rows times the longest row keeps the budget.
+def balanced_shares(work: Sequence[float], world_size: int) -> list[list[int]]:
+    """Positions in `work` for each process, so that the sums of their work are close.
 
-    Longest first, so that padding is small and a lack of memory shows at once. A sample longer
-    than the budget stands alone.
+    Heaviest first, each to the process with the least so far (Graham 1969, SIAM J. Appl. Math. 17,
+    "longest processing time": at most 4/3 of the best possible). A share is in ascending order;
+    with as many positions as processes none is empty.
+    """
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    heap = [(0.0, 0, rank) for rank in range(world_size)]
+    for position in sorted(range(len(work)), key=lambda at: (-work[at], at)):
+        done, count, rank = heapq.heappop(heap)
+        shares[rank].append(position)
+        heapq.heappush(heap, (done + work[position], count + 1, rank))
+    return [sorted(share) for share in shares]
+
+
+def plan_packs(
+    lengths: Sequence[int], supervised: Sequence[int], *, budget: Budget
+) -> list[list[int]]:
+    """Positions in `lengths`, grouped into packs within the budget, of about the same size.
+
+    The number of packs is what first-fit decreasing needs (Johnson 1973: at most 11/9 of the least
+    possible, and one more); the samples are then spread over as many packs evenly where that keeps
+    the budget, so that the largest, which decides the memory, is small. A sample over the budget
+    stands alone. Largest pack first: a lack of memory shows at once.
+    """
+    order = sorted(range(len(lengths)), key=lambda at: (-lengths[at], at))
+    packs = _first_fit(order, lengths, supervised, budget)
+    even = [list(share) for share in balanced_shares(lengths, len(packs))] if packs else []
+    if all(len(p) == 1 or budget.holds(p, lengths, supervised) for p in even):
+        packs = even
+    packs = [sorted(pack) for pack in packs if pack]
+    return sorted(packs, key=lambda pack: (-sum(lengths[at] for at in pack), pack))
+
+
+def _first_fit(
+    order: Sequence[int], lengths: Sequence[int], supervised: Sequence[int], budget: Budget
+) -> list[list[int]]:
+    packs: list[list[int]] = []
+    for position in order:
+        for pack in packs:
+            if budget.holds([*pack, position], lengths, supervised):
+                pack.append(position)
+                break
+        else:
+            packs.append([position])
+    return packs
+
+
+def plan_padded(
+    lengths: Sequence[int], supervised: Sequence[int], *, budget: Budget
+) -> list[list[int]]:
+    """Positions in `lengths`, grouped so that rows times the longest row keeps the budget, and the
+    supervised tokens theirs.
+
+    Longest first, so that padding is small and a lack of memory shows at once. A sample over the
+    budget stands alone.
     """
     order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
     groups: list[list[int]] = []
     for position in order:
         if groups:
-            longest = lengths[groups[-1][0]]
-            if (len(groups[-1]) + 1) * longest <= micro_batch_tokens:
-                groups[-1].append(position)
+            group = [*groups[-1], position]
+            tokens = len(group) * lengths[group[0]]
+            if budget.takes(tokens, sum(supervised[at] for at in group)):
+                groups[-1] = group
                 continue
         groups.append([position])
     return groups

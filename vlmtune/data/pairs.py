@@ -16,10 +16,11 @@ from typing import Literal
 
 import torch
 
-from vlmtune.data.collate import MediaLayout, collate
+from vlmtune.data.batches import BatchLayout
+from vlmtune.data.collate import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.media import content_digest
-from vlmtune.data.packing import plan_micro_batches
+from vlmtune.data.packing import plan_padded
 from vlmtune.data.types import Conversation, Image, Part, Sample, SideBatch, Source, Text, Turn
 from vlmtune.errors import SampleError, VlmtuneError
 
@@ -57,19 +58,19 @@ def encode_pair(encoder: Encoder, conversation: Conversation, *, prompt: str) ->
     )
 
 
-def side_batches(
-    pairs: Sequence[Pair], *, micro_batch_tokens: int, pad_token_id: int, media_layout: MediaLayout
-) -> list[SideBatch]:
-    """Micro-batches within the token budget: the pictures of `pairs`, then their texts."""
+def side_batches(pairs: Sequence[Pair], *, layout: BatchLayout) -> list[SideBatch]:
+    """Micro-batches within the token budget: the pictures of `pairs`, then their texts, in padded
+    rows."""
     batches = []
     sides: tuple[Literal[0, 1], ...] = (0, 1)
     for side in sides:
         samples = [pair.picture if side == 0 else pair.text for pair in pairs]
-        for rows in plan_micro_batches([s.num_tokens for s in samples], micro_batch_tokens):
+        lengths = [sample.num_tokens for sample in samples]
+        for rows in plan_padded(lengths, [0] * len(samples), budget=layout.budget):
             batch = collate(
                 [samples[row] for row in rows],
-                pad_token_id=pad_token_id,
-                media_layout=media_layout,
+                pad_token_id=layout.pad_token_id,
+                media_layout=layout.media_layout,
             )
             batches.append(
                 SideBatch(

@@ -215,7 +215,8 @@ def _from_bytes(content: bytes) -> Sample:
         num_images=rest["num_images"],
         num_videos=rest["num_videos"],
         notes=tuple(rest["notes"]),
-        **groups,
+        token_fields=groups["token_fields"],
+        media=groups["media"],
     )
 
 

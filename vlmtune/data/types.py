@@ -1,4 +1,4 @@
-"""The records that everything passes: from a conversation in a file to a padded batch.
+"""The records that everything passes: from a conversation in a file to a batch.
 
 Letters for shapes: B rows of a micro-batch, T tokens of a sample (or of the longest row),
 S supervised tokens of a micro-batch.
@@ -145,7 +145,8 @@ class Sample:
     `token_fields` are further integer tensors of shape (T,), one value a token
     (`mm_token_type_ids`); `media` are tensors concatenated over samples along dimension 0
     (`pixel_values`, `image_grid_thw`, …). `notes` say what was changed on the way ("pictures
-    shrunk to fit max_tokens"): fixed wordings, to be counted and shown.
+    shrunk to fit max_tokens"): fixed wordings, to be counted and shown. `media_keys`: a digest of
+    what each picture, then each video, gives the vision tower; empty where nobody asked for them.
     """
 
     id: str
@@ -158,6 +159,7 @@ class Sample:
     num_videos: int = 0
     notes: tuple[str, ...] = ()
     weights: torch.Tensor | None = None  # (T,) float32
+    media_keys: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -170,12 +172,14 @@ class Sample:
 
 @dataclass
 class Batch:
-    """A micro-batch of padded rows.
+    """A micro-batch: one row of packed samples, or padded rows.
 
-    `inputs` are the model's keyword arguments (`input_ids` (B, T), `attention_mask` (B, T),
-    media, …); `supervised` (B, T) marks the positions whose logits are computed; `targets` (S,)
-    are the ids to predict there, in row-major order of `supervised`; `weights` (S,) are what they
-    count in the loss, or None where each counts 1.
+    `inputs` are the model's keyword arguments (`input_ids` (B, T), media, and of padded rows
+    `attention_mask` (B, T)); `supervised` (B, T) marks the positions whose logits are computed;
+    `targets` (S,) are the ids to predict there, in row-major order of `supervised`; `weights` (S,)
+    are what they count in the loss, or None where each counts 1. `lengths` are the tokens of a
+    pack's samples, in order (B is 1, their sum is T); None: padded rows. `media_keys` are the
+    samples' own, in the order of the media.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -185,6 +189,8 @@ class Batch:
     num_tokens: int
     num_images: int
     weights: torch.Tensor | None = None  # (S,) float32
+    lengths: tuple[int, ...] | None = None
+    media_keys: tuple[str, ...] = ()
 
 
 @dataclass

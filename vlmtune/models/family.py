@@ -38,6 +38,7 @@ class Family:
     mlp: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     media_layout: MediaLayout = "flat"
     pixel_budget: bool = False
+    positions: Literal["text", "mrope"] | None = None
 
 
 def lies_under(path: str, prefix: str) -> bool:

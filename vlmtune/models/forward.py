@@ -1,7 +1,7 @@
 """The one place that calls the model in training: logits at supervised positions only.
 
     inputs (B, T) -> backbone -> hidden states (B, T, D) -> rows that are supervised (S, D)
-                  -> lm_head -> logits (S, V)
+                  -> lm_head, cross-entropy, some rows at a time -> summed loss
 
 The full (B, T, V) tensor, the largest of a step with a large vocabulary, is never made. Letters:
 B rows, T tokens of the longest row, S supervised tokens, D width, V vocabulary.
@@ -10,13 +10,17 @@ B rows, T tokens of the longest row, S supervised tokens, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from vlmtune.data.types import Batch
 from vlmtune.errors import VlmtuneError
 from vlmtune.models.family import Family, part_of
+from vlmtune.models.loss import chunk_rows_of, chunked_cross_entropy
+from vlmtune.models.packed import pack_arguments
 
 MEDIA_PARTS = ("vision", "connector")
 
@@ -32,7 +36,8 @@ def base_name(name: str) -> str:
 
 
 class SupervisedForward(nn.Module):
-    """The trained model behind `forward(inputs, supervised) -> logits (S, V)` in float32.
+    """The trained model behind `forward(batch) -> loss`: the sum of the supervised tokens'
+    cross-entropies, each counting by its weight, in nats, float32.
 
     A micro-batch without a picture leaves the vision part out of the graph; its trained tensors
     then enter with weight zero, so that every process sends the same gradients (DDP would wait for
@@ -42,6 +47,7 @@ class SupervisedForward(nn.Module):
     def __init__(self, model: nn.Module, family: Family) -> None:
         super().__init__()
         self.model = model
+        self.family = family
         base = base_of(model)
         for name in ("model", "lm_head"):
             if not hasattr(base, name):
@@ -50,15 +56,34 @@ class SupervisedForward(nn.Module):
                     expected="a transformers …ForConditionalGeneration with `model` and `lm_head`",
                 )
         self._media_names = trained_media_names(base, family)
+        self._chunk_rows = chunk_rows_of(base.config.get_text_config().vocab_size)
 
-    def forward(self, inputs: Mapping[str, Tensor], supervised: Tensor) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         base = base_of(self.model)
+        loss = chunked_cross_entropy(
+            base.lm_head,
+            self._hidden(batch),
+            batch.targets,
+            batch.weights,
+            chunk_rows=self._chunk_rows,
+        )
+        if self._media_names and not has_media(batch.inputs):
+            loss = loss + media_zero(base, self._media_names)
+        return loss
+
+    def logits(self, batch: Batch) -> Tensor:
+        """The logits (S, V), float32, at the supervised positions."""
+        return base_of(self.model).lm_head(self._hidden(batch)).float()
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """The last hidden states (S, D) at the supervised positions."""
+        base = base_of(self.model)
+        arguments: dict[str, Any] = dict(batch.inputs)
+        if batch.lengths is not None:
+            arguments |= pack_arguments(base.model, batch.inputs, batch.lengths, self.family)
         # use_cache=False: with a cache, packed or padded rows are not isolated (and it costs).
-        hidden = base.model(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
-        logits = base.lm_head(hidden[supervised]).float()  # (S, V)
-        if self._media_names and not has_media(inputs):
-            logits = logits + media_zero(base, self._media_names)
-        return logits
+        hidden = base.model(**arguments, use_cache=False).last_hidden_state  # (B, T, D)
+        return hidden[batch.supervised]
 
 
 def trained_media_names(base: nn.Module, family: Family) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from vlmtune.data.dataset import SCANNED_OUTRIGHT, ConversationSet, OpenFile
 from vlmtune.data.order import Order
-from vlmtune.data.packing import plan_micro_batches
+from vlmtune.data.packing import Budget, plan_packs, plan_padded
 from vlmtune.preflight.table import GOOD, NO_MEDIA, NOT_A_ROW, RowTable
 
 MAX_STEPS = 5000
@@ -101,7 +101,8 @@ def micro_batches(
     step_rows: Callable[[int], Sequence[int]],
     *,
     num_steps: int,
-    micro_batch_tokens: int,
+    budget: Budget,
+    packs: bool,
 ) -> Iterator[MicroBatch]:
     """Every micro-batch of the first `MAX_STEPS` steps of one process. `step_rows(step)`: the
     samples of a step (1-based)."""
@@ -112,10 +113,13 @@ def micro_batches(
         # Both sides of a pair are batched apart: the longer one decides.
         for side in range(max((len(lengths[row]) for row in rows), default=0)):
             of_side = [int(lengths[row][side]) for row in rows]
-            for group in plan_micro_batches(of_side, micro_batch_tokens):
+            supervised = [int(table.supervised[row]) for row in rows]
+            plan = plan_packs if packs else plan_padded
+            for group in plan(of_side, supervised, budget=budget):
+                tokens = [of_side[at] for at in group]
                 yield MicroBatch(
-                    rows=len(group),
-                    longest=max(of_side[at] for at in group),
+                    rows=1 if packs else len(group),
+                    longest=sum(tokens) if packs else max(tokens),
                     supervised=sum(table.supervised[rows[at]] for at in group),
                     media=sum(table.media[rows[at]] for at in group) if side == 0 else 0,
                 )

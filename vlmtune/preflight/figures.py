@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vlmtune.data.order import Order
-from vlmtune.data.packing import num_steps, step_samples
+from vlmtune.data.packing import Budget, num_steps, step_samples
 from vlmtune.errors import VlmtuneError
 from vlmtune.preflight.disk import CACHE_BYTES_PER_TOKEN
 from vlmtune.preflight.epoch import Epoch, MicroBatch, epoch_of, micro_batches, row_numbers, set_of
@@ -57,8 +57,9 @@ class TrainingFigures:
         )
 
 
-def training_figures(train: CheckedSet, recipe: Recipe) -> TrainingFigures:
-    """What training on a checked set comes to. Raises VlmtuneError where no sample is left."""
+def training_figures(train: CheckedSet, recipe: Recipe, *, packs: bool) -> TrainingFigures:
+    """What training on a checked set comes to; `packs`: without padding. Raises VlmtuneError where
+    no sample is left."""
     numbers, order, scale = _order(train, recipe)
     table, batch_size = train.table, recipe.train.batch_size
     num_per_epoch = round(order.num_per_epoch * scale)
@@ -74,7 +75,8 @@ def training_figures(train: CheckedSet, recipe: Recipe) -> TrainingFigures:
         numbers,
         partial(_step_rows, order=order, batch_size=batch_size),
         num_steps=min(steps, num_steps(1, order.num_per_epoch, batch_size)),
-        micro_batch_tokens=recipe.train.micro_batch_tokens,
+        budget=Budget(recipe.train.micro_batch_tokens, recipe.train.micro_batch_supervised_tokens),
+        packs=packs,
     )
     epoch = epoch_of(
         table, numbers, order, batch_size=batch_size, num_per_epoch=num_per_epoch, scale=scale

@@ -12,7 +12,8 @@ compute dtype (2, or 4 in fp32).
                    without checkpointing  N L k M a
                    with                   N L D a, and of the larger one a layer, N k M a
                  of a tower before anything that trains: a layer, where that is more
-    logits       S V (12 + a): the logits, in float32, their log-softmax and its gradient
+    logits       C V (12 + a): the logits, in float32, their log-softmax and its gradient, of as
+                 many of the S rows as there are at once
     unpacking    the largest quantised weight in the compute dtype
 
 Not counted: the libraries' own memory (0.5 to 1 GB of a process; a CUDA context as much on the
@@ -24,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
+from vlmtune.models.loss import chunk_rows_of
 from vlmtune.preflight.epoch import MicroBatch
 from vlmtune.preflight.model import MetaModel, Tower, Trained
 from vlmtune.recipe.schema import Recipe
@@ -102,7 +104,8 @@ def memory_of(
             [(language, batch.tokens, True), (vision, patches, vision_trains)],
             checkpointing=recipe.train.gradient_checkpointing,
         )
-        head = batch.supervised * meta.vocabulary * (12 + number)
+        rows = min(batch.supervised, chunk_rows_of(meta.vocabulary))
+        head = rows * meta.vocabulary * (12 + number)
         if taken * number + head > activations + logits:
             activations, logits = taken * number, head
     return Memory(

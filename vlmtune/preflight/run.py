@@ -19,6 +19,7 @@ from vlmtune.data.source import access_of, cache_dir_of
 from vlmtune.data.stream import Stream
 from vlmtune.errors import VlmtuneError
 from vlmtune.models.load import VLM
+from vlmtune.models.packed import can_pack
 from vlmtune.models.processor import load_processor
 from vlmtune.preflight import disk as disks
 from vlmtune.preflight.figures import TrainingFigures, training_figures
@@ -231,7 +232,13 @@ class Preflight:
         train = report.sets.get("data.train")
         if train is not None:
             with _noted(problems, places):
-                report.figures = training_figures(train, recipe)
+                packs = (
+                    meta is not None
+                    and recipe.train.packing
+                    and recipe.objective == "next_token"
+                    and can_pack(meta.model, meta.family)
+                )
+                report.figures = training_figures(train, recipe, packs=packs)
         if meta is None or processor is None:
             return
         figures = report.figures

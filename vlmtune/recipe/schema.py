@@ -117,6 +117,17 @@ class TrainSection(Section):
         description="Memory knob: tokens, padding included, in one forward pass of one process. "
         "A single longer sample still makes a micro-batch of its own.",
     )
+    micro_batch_supervised_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Supervised tokens in one forward pass of one process; null: any number.",
+    )
+    packing: bool = Field(
+        default=True,
+        description="Lay samples one after the other without padding, each attending to itself "
+        "only, where the model family can; otherwise rows of similar length are padded. The loss "
+        "is the same.",
+    )
     learning_rate: float = Field(default=2e-4, gt=0, description="Peak learning rate.")
     part_learning_rates: dict[PartName, Rate] = Field(
         default={}, description="Peak learning rates of single parts, e.g. `{vision: 2e-5}`."

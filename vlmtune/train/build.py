@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from vlmtune.data.batches import BatchLayout
 from vlmtune.data.dataset import ConversationSet
 from vlmtune.data.encode import Encoder, OverLength, encoder_for
-from vlmtune.data.packing import num_steps
+from vlmtune.data.packing import Budget, num_steps
 from vlmtune.data.pairs import encode_pair
 from vlmtune.data.source import access_of, cache_dir_of, open_conversations
 from vlmtune.data.stream import Stream, StreamCursor, open_stream
@@ -26,9 +27,11 @@ from vlmtune.models.forward import (
     MEDIA_PARTS,
     SupervisedForward,
     base_name,
+    base_of,
     set_gradient_checkpointing,
 )
 from vlmtune.models.load import VLM
+from vlmtune.models.packed import can_pack, use_packed_attention
 from vlmtune.models.processor import pad_token_id
 from vlmtune.recipe.schema import Recipe
 from vlmtune.train.best import updated
@@ -126,6 +129,17 @@ def build_encoder(recipe: Recipe, vlm: VLM) -> Encoder:
     return encoder_for(recipe, vlm.processor, cache_dir=cache_dir)
 
 
+def layout_of(recipe: Recipe, vlm: VLM) -> BatchLayout:
+    """How samples lie side by side in training and in the loss on held-out data."""
+    section = recipe.train
+    return BatchLayout(
+        budget=Budget(section.micro_batch_tokens, section.micro_batch_supervised_tokens),
+        pad_token_id=pad_token_id(vlm.processor),
+        media_layout=vlm.family.media_layout,
+        packs=section.packing and can_pack(base_of(vlm.model), vlm.family),
+    )
+
+
 def build_steps(
     recipe: Recipe,
     *,
@@ -148,9 +162,7 @@ def build_steps(
         )
     settings = FeedSettings(
         batch_size=recipe.train.batch_size,
-        micro_batch_tokens=recipe.train.micro_batch_tokens,
-        pad_token_id=pad_token_id(vlm.processor),
-        media_layout=vlm.family.media_layout,
+        layout=layout_of(recipe, vlm),
         skip_bad_samples=recipe.data.on_bad_sample == "skip",
         drop_over_length=recipe.data.over_length == "drop",
         rank=accelerator.process_index,
@@ -242,12 +254,15 @@ def build_trainee(
     kind = SupervisedForward if prompt is None else EmbeddingForward
     forward = kind(adapter.model, vlm.family)
     forward.to(accelerator.device)
+    layout = layout_of(recipe, vlm)
+    if layout.packs:
+        use_packed_attention(base_of(adapter.model))
     trained = {n: p for n, p in adapter.model.named_parameters() if p.requires_grad}
     parts = {name: part_of(base_name(name), vlm.family) or "language" for name in trained}
     batch = first_batch(
         data,
         encoder,
-        vlm,
+        layout,
         needs_media=bool(set(parts.values()) & set(MEDIA_PARTS)),
         embedding_prompt=prompt,
     )

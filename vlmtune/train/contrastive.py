@@ -25,8 +25,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlmtune.data.batches import BatchLayout
 from vlmtune.data.encode import Encoder
-from vlmtune.data.pairs import MediaLayout, encode_pair, side_batches
+from vlmtune.data.pairs import encode_pair, side_batches
 from vlmtune.data.types import Conversation, SideBatch
 from vlmtune.errors import SampleError
 from vlmtune.train.checkpoint import random_state, restore_random_state
@@ -192,9 +193,7 @@ def contrastive_loss(
     batch_size: int,
     encoder: Encoder,
     accelerator: Accelerator,
-    micro_batch_tokens: int,
-    pad_token_id: int,
-    media_layout: MediaLayout,
+    layout: BatchLayout,
 ) -> Mapping[str, float]:
     """`loss` (nats per pair) and `in_batch_accuracy` on held-out samples, told apart within chunks
     of `batch_size` in their order, the same for any number of processes. `skipped`: samples that
@@ -211,12 +210,7 @@ def contrastive_loss(
                 sums[3] += 1
         if not pairs:
             continue
-        batches = side_batches(
-            pairs,
-            micro_batch_tokens=micro_batch_tokens,
-            pad_token_id=pad_token_id,
-            media_layout=media_layout,
-        )
+        batches = side_batches(pairs, layout=layout)
         with accelerator.autocast():
             own, _ = embed_sides(forward, batches, len(pairs), accelerator.device)
         keys = torch.tensor([(p.picture_key, p.text_key) for p in pairs], device=own.device)

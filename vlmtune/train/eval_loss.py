@@ -8,13 +8,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from vlmtune.data.collate import MediaLayout, collate
+from vlmtune.data.batches import BatchLayout, make_batches
 from vlmtune.data.encode import Encoder
-from vlmtune.data.packing import plan_micro_batches
 from vlmtune.data.types import Conversation
 from vlmtune.errors import SampleError
+from vlmtune.models.loss import total_weight
 from vlmtune.train.feed import to_device
-from vlmtune.train.loss import summed_cross_entropy, total_weight
 
 CHUNK = 256
 """Samples encoded at once: bounds the memory of their pictures."""
@@ -27,9 +26,7 @@ def evaluation_loss(
     *,
     encoder: Encoder,
     accelerator: Accelerator,
-    micro_batch_tokens: int,
-    pad_token_id: int,
-    media_layout: MediaLayout,
+    layout: BatchLayout,
 ) -> dict[str, float]:
     """`loss` in nats per supervised token, weighted as in training, and `skipped`, the samples that
     could not be used. Without a supervised token there is no `loss`.
@@ -47,14 +44,10 @@ def evaluation_loss(
                 samples.append(encoder.encode(conversation))
             except SampleError:
                 skipped += 1
-        for rows in plan_micro_batches([s.num_tokens for s in samples], micro_batch_tokens):
-            batch = collate(
-                [samples[i] for i in rows], pad_token_id=pad_token_id, media_layout=media_layout
-            )
-            batch = to_device(batch, accelerator.device)
+        for made in make_batches(samples, layout):
+            batch = to_device(made, accelerator.device)
             with accelerator.autocast():
-                logits = forward(batch.inputs, batch.supervised)
-            total += summed_cross_entropy(logits, batch.targets, batch.weights).item()
+                total += forward(batch).item()
             weight += total_weight(batch.targets, batch.weights)
     sums = torch.tensor([total, weight, skipped], dtype=torch.float64, device=accelerator.device)
     total, weight, skipped = accelerator.reduce(sums, "sum").tolist()

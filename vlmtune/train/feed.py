@@ -21,12 +21,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vlmtune.data.collate import MediaLayout, collate
+from vlmtune.data.batches import BatchLayout, make_batches
 from vlmtune.data.dataset import ConversationSet
 from vlmtune.data.encode import Encoder, OverLength
 from vlmtune.data.formats.rows import check_trainable
 from vlmtune.data.order import Order
-from vlmtune.data.packing import plan_micro_batches, process_share, step_samples
+from vlmtune.data.packing import process_share, step_samples
 from vlmtune.data.pairs import Pair, encode_pair, side_batches
 from vlmtune.data.stream import StreamCursor
 from vlmtune.data.types import IGNORED, Batch, Conversation, Sample, SideBatch, Source
@@ -87,9 +87,7 @@ class FeedSettings:
     of a sample in contrastive training; None: answers are trained on."""
 
     batch_size: int
-    micro_batch_tokens: int
-    pad_token_id: int
-    media_layout: MediaLayout
+    layout: BatchLayout
     skip_bad_samples: bool
     drop_over_length: bool
     rank: int
@@ -152,26 +150,12 @@ class StepBuilder:
         return encode_pair(self.encoder, conversation, prompt=prompt)
 
     def _pair_batches(self, pairs: Sequence[Pair]) -> list[SideBatch]:
-        s = self.settings
-        return side_batches(
-            pairs,
-            micro_batch_tokens=s.micro_batch_tokens,
-            pad_token_id=s.pad_token_id,
-            media_layout=s.media_layout,
-        )
+        return side_batches(pairs, layout=self.settings.layout)
 
     def _batches(self, encoded: Sequence[Sample | Pair]) -> Sequence[Batch | SideBatch]:
         s = self.settings
         samples = [x for x in encoded if isinstance(x, Sample)] or [self._unsupervised()]
-        plan = plan_micro_batches([x.num_tokens for x in samples], s.micro_batch_tokens)
-        batches = [
-            collate(
-                [samples[i] for i in rows],
-                pad_token_id=s.pad_token_id,
-                media_layout=s.media_layout,
-            )
-            for rows in plan
-        ]
+        batches = make_batches(samples, s.layout)
         if s.embedding_prompt is None:
             return batches
         # No pair is left: the row takes part in the gradient's reduction, with zeros.
@@ -181,7 +165,7 @@ class StepBuilder:
     def _unsupervised(self) -> Sample:
         """A sample without a target: a process with nothing to train on still takes part in the
         gradient's reduction, with zeros."""
-        ids = torch.full((2,), self.settings.pad_token_id)
+        ids = torch.full((2,), self.settings.layout.pad_token_id)
         return Sample(
             id="",
             source=Source("", 0),

@@ -9,9 +9,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
-from typing import Any
 
-from vlmtune.data.collate import collate
+from vlmtune.data.batches import BatchLayout, make_batch
 from vlmtune.data.dataset import ConversationSet
 from vlmtune.data.encode import Encoder
 from vlmtune.data.formats.rows import check_trainable
@@ -19,8 +18,6 @@ from vlmtune.data.pairs import encode_pair, side_batches
 from vlmtune.data.stream import OpenStream, Stream
 from vlmtune.data.types import Batch, Conversation, SideBatch
 from vlmtune.errors import SampleError, VlmtuneError
-from vlmtune.models.load import VLM
-from vlmtune.models.processor import pad_token_id
 
 LOOKED_OVER = 1000
 """Samples that are looked at before training: has one a picture, which is the first to encode."""
@@ -61,7 +58,7 @@ def _readable(
 def first_batch(
     data: TrainingData,
     encoder: Encoder,
-    vlm: VLM,
+    layout: BatchLayout,
     *,
     needs_media: bool,
     embedding_prompt: str | None = None,
@@ -72,19 +69,15 @@ def first_batch(
     Raises a sample's SampleError where none is usable, and with `needs_media` a
     VlmtuneError where none has a picture or a video.
     """
-    layout: dict[str, Any] = {
-        "pad_token_id": pad_token_id(vlm.processor),
-        "media_layout": vlm.family.media_layout,
-    }
     problems: list[SampleError] = []
 
     def batch_of(conversation: Conversation) -> Batch | SideBatch | None:
         try:
             if embedding_prompt is not None:
                 pair = encode_pair(encoder, conversation, prompt=embedding_prompt)
-                return side_batches([pair], micro_batch_tokens=1, **layout)[0]
+                return side_batches([pair], layout=layout)[0]
             check_trainable(conversation)
-            return collate([encoder.encode(conversation)], **layout)
+            return make_batch([encoder.encode(conversation)], layout)
         except SampleError as error:
             problems.append(error)
             return None

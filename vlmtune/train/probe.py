@@ -17,7 +17,6 @@ from torch import nn
 from vlmtune.data.types import Batch, SideBatch
 from vlmtune.errors import VlmtuneError
 from vlmtune.models.forward import SupervisedForward, full_logits
-from vlmtune.train.loss import summed_cross_entropy
 
 log = logging.getLogger("vlmtune")
 
@@ -30,7 +29,7 @@ def check_forward(forward: SupervisedForward, batch: Batch, dtype: torch.dtype) 
     was_training = forward.training
     forward.eval()
     with torch.no_grad():
-        ours = forward(batch.inputs, batch.supervised)
+        ours = forward.logits(batch)
         reference = full_logits(forward.model, batch.inputs)[batch.supervised]
     forward.train(was_training)
     scale = reference.abs().max().clamp_min(1e-6)
@@ -58,7 +57,7 @@ def freeze_unreached(
         if isinstance(batch, SideBatch):
             forward(batch.inputs, batch.last).sum().backward()
         else:
-            summed_cross_entropy(forward(batch.inputs, batch.supervised), batch.targets).backward()
+            forward(batch).backward()
     forward.train(was_training)
     unreached = [name for name, p in parameters.items() if p.grad is None]
     for parameter in parameters.values():

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from vlmtune.data.types import Batch, SideBatch
 from vlmtune.errors import VlmtuneError
+from vlmtune.models.loss import total_weight
 from vlmtune.train.feed import StepData, to_device
-from vlmtune.train.loss import summed_cross_entropy, total_weight
 
 
 class Method(Protocol):
@@ -159,8 +159,7 @@ class NextToken:
         for number, batch in enumerate(batches):
             on_device = to_device(batch, accelerator.device)
             with reduced_at_last(forward, accelerator, number=number, of=len(batches)):
-                logits = forward(on_device.inputs, on_device.supervised)  # (S, V)
-                loss = summed_cross_entropy(logits, on_device.targets, on_device.weights)
+                loss = forward(on_device)
                 # DDP takes the mean over processes; the weight is already global.
                 accelerator.backward(loss * (accelerator.num_processes / (weight or 1.0)))
             losses.append(loss.detach())

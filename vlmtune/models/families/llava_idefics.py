@@ -23,6 +23,7 @@ LLAVA = Family(
     },
     attention=ATTENTION,
     mlp=MLP,
+    positions="text",
 )
 
 IDEFICS = Family(
@@ -37,4 +38,5 @@ IDEFICS = Family(
     attention=ATTENTION,
     mlp=MLP,
     media_layout="stacked",
+    positions="text",
 )

@@ -20,6 +20,7 @@ QWEN2_VL = Family(
     attention={"vision": VISION_ATTENTION, "language": LANGUAGE_ATTENTION},
     mlp={"vision": ("fc1", "fc2"), "language": LANGUAGE_MLP},
     pixel_budget=True,
+    positions="mrope",
 )
 
 QWEN2_5_VL = Family(
@@ -30,6 +31,7 @@ QWEN2_5_VL = Family(
     # The tower's MLP is gated like the language model's and shares its leaf names.
     mlp={"vision": LANGUAGE_MLP, "language": LANGUAGE_MLP},
     pixel_budget=True,
+    positions="mrope",
 )
 
 QWEN3_VL = Family(
@@ -43,4 +45,5 @@ QWEN3_VL = Family(
     attention=QWEN2_VL.attention,
     mlp={"vision": ("linear_fc1", "linear_fc2"), "language": LANGUAGE_MLP},
     pixel_budget=True,
+    positions="mrope",
 )

@@ -1,0 +1,124 @@
+"""Samples packed into one row give the loss and the gradients that they give one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models.test_forward import FAMILIES, conversation
+from tests.tiny_models import save_tiny_model
+from vlmtune.data.collate import collate, pack
+from vlmtune.data.encode import Encoder
+from vlmtune.data.types import Batch, Sample
+from vlmtune.models import packed as module
+from vlmtune.models.family import part_of
+from vlmtune.models.forward import SupervisedForward, set_gradient_checkpointing
+from vlmtune.models.load import VLM, load_vlm
+from vlmtune.models.packed import can_pack, use_packed_attention
+
+GIVEN = [
+    ("a", "a cat", 1),
+    ("text", "none at all", 0),
+    ("b", "two dogs and a much longer answer", 2),
+    ("c", "yes", 1),
+]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def vlm(request, tmp_path_factory) -> VLM:
+    folder = tmp_path_factory.mktemp(request.param)
+    save_tiny_model(request.param, folder)
+    return load_vlm(str(folder), dtype=torch.float32)
+
+
+@pytest.fixture
+def samples(vlm: VLM, tmp_path: Path) -> list[Sample]:
+    encoder = Encoder(vlm.processor, max_tokens=512, over_length="error", max_image_pixels=10**6)
+    return [encoder.encode(conversation(tmp_path, n, t, num_images=k)) for n, t, k in GIVEN]
+
+
+@pytest.fixture
+def forward(vlm: VLM):
+    """The language part's attention trains, the rest is frozen; afterwards as before."""
+    assert can_pack(vlm.model, vlm.family)
+    use_packed_attention(vlm.model)
+    for name, parameter in vlm.model.named_parameters():
+        parameter.requires_grad_(part_of(name, vlm.family) == "language" and "_proj" in name)
+    yield SupervisedForward(vlm.model, vlm.family).train()
+    vlm.model.activation_checkpointing_disable()
+    vlm.model.set_attn_implementation("sdpa")
+
+
+def packed(vlm: VLM, samples: list[Sample]) -> Batch:
+    return pack(samples, media_layout=vlm.family.media_layout)
+
+
+def loss_and_gradients(forward, batches: list[Batch]) -> tuple[float, list[torch.Tensor]]:
+    trained = [p for p in forward.parameters() if p.requires_grad]
+    loss = torch.stack([forward(batch) for batch in batches]).sum()
+    return loss.item(), list(torch.autograd.grad(loss, trained))
+
+
+def distance(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_equals_separate(vlm: VLM, samples, forward, checkpointing):
+    alone = [collate([s], pad_token_id=0, media_layout=vlm.family.media_layout) for s in samples]
+    reference = loss_and_gradients(forward, alone)
+    if checkpointing:
+        set_gradient_checkpointing(vlm.model, vlm.family)
+    for groups in ([samples], [samples[:2], samples[2:]], [samples[::-1]], [[s] for s in samples]):
+        loss, gradients = loss_and_gradients(forward, [packed(vlm, group) for group in groups])
+        assert loss == pytest.approx(reference[0], rel=1e-5)
+        assert distance(gradients, reference[1]) < 1e-5
+    padded = collate(samples, pad_token_id=0, media_layout=vlm.family.media_layout)
+    loss, gradients = loss_and_gradients(forward, [padded])
+    assert loss == pytest.approx(reference[0], rel=1e-5)
+    assert distance(gradients, reference[1]) < 1e-5
+
+
+def test_logits_of_a_pack_are_those_of_its_samples(vlm: VLM, samples, forward):
+    forward.eval()
+    with torch.no_grad():
+        together = forward.logits(packed(vlm, samples))
+        separate = torch.cat([forward.logits(packed(vlm, [s])) for s in samples])
+    assert torch.allclose(together, separate, atol=2e-5)
+
+
+def test_a_sample_in_front_is_not_seen(vlm: VLM, samples, forward, monkeypatch):
+    """The wrong variants: one causal attention over the row, and other positions."""
+    reference = loss_and_gradients(forward, [packed(vlm, samples)])
+    whole = packed(vlm, samples)
+    num_tokens = whole.num_tokens
+
+    def as_one(model, inputs, lengths, family):
+        return module.pack_arguments(model, inputs, lengths, family) | {
+            "pack_lengths": (num_tokens,)
+        }
+
+    def halved(model, inputs, lengths, family):
+        right = module.pack_arguments(model, inputs, lengths, family)
+        return right | {"position_ids": right["position_ids"] // 2}
+
+    for wrong in (as_one, halved):
+        monkeypatch.setattr("vlmtune.models.forward.pack_arguments", wrong)
+        loss, gradients = loss_and_gradients(forward, [whole])
+        assert abs(loss - reference[0]) > 1e-3 or distance(gradients, reference[1]) > 1e-3
+
+
+def test_padded_rows_and_generation_are_as_with_the_stock_attention(vlm: VLM, samples, forward):
+    forward.eval()
+    layout = vlm.family.media_layout
+    batch = collate(samples, pad_token_id=0, media_layout=layout)
+    with torch.no_grad():
+        ours = forward.logits(batch)
+        written = vlm.model.generate(**batch.inputs, max_new_tokens=4, do_sample=False)
+        vlm.model.set_attn_implementation("sdpa")
+        stock = forward.logits(batch)
+        by_stock = vlm.model.generate(**batch.inputs, max_new_tokens=4, do_sample=False)
+    assert torch.equal(ours, stock)
+    assert torch.equal(written, by_stock)

@@ -1,0 +1,119 @@
+"""Samples packed into one row, kept apart: attention sample by sample, positions from 0 in each.
+
+    row (1, N) of samples with `lengths`  ->  position_ids, pack_lengths  ->  model
+      attention layer: queries, keys, values (1, H, N, D)
+        -> one causal attention a sample -> (1, N, H, D)
+
+The cost of attention is the sum of the samples' squares, not the square of their sum, and no mask
+is made. N tokens of a pack, T of the longest sample, B samples, H heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from vlmtune.models.family import Family
+
+ATTENTION = "vlmtune_packed"
+"""The name by which transformers finds the attention below."""
+
+
+def can_pack(model: Any, family: Family) -> bool:
+    """Whether the language part keeps the samples of a row apart: its family is known to, and
+    every layer is one of full causal attention."""
+    if family.positions is None:
+        return False
+    kinds = getattr(model.config.get_text_config(), "layer_types", None)
+    return kinds is None or set(kinds) <= {"full_attention"}
+
+
+def use_packed_attention(model: Any) -> None:
+    """Let the language part of a transformers model attend sample by sample where it is given
+    `pack_lengths`; without them, as padded rows and generation do, it works as before."""
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, _mask)
+    model.set_attn_implementation({"text_config": ATTENTION})
+
+
+def pack_arguments(
+    model: Any, inputs: Mapping[str, Tensor], lengths: Sequence[int], family: Family
+) -> dict[str, Any]:
+    """What the model is given besides `inputs` for a pack. `model` has `get_rope_index` where the
+    family's positions are "mrope"."""
+    if family.positions == "mrope":
+        positions = _grid_positions(model, inputs, lengths)  # (4, 1, N)
+    else:
+        positions = _text_positions(lengths, inputs["input_ids"].device)[None]  # (1, N)
+    return {"position_ids": positions, "pack_lengths": tuple(lengths)}
+
+
+def _text_positions(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """0, 1, … from anew in each sample, (N,)."""
+    return torch.cat([torch.arange(length, device=device) for length in lengths])
+
+
+def _grid_positions(model: Any, inputs: Mapping[str, Tensor], lengths: Sequence[int]) -> Tensor:
+    """M-RoPE (Wang et al. 2024, arXiv 2409.12191, section 2.1): a row of plain positions, from
+    which transformers tells the samples apart, then those in time, height and width."""
+    ids = _rows(inputs["input_ids"][0], lengths)  # (B, T)
+    is_token = _rows(torch.ones_like(inputs["input_ids"][0]), lengths)  # (B, T)
+    given = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+    positions, _ = model.get_rope_index(
+        ids,
+        mm_token_type_ids=_rows(inputs["mm_token_type_ids"][0], lengths),
+        attention_mask=is_token,
+        **{name: inputs[name] for name in given if name in inputs},
+    )  # (3, B, T)
+    plain = _text_positions(lengths, ids.device)[None]  # (1, N)
+    return torch.cat([plain, positions[:, is_token.bool()]])[:, None]
+
+
+def _rows(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """A pack's (N,) as (B, T), padded on the right with zeros."""
+    return nn.utils.rnn.pad_sequence(list(values.split(list(lengths))), batch_first=True)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,  # (1, H, N, D)
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    *,
+    pack_lengths: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """In the signature of transformers' attention functions; the output is (1, N, H, D)."""
+    if pack_lengths is None:
+        output: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output
+    assert attention_mask is None, "a pack has no mask"
+    lengths = list(pack_lengths)
+    samples = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2))
+    outputs = [
+        F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
+        ).transpose(1, 2)
+        for q, k, v in samples
+    ]
+    return torch.cat(outputs, dim=1), None
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """None where no mask is wanted: a pack (its attention needs none), or a row without padding."""
+    if kwargs["attention_mask"] is None and kwargs["q_length"] == kwargs["kv_length"]:
+        return None
+    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    return mask
