@@ -55,7 +55,7 @@ def test_a_merge_that_does_not_verify_exits_1_and_says_so_in_json(tiny_vlm, tmp_
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--max-shard-size", "huge"], "--max-shard-size"),
+        (["--shard-size", "huge"], "--shard-size"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )

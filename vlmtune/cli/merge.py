@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from vlmtune.cli.common import DebugOption, JsonOption, QuietOption, command, print_json
+from vlmtune.cli.preload import preload
 from vlmtune.errors import VlmtuneError
 
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?(KB|MB|GB|TB)")
@@ -28,9 +29,10 @@ def merge_command(
         Literal["auto", "bfloat16", "float16", "float32"],
         typer.Option("--dtype", help="Of the merged weights. auto: the base's own."),
     ] = "auto",
-    max_shard_size: Annotated[
-        str, typer.Option("--max-shard-size", help="Largest weight file, e.g. 5GB.")
-    ] = "5GB",
+    shard_size: Annotated[
+        str,
+        typer.Option("--shard-size", "--max-shard-size", help="Largest weight file, e.g. 5GB."),
+    ] = "2GB",
     data: Annotated[
         list[Path] | None,
         typer.Option(
@@ -52,10 +54,11 @@ def merge_command(
     The base is loaded again without quantisation. Exits 1, and leaves no output, where the written
     model's logits are not those of base + adapter.
     """
-    if SHARD_SIZE.fullmatch(max_shard_size) is None:
+    if SHARD_SIZE.fullmatch(shard_size) is None:
         raise VlmtuneError(
-            "wrong value for --max-shard-size", got=max_shard_size, expected="a size, e.g. 5GB"
+            "wrong value for --shard-size", got=shard_size, expected="a size, e.g. 5GB"
         )
+    preload("vlmtune.models.merge")
     from vlmtune.models.merge import merge
     from vlmtune.models.merge_verify import MergeFailed
 
@@ -64,7 +67,7 @@ def merge_command(
             run,
             output,
             dtype=dtype,
-            max_shard_size=max_shard_size,
+            shard_size=shard_size,
             data=data or (),
             trust_remote_code=trust_remote_code,
         )
@@ -78,5 +81,6 @@ def merge_command(
     print(
         f"{report.output}: verified on {report.num_positions} positions of {report.num_samples} "
         f"samples; logits differ by at most {report.max_difference:.3g} "
-        f"(tolerance {report.tolerance:.3g}, {report.dtype})"
+        f"(tolerance {report.tolerance:.3g}, {report.dtype}); "
+        f"{report.peak_memory_bytes / 1e9:.1f} GB of memory at most"
     )

@@ -1,50 +1,74 @@
 """Base + adapter into one checkpoint that stock transformers loads, verified before it appears.
 
-    open in float32, unquantised -> logits -> fold (PEFT) -> logits -> round, write beside
-    -> load what was written with stock transformers -> logits agree? -> rename into place
+    open, the weights left on the disk -> logits -> every tensor folded, rounded, written beside
+    -> what was written, read by stock transformers' names -> logits and tensors agree? -> rename
 
 Never a merge into a quantised base: rounding W + change back to 4 bit loses most of the change.
-Memory: the model in float32 once, never twice.
+Memory: the adapter, and one module's weights in float32 at a time (`streamed.py`). Only a model of
+which transformers makes weights out of others when it loads it is held whole (`merge_whole.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from vlmtune.errors import VlmtuneError
-from vlmtune.models.adapters.folded import folded_weights
-from vlmtune.models.adapters.wrapping import tuner_layers
 from vlmtune.models.embedding import RECORD_FILE
+from vlmtune.models.forward import base_of
 from vlmtune.models.merge_probes import Probe, build_probes, probe_logits
+from vlmtune.models.merge_shards import OutputPlan, output_tensor, plan_output, write_merged
+from vlmtune.models.merge_source import Folding, OnDisk, open_on_disk
+from vlmtune.models.merge_tensors import (
+    TensorError,
+    error_of,
+    keys_error,
+    loads_as_written,
+    tensor_errors,
+)
 from vlmtune.models.merge_verify import (
+    MergeFailed,
     MergeReport,
     Reference,
     float32_tolerance,
     largest_difference,
+    no_logits,
+    peak_memory_bytes,
     require,
-    verify_written,
-    weight_samples,
 )
-from vlmtune.models.open import OpenTarget, open_target, result_of_run
-from vlmtune.models.save import MAX_SHARD_SIZE, save_model
+from vlmtune.models.merge_whole import merge_whole
+from vlmtune.models.open import result_of_run
+from vlmtune.models.processor import load_processor
 from vlmtune.models.source import read_config
+from vlmtune.models.streamed import Reader, place, streaming
+from vlmtune.models.tensor_files import size_in_bytes, stored_tensors, weight_files
 
 logger = logging.getLogger("vlmtune")
 
+SHARD_SIZE = "2GB"
 SPACE_MARGIN = 1.02
 """Bytes on the disk for a byte of weights."""
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A checkpoint that was written from `folding` by `plan`, and what to hold it against."""
+
+    folding: Folding
+    plan: OutputPlan
+    reference: Reference
 
 
 def merge(
@@ -52,118 +76,155 @@ def merge(
     output: Path,
     *,
     dtype: DtypeName = "auto",
-    max_shard_size: str = MAX_SHARD_SIZE,
+    shard_size: str = SHARD_SIZE,
     data: Sequence[Path] = (),
     trust_remote_code: bool = False,
 ) -> MergeReport:
     """Fold the adapter of a run or adapter folder into its base and write it to `output`.
 
-    `dtype` auto: the base's own. `data`: samples to compare logits on (else the run's own).
-    `output` is complete and verified, or absent. A run without an adapter is written in `dtype`.
+    `dtype` auto: every tensor in the base's own. `data`: samples to compare logits on (else the
+    run's own). `output` is complete and verified, or absent. A run without an adapter is written in
+    `dtype`.
 
     Raises VlmtuneError for an occupied output, too little disk space or a target that cannot be
-    opened, MergeFailed where the result's logits are not those of base + adapter.
+    opened, MergeFailed where the result is not base + adapter.
     """
     check_output(output)
-    opened = open_target(
-        target,
-        dtype=torch.float32,
-        device="cpu",
-        quantization_bit=16,
-        trust_remote_code=trust_remote_code,
-    )
-    if opened.kind == "model":
-        raise VlmtuneError(
-            "nothing to merge: this is a model without an adapter",
-            file=target,
-            expected="a run folder or an adapter folder",
-        )
-    torch_dtype = _dtype_of(dtype, opened, trust_remote_code)
-    check_space(opened.vlm.model, output, torch_dtype)
-    probes = build_probes(opened.vlm, opened.recipe, data)
+    on_disk = open_on_disk(target, trust_remote_code=trust_remote_code)
+    wanted = None if dtype == "auto" else getattr(torch, dtype)
+    check_space(_num_bytes(on_disk, wanted), output)
     writing = output.parent / f".writing-{output.name}"
     shutil.rmtree(writing, ignore_errors=True)
     try:
-        reference = fold_and_write(
-            opened, writing, probes, dtype=torch_dtype, max_shard_size=max_shard_size
-        )
-        _copy_record(Path(target), opened.kind, writing)
-        del opened
-        report = verify_written(writing, reference, trust_remote_code=trust_remote_code)
-        report = dataclasses.replace(report, output=str(output))
+        if on_disk.placed.converted:
+            logger.info(
+                "transformers converts weights of this model: it is merged whole, in memory"
+            )
+            report = merge_whole(
+                target,
+                writing,
+                dtype=wanted,
+                shard_size=shard_size,
+                data=data,
+                trust_remote_code=on_disk.trust_remote_code,
+            )
+        else:
+            probes = build_probes(on_disk.opened.vlm, on_disk.opened.recipe, data)
+            shard_bytes = size_in_bytes(shard_size)
+            written = fold_and_write(
+                on_disk, writing, probes, dtype=wanted, shard_bytes=shard_bytes
+            )
+            report = verify_written(writing, written, trust_remote_code=on_disk.trust_remote_code)
+        _copy_record(Path(target), on_disk.opened.kind, writing)
         if output.exists():
             output.rmdir()
         writing.rename(output)
     except OSError as error:
         raise VlmtuneError(f"cannot be written: {error.strerror or error}", file=output) from error
+    except SafetensorError as error:
+        raise VlmtuneError(f"cannot be written: {error}", file=output) from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
-    return report
+    return dataclasses.replace(report, output=str(output))
 
 
 def fold_and_write(
-    opened: OpenTarget,
+    on_disk: OnDisk,
     folder: Path,
     probes: list[Probe],
     *,
-    dtype: torch.dtype,
-    max_shard_size: str = MAX_SHARD_SIZE,
-) -> Reference:
-    """Fold the adapter into the float32 base and write it in `dtype`; the logits to expect.
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+) -> Written:
+    """Write base + adapter to the new `folder`, and compute the logits to expect of it.
 
-    Uses `opened` up: its model ends folded and rounded. Raises MergeFailed where the folded model's
-    logits are not those of base + adapter.
+    Raises MergeFailed where the folded weights do not give the logits of base + adapter.
     """
-    model: Any = opened.vlm.model
-    adapted = probe_logits(model, probes)
-    base = None
-    expected: dict[str, Tensor] = {}
-    if isinstance(model, PeftModel):
-        with model.disable_adapter():
-            base = probe_logits(model, probes)
-        expected = weight_samples(folded_weights(model))
-        model = fold(model)
-    reference = Reference(dtype, probes, adapted, base, expected, 0.0, float32_tolerance(adapted))
-    folded = probe_logits(model, probes)
-    require(folded, reference, model, what="the folded model, before rounding,")
-    cast_parameters(model, dtype)
-    save_model(
-        dataclasses.replace(opened.vlm, model=model),
-        folder,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-    )
-    cast_parameters(model, torch.float32)
-    rounded = probe_logits(model, probes)
+    folding = Folding(on_disk)
+    plan = plan_output(folding, dtype)
+    model: Any = on_disk.opened.vlm.model
+    names = on_disk.placed.key_of.keys()
+    adapted = streamed_logits(model, probes, names, folding.base)
+    reference = Reference(plan.dtype, probes, adapted, None, 0.0, float32_tolerance(adapted))
+    with _without_adapter(model):
+        if isinstance(model, PeftModel):
+            base = streamed_logits(model, probes, names, folding.base)
+            reference = dataclasses.replace(reference, base=base)
+        folded = streamed_logits(model, probes, names, folding.folded)
+        require(
+            folded,
+            reference,
+            what="the folded model, before rounding,",
+            blame=lambda: _shown(_fold_errors(folding)),
+        )
+        rounded = folded
+        if any(tensor.dtype != torch.float32 for tensor in plan.tensors.values()):
+            rounded = streamed_logits(model, probes, names, _written_reader(folding, plan))
     rounding = largest_difference(rounded, folded, probes).value
-    return dataclasses.replace(
+    reference = dataclasses.replace(
         reference, rounding=rounding, tolerance=2 * reference.tolerance + rounding
     )
+    write_merged(folding, plan, on_disk, folder, dtype=dtype, shard_bytes=shard_bytes)
+    return Written(folding, plan, reference)
 
 
-def fold(model: PeftModel) -> PreTrainedModel:
-    """The base model with the adapter merged into its weights; uses `model` up.
+def verify_written(
+    folder: Path, written: Written, *, trust_remote_code: bool = False
+) -> MergeReport:
+    """Hold a checkpoint on the disk against base + adapter: its logits, and every tensor.
 
-    A weight that two modules share and only one of them changes is given to each separately, and
-    `tie_word_embeddings` says so.
+    Its names are found by stock transformers' own loading. Raises MergeFailed where the logits are
+    farther from base + adapter than the tolerance, or not nearer to it than to the base alone, and
+    where a tensor is missing, added or another than the plan's.
     """
-    for layer in tuner_layers(model).values():
-        base = layer.get_base_layer()
-        owners = [m for m in model.modules() if getattr(m, "weight", None) is base.weight]
-        if len({id(owner) for owner in owners} - {id(layer)}) > 1:
-            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
-    merged: Any = model.merge_and_unload(safe_merge=True)
-    text = merged.config.get_text_config()
-    if (merged.config.tie_word_embeddings or text.tie_word_embeddings) and not _is_tied(merged):
-        merged.config.tie_word_embeddings = text.tie_word_embeddings = False
-    return merged
+    reference, plan, folding = written.reference, written.plan, written.folding
+    fault = keys_error(folder, plan)
+    if fault is not None:
+        raise MergeFailed(f"the merged checkpoint is not whole: {fault}", no_logits(reference))
+    config = read_config(str(folder), trust_remote_code=trust_remote_code)
+    stored = stored_tensors(weight_files(str(folder)))
+    placed = place(config, stored, source=str(folder), trust_remote_code=trust_remote_code)
+    load_processor(str(folder), trust_remote_code=trust_remote_code)
+    logits = streamed_logits(placed.model, reference.probes, placed.key_of.keys(), placed.read)
+    report = require(
+        logits,
+        reference,
+        what="the merged checkpoint",
+        blame=lambda: _shown(tensor_errors(folder, folding, plan)),
+    )
+    wrong = [error for error in tensor_errors(folder, folding, plan) if error.is_wrong]
+    if wrong:
+        raise MergeFailed(
+            f"{len(wrong)} tensors of the merged checkpoint are not those of base + adapter"
+            + _shown(wrong),
+            dataclasses.replace(report, verified=False),
+        )
+    changed = loads_as_written(folder, placed, plan.dtype, trust_remote_code)
+    if changed is not None:
+        raise MergeFailed(
+            f"the merged checkpoint loads with another weight than is in its files: {changed}",
+            dataclasses.replace(report, verified=False),
+        )
+    return dataclasses.replace(report, peak_memory_bytes=peak_memory_bytes())
 
 
-def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast in place. Buffers stay: rotary frequencies are not in a checkpoint, and rounding them
-    would move the logits more than rounding the weights does."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+def streamed_logits(
+    model: nn.Module, probes: list[Probe], names: Collection[str], read: Reader
+) -> list[Tensor]:
+    """The logits of every probe, the weights `names` being read module by module.
+
+    NaN says that a module reached for another one's weight, or is in the weights: then all are read
+    at once.
+    """
+    logits: list[Tensor] = []
+    for at_once in (False, True):
+        with streaming(base_of(model), names, read, at_once=at_once):
+            logits = probe_logits(model, probes)
+        if all(bool(torch.isfinite(values).all()) for values in logits):
+            break
+        if not at_once:
+            logger.info("logits are not finite with weights read one by one: reading all at once")
+    return logits
 
 
 def check_output(output: Path) -> None:
@@ -176,21 +237,54 @@ def check_output(output: Path) -> None:
         )
 
 
-def check_space(model: nn.Module, output: Path, dtype: torch.dtype) -> None:
-    """Raise VlmtuneError where the disk has no room for the checkpoint."""
-    needed = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+def check_space(num_bytes: int, output: Path) -> None:
+    """Raise VlmtuneError where the disk has no room for a checkpoint of `num_bytes`."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise VlmtuneError(f"cannot be made: {error.strerror}", file=output.parent) from error
     free = shutil.disk_usage(output.parent).free
-    if free < needed * SPACE_MARGIN:
+    if free < num_bytes * SPACE_MARGIN:
         raise VlmtuneError(
             "not enough disk space for the merged model",
             file=output,
             got=f"{free / 1e9:.1f} GB free",
-            expected=f"{needed * SPACE_MARGIN / 1e9:.1f} GB",
+            expected=f"{num_bytes * SPACE_MARGIN / 1e9:.1f} GB",
         )
+
+
+def _without_adapter(model: Any) -> contextlib.AbstractContextManager[None]:
+    return model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext()
+
+
+def _written_reader(folding: Folding, plan: OutputPlan) -> Reader:
+    """A weight as it will be written, by its name in the model."""
+    key_of = dict(folding.placed.key_of) | {name: key for key, name in plan.name_of.items()}
+    return lambda name: output_tensor(folding, plan, key_of[name]).float()
+
+
+def _fold_errors(folding: Folding) -> Iterator[TensorError]:
+    for name in sorted(folding.changed):
+        expected = folding.expected(name)
+        if expected is not None:
+            yield error_of(name, folding.folded(name), expected, is_exact=False)
+
+
+def _shown(errors: Iterable[TensorError]) -> str:
+    """The weight that is farthest from what it should be, relative to its size."""
+    worst = max(errors, key=lambda error: error.relative, default=None)
+    if worst is None or worst.relative == 0:
+        return ""
+    return f"; farthest from W + its change: {worst.name}, by {worst.relative:.2%}"
+
+
+def _num_bytes(on_disk: OnDisk, dtype: torch.dtype | None) -> int:
+    """Of the base's weights in `dtype`: what the checkpoint takes, but for a parted tie."""
+    size = 0
+    for stored in on_disk.placed.stored.values():
+        written = dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
+        size += torch.Size(stored.shape).numel() * written.itemsize
+    return size
 
 
 def _copy_record(target: Path, kind: str, folder: Path) -> None:
@@ -198,18 +292,3 @@ def _copy_record(target: Path, kind: str, folder: Path) -> None:
     record = (result_of_run(target) if kind == "run" else target) / RECORD_FILE
     if record.is_file():
         shutil.copy(record, folder / RECORD_FILE)
-
-
-def _is_tied(model: PreTrainedModel) -> bool:
-    head = model.get_output_embeddings()
-    return head is None or head.weight is model.get_input_embeddings().weight
-
-
-def _dtype_of(name: DtypeName, opened: OpenTarget, trust_remote_code: bool) -> torch.dtype:
-    if name != "auto":
-        dtype = getattr(torch, name)
-    else:
-        vlm = opened.vlm
-        trust = trust_remote_code or (opened.recipe is not None and opened.recipe.trust_remote_code)
-        dtype = read_config(vlm.source, revision=vlm.commit, trust_remote_code=trust).dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16

@@ -6,6 +6,7 @@ Letters: K compared positions of a sample, V vocabulary.
 from __future__ import annotations
 
 import base64
+import inspect
 import io
 import logging
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from vlmtune.data.encode import Encoder
 from vlmtune.data.source import access_of, all_rows, load_conversations
 from vlmtune.data.types import LOCAL, Conversation, Image, Part, Sample, Source, Text, Turn
 from vlmtune.errors import SampleError, VlmtuneError
-from vlmtune.models.forward import full_logits
+from vlmtune.models.forward import base_of, full_logits
 from vlmtune.models.load import VLM
 from vlmtune.recipe.data_section import DataSection
 from vlmtune.recipe.schema import Recipe
@@ -67,9 +68,18 @@ def build_probes(vlm: VLM, recipe: Recipe | None, data: Sequence[Path]) -> list[
 
 @torch.no_grad()
 def probe_logits(model: nn.Module, probes: Sequence[Probe]) -> list[Tensor]:
-    """The logits of every probe at its positions, each (K, V) float32."""
+    """The logits of every probe at its positions, each (K, V) float32.
+
+    Where the model can, it computes no others: with a large vocabulary they are larger than it.
+    """
     model.eval()
-    return [full_logits(model, probe.inputs)[0, probe.positions] for probe in probes]
+    base = base_of(model)
+    if "logits_to_keep" not in inspect.signature(type(base).forward).parameters:
+        return [full_logits(model, probe.inputs)[0, probe.positions] for probe in probes]
+    return [
+        base(**probe.inputs, use_cache=False, logits_to_keep=probe.positions).logits[0].float()
+        for probe in probes
+    ]
 
 
 def synthetic_conversations() -> Iterator[Conversation]:

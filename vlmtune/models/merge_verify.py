@@ -1,115 +1,40 @@
-"""Does a merged checkpoint answer as base + adapter do? Logits on samples, and where they differ.
+"""Does a merged checkpoint answer as base + adapter do? Logits on samples, and tensor by tensor.
 
-    base + adapter, float32            A
+    base + adapter, float32            A    PEFT's forward pass, nothing folded
     the same folded, float32           F    |F - A| <= float32's own error: nothing was lost
     F rounded to the checkpoint dtype  R    |R - F| is what the rounding costs, measured
-    the checkpoint, loaded from disk   C    |C - A| <= 2 float32's error + |R - F|,
+    the checkpoint on the disk         C    |C - A| <= 2 float32's error + |R - F|,
                                             and nearer to A than to the base alone
 
 All of them are computed in float32 on the CPU. Letters: K compared positions of a sample, V
-vocabulary.
+vocabulary. The tensors: `merge_tensors.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import resource
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText
+from torch import Tensor
 
 from vlmtune.errors import CheckFailed
-from vlmtune.models.merge_probes import Probe, probe_logits
-from vlmtune.models.processor import load_processor
-from vlmtune.models.source import quiet_transformers
+from vlmtune.models.merge_probes import Probe
 
 FLOAT32_ERROR = 1e-4
 """Of a logit, relative to the largest one (1 where that is smaller)."""
 
-MAX_KEPT = 4096
-"""Numbers kept of a weight, to compare the written one with."""
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What was merged, and how far its logits are from base + adapter (largest over all).
-
-    `rounding` is the part that the checkpoint's dtype explains, `adapter_effect` how far the base
-    alone is away (None for a run without an adapter), `same_tokens_fraction` of the compared
-    positions have the same most likely token.
-    """
-
-    output: str
-    verified: bool
-    max_difference: float
-    tolerance: float
-    dtype: str
-    rounding: float
-    adapter_effect: float | None
-    same_tokens_fraction: float
-    num_samples: int
-    num_positions: int
-    worst_sample: str
-    worst_position: int
-
-
-class MergeFailed(CheckFailed):
-    """The merged model is not base + adapter; nothing was left at the output. Exits 1."""
-
-    def __init__(self, message: str, report: MergeReport, **details: Any) -> None:
-        super().__init__(message, **details)
-        self.report = report
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Logits to hold the checkpoint against; each list has a (K, V) tensor per probe.
-
-    `expected`: samples of the weights that the adapter changes, by the closed formulas.
-    """
-
-    dtype: torch.dtype
-    probes: list[Probe]
-    adapted: list[Tensor]
-    base: list[Tensor] | None
-    expected: dict[str, Tensor]
-    rounding: float
-    tolerance: float
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The largest difference of two sets of logits, and where it is."""
-
-    value: float
-    sample: str
-    position: int
-
-
-def verify_written(
-    folder: Path, reference: Reference, *, trust_remote_code: bool = False
-) -> MergeReport:
-    """Load a checkpoint with stock transformers and hold its logits against `reference`.
-
-    Raises MergeFailed where they are farther from base + adapter than the tolerance, or not nearer
-    to it than to the base alone.
-    """
-    with quiet_transformers():
-        model = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
-    load_processor(str(folder), trust_remote_code=trust_remote_code)
-    written = probe_logits(model, reference.probes)
-    return require(written, reference, model, what="the merged checkpoint")
-
 
 def require(
-    logits: list[Tensor], reference: Reference, model: nn.Module, *, what: str
+    logits: list[Tensor], reference: Reference, *, what: str, blame: Callable[[], str]
 ) -> MergeReport:
-    """The report on `logits` of `model`; raises MergeFailed unless they are base + adapter's."""
+    """The report on `logits`; raises MergeFailed unless they are base + adapter's.
+
+    `blame()` names the weight at fault; it is asked only then.
+    """
     probes, adapted, base = reference.probes, reference.adapted, reference.base
     worst = largest_difference(logits, adapted, probes)
     effect = None if base is None else largest_difference(base, adapted, probes).value
@@ -132,11 +57,12 @@ def require(
         num_positions=sum(p.positions.numel() for p in probes),
         worst_sample=worst.sample,
         worst_position=worst.position,
+        peak_memory_bytes=peak_memory_bytes(),
     )
     if worst.value > reference.tolerance:
         raise MergeFailed(
             f"{what} does not answer as base + adapter: logits differ by {worst.value:.3g} in "
-            f"sample {worst.sample}, position {worst.position}" + _blame(model, reference),
+            f"sample {worst.sample}, position {worst.position}" + blame(),
             report,
             expected=f"at most {reference.tolerance:.3g}",
         )
@@ -149,6 +75,25 @@ def require(
             do="merge with --dtype float32",
         )
     return report
+
+
+def no_logits(reference: Reference) -> MergeReport:
+    """The report on a checkpoint that cannot be asked for logits."""
+    return MergeReport(
+        output="",
+        verified=False,
+        max_difference=float("inf"),
+        tolerance=reference.tolerance,
+        dtype=str(reference.dtype).removeprefix("torch."),
+        rounding=reference.rounding,
+        adapter_effect=None,
+        same_tokens_fraction=0.0,
+        num_samples=len(reference.probes),
+        num_positions=0,
+        worst_sample="",
+        worst_position=0,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
 
 
 def largest_difference(
@@ -181,25 +126,61 @@ def float32_tolerance(logits: Sequence[Tensor]) -> float:
     return FLOAT32_ERROR * max(1.0, max(float(x.abs().max()) for x in logits))
 
 
-def weight_samples(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Evenly spaced numbers of every weight: enough to name a wrong module, small to keep."""
-    return {name: _spaced(weight).clone() for name, weight in weights}
+def peak_memory_bytes() -> int:
+    """The most memory that this process ever had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _blame(model: nn.Module, reference: Reference) -> str:
-    """The module whose weight is farthest from W + change, relative to its size."""
-    state = dict(model.named_parameters(remove_duplicate=False))
-    errors = {
-        name: float((_spaced(state[name].detach().float()) - expected).norm() / expected.norm())
-        for name, expected in reference.expected.items()
-        if name in state
-    }
-    if not errors:
-        return ""
-    name = max(errors, key=lambda key: errors[key])
-    return f"; farthest from W + its change: {name}, by {errors[name]:.2%}"
+@dataclass(frozen=True)
+class MergeReport:
+    """What was merged, and how far its logits are from base + adapter (largest over all).
+
+    `rounding` is the part that the checkpoint's dtype explains, `adapter_effect` how far the base
+    alone is away (None for a run without an adapter), `same_tokens_fraction` of the compared
+    positions have the same most likely token. `peak_memory_bytes`: the most that the process ever
+    had resident, libraries included.
+    """
+
+    output: str
+    verified: bool
+    max_difference: float
+    tolerance: float
+    dtype: str
+    rounding: float
+    adapter_effect: float | None
+    same_tokens_fraction: float
+    num_samples: int
+    num_positions: int
+    worst_sample: str
+    worst_position: int
+    peak_memory_bytes: int
 
 
-def _spaced(weight: Tensor) -> Tensor:
-    flat = weight.flatten()
-    return flat[:: max(1, flat.numel() // MAX_KEPT)]
+class MergeFailed(CheckFailed):
+    """The merged model is not base + adapter; nothing was left at the output. Exits 1."""
+
+    def __init__(self, message: str, report: MergeReport, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.report = report
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Logits to hold the checkpoint against; each list has a (K, V) tensor per probe."""
+
+    dtype: torch.dtype
+    probes: list[Probe]
+    adapted: list[Tensor]
+    base: list[Tensor] | None
+    rounding: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference of two sets of logits, and where it is."""
+
+    value: float
+    sample: str
+    position: int

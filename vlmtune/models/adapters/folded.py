@@ -5,7 +5,8 @@
     AdaLoRA   W + alpha / (initial_rank + 1e-5) B diag(E) A
     trained in full: the trained copy
 
-PEFT's own merge does the folding; these formulas are the second opinion that names a wrong module.
+PEFT's own merge does the folding, one layer at a time; these formulas are the second opinion that
+names a wrong module.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -27,11 +29,46 @@ def folded_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
     One at a time: only one folded weight is in memory. The base must not be quantised.
     """
     for path, layer in tuner_layers(model).items():
-        yield f"{path}.weight", folded_weight(layer)
+        if has_formula(layer):
+            yield f"{path}.weight", folded_weight(layer)
+    for name, weight in saved_weights(model):
+        yield name, weight.float()
+
+
+def has_formula(layer: Any) -> bool:
+    """Whether `folded_weight` covers one of PEFT's layers: a low-rank change of a linear layer."""
+    if not isinstance(layer, LoraLayer) or not isinstance(layer.get_base_layer(), nn.Linear):
+        return False
+    return ADAPTER not in layer.lora_variant or ADAPTER in layer.lora_magnitude_vector
+
+
+@torch.no_grad()
+def merge_layer(layer: Any) -> dict[str, Tensor]:
+    """PEFT's own merge of one of its layers: the base weights by name, changed in place.
+
+    The layer's base weights must be in memory, unquantised, and nobody else's. The layer counts as
+    not merged afterwards, so that its weights can be read again.
+    """
+    layer.merge(safe_merge=False, adapter_names=[ADAPTER])
+    layer.merged_adapters.clear()
+    base = layer.get_base_layer()
+    return {name: parameter.detach() for name, parameter in base.named_parameters()}
+
+
+def changed_names(path: str, layer: Any) -> list[str]:
+    """Names in the base model of what a merge of the layer at `path` may change."""
+    names = [name for name, _ in layer.get_base_layer().named_parameters()]
+    if has_formula(layer) and not layer.lora_bias.get(ADAPTER, False):
+        names = ["weight"]
+    return [f"{path}.{name}" for name in names]
+
+
+def saved_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
+    """(parameter path in the base model, trained weight) of every module trained in full."""
     for path, module in model.get_base_model().named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             for name, parameter in module.modules_to_save[ADAPTER].named_parameters():
-                yield f"{path}.{name}", parameter.detach().float()
+                yield f"{path}.{name}", parameter.detach()
 
 
 @torch.no_grad()

@@ -1,0 +1,259 @@
+"""A model whose weights stay on the disk: a module reads its own before it runs, then drops them.
+
+    headers of the weight files -> stand-ins of one number each, which is the tensor's number
+        -> from_pretrained: transformers renames, ties and converts them as it does the weights
+        -> which number arrived where: {name in the model: key in the files}
+    streaming(model, read): read(name) when a module runs; between, NaN of the right shape
+
+Nothing else of the model is special: the forward pass, PEFT's layers and their hooks are stock. A
+weight that was not read when it was needed makes NaN, never a plausible number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import WeightConverter
+
+from vlmtune.errors import VlmtuneError
+from vlmtune.models.load import build_on_meta
+from vlmtune.models.source import quiet_transformers
+from vlmtune.models.tensor_files import StoredTensor, read_tensor
+
+WRAPPERS = {"base_layer", "original_module"}
+"""Path components that PEFT puts between a module and its base weights."""
+
+Reader = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A model without weights, and where they are.
+
+    `key_of`: the key in the files of every weight that is there as the model has it. `ties`: names
+    of one and the same weight. `converted`: weights that transformers makes out of others when it
+    loads. `unused`: keys that have no place in the model.
+    """
+
+    model: PreTrainedModel
+    stored: Mapping[str, StoredTensor]
+    key_of: Mapping[str, str]
+    ties: tuple[frozenset[str], ...]
+    converted: tuple[str, ...]
+    unused: frozenset[str]
+
+    def read(self, name: str) -> Tensor:
+        """A weight in float32, read now."""
+        return read_tensor(self.stored[self.key_of[name]]).float()
+
+
+@dataclass(frozen=True)
+class _Slot:
+    owner: nn.Module
+    attribute: str
+    name: str
+
+    def fill(self, value: Tensor) -> None:
+        # The tensor object stays: a tied one is shared with another module.
+        getattr(self.owner, self.attribute).data = value
+
+
+def place(
+    config: PretrainedConfig,
+    stored: Mapping[str, StoredTensor],
+    *,
+    source: str,
+    trust_remote_code: bool = False,
+) -> Placed:
+    """The model of `config`, on the CPU, in eval mode, with its weights left in the files.
+
+    Tensors that are not floating-point are loaded. Raises VlmtuneError where the files lack a
+    weight, or have one of another shape.
+    """
+    keys = list(stored)
+    assert len(keys) < 2**24, "numbers that float32 tells apart"
+    stand_ins = {
+        key: torch.tensor(float(number)).expand(stored[key].shape)
+        if stored[key].dtype.is_floating_point
+        else read_tensor(stored[key])
+        for number, key in enumerate(keys)
+    }
+    kind: Any = type(build_on_meta(config, trust_remote_code=trust_remote_code))
+    with quiet_transformers():
+        model, info = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=stand_ins,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    lost = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
+    if lost:
+        raise VlmtuneError(
+            f"{len(lost)} weights of {source} are missing, or not of the shape in config.json",
+            got=", ".join(lost[:3]),
+            do="use the weights and the config.json of one and the same model",
+        )
+    key_of: dict[str, str] = {}
+    converted = []
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        key = keys[int(tensor.detach().flatten()[0])] if _is_stand_in(tensor) else None
+        if key is None or stored[key].shape != tuple(tensor.shape):
+            converted.append(name)
+        else:
+            key_of[name] = key
+    # A conversion may keep the shape (a transposed square): no stand-in shows that.
+    if any(isinstance(used, WeightConverter) for used in model._weight_conversions):
+        converted = converted or list(key_of)
+    if not converted:
+        _tie_equal(model, key_of, stored)
+        for name in key_of:
+            slot = _slot(model, name)
+            slot.fill(_absent(stored[key_of[name]].shape))
+    model.eval().requires_grad_(False)
+    return Placed(
+        model, stored, key_of, _ties(model), tuple(converted), frozenset(info["unexpected_keys"])
+    )
+
+
+def make_real(model: nn.Module, names: Collection[str]) -> None:
+    """Give the named weights of a placed model memory of their own, to be loaded into."""
+    for name in names:
+        slot = _slot(model, name)
+        slot.fill(torch.full(getattr(slot.owner, slot.attribute).shape, float("nan")))
+
+
+@contextlib.contextmanager
+def streaming(
+    model: nn.Module, names: Collection[str], read: Reader, *, at_once: bool = False
+) -> Iterator[None]:
+    """Within, a module's weights among `names` are `read` when it runs, and dropped after.
+
+    `model` may be wrapped by PEFT. `at_once`: all are read when `model` itself runs, for a model
+    whose modules reach for each other's weights.
+    """
+    units: dict[nn.Module, list[_Slot]] = {}
+    _collect(model, "", model if at_once else None, set(names), units)
+    handles = []
+    try:
+        for unit, slots in units.items():
+            _emptying(slots)()
+            handles.append(unit.register_forward_pre_hook(_filling(slots, read)))
+            handles.append(unit.register_forward_hook(_emptying(slots), always_call=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def loaded(module: nn.Module, path: str, names: Collection[str], read: Reader) -> Iterator[None]:
+    """Within, the weights of the one `module` at `path` (in the base model) are copies in memory
+    that may be changed in place."""
+    units: dict[nn.Module, list[_Slot]] = {}
+    _collect(module, path, module, set(names), units)
+    slots = units.get(module, [])
+    for slot in slots:
+        slot.fill(read(slot.name).clone())
+    try:
+        yield
+    finally:
+        _emptying(slots)()
+
+
+def weights_at(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """The weights that `model`, which may be wrapped by PEFT, has in memory at base names."""
+    units: dict[nn.Module, list[_Slot]] = {}
+    _collect(model, "", None, set(names), units)
+    return {
+        slot.name: getattr(slot.owner, slot.attribute).detach()
+        for slots in units.values()
+        for slot in slots
+    }
+
+
+def _collect(
+    module: nn.Module,
+    path: str,
+    unit: nn.Module | None,
+    names: set[str],
+    units: dict[nn.Module, list[_Slot]],
+) -> None:
+    """Which module reads which weights: each its own; PEFT's layers and torch's attention, which
+    reach into their children, those of the children too."""
+    if unit is None and isinstance(module, (BaseTunerLayer, nn.MultiheadAttention)):
+        unit = module
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    for attribute, _ in tensors:
+        name = f"{path}.{attribute}" if path else attribute
+        if name in names:
+            units.setdefault(unit or module, []).append(_Slot(module, attribute, name))
+    for child_name, child in module.named_children():
+        below = path if child_name in WRAPPERS else f"{path}.{child_name}".lstrip(".")
+        _collect(child, below, unit, names, units)
+
+
+def _filling(slots: list[_Slot], read: Reader) -> Callable[..., None]:
+    def fill(*_: Any) -> None:
+        # All are read before the first is filled in: reading one may use the module's slots.
+        values = [read(slot.name) for slot in slots]
+        for slot, value in zip(slots, values, strict=True):
+            slot.fill(value)
+
+    return fill
+
+
+def _emptying(slots: list[_Slot]) -> Callable[..., None]:
+    def empty(*_: Any) -> None:
+        for slot in slots:
+            slot.fill(_absent(getattr(slot.owner, slot.attribute).shape))
+
+    return empty
+
+
+def _absent(shape: tuple[int, ...]) -> Tensor:
+    """NaN of any shape in the memory of one number."""
+    return torch.tensor(float("nan")).expand(shape)
+
+
+def _is_stand_in(tensor: Tensor) -> bool:
+    """One number, at every place: still a stand-in, whole (a few numbers may have been copied)."""
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    if all(stride == 0 for size, stride in strides if size > 1):
+        return True
+    return bool((tensor == tensor.flatten()[0]).all())
+
+
+def _slot(model: nn.Module, name: str) -> _Slot:
+    path, _, attribute = name.rpartition(".")
+    return _Slot(model.get_submodule(path), attribute, name)
+
+
+def _ties(model: nn.Module) -> tuple[frozenset[str], ...]:
+    groups: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), set()).add(name)
+    return tuple(frozenset(names) for names in groups.values() if len(names) > 1)
+
+
+def _tie_equal(
+    model: PreTrainedModel, key_of: Mapping[str, str], stored: Mapping[str, StoredTensor]
+) -> None:
+    """Tie what the files hold twice: transformers compares the two, and stand-ins differ."""
+    pairs = model.get_expanded_tied_weights_keys(all_submodels=True).items()
+    doubled = [(a, b) for a, b in pairs if a in key_of and b in key_of and key_of[a] != key_of[b]]
+    if doubled and all(
+        torch.equal(read_tensor(stored[key_of[a]]), read_tensor(stored[key_of[b]]))
+        for a, b in doubled
+    ):
+        model.tie_weights()
