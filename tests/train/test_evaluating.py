@@ -17,10 +17,13 @@ from vlmtune.train.checkpoint import load_checkpoint
 
 @pytest.fixture
 def make_recipe(tmp_path: Path, tiny_vlm: Path, sample_data: Path):
-    """Twelve steps, evaluated at every third on six of 24 samples."""
+    """Twelve steps, evaluated at every third on six of 24 samples. `worsens`: on long
+    answers of words that are not taught, so that each evaluation is worse than the one before."""
 
-    def make(name: str, **keys: Any) -> Path:
+    def make(name: str, *, worsens: bool = False, **keys: Any) -> Path:
         data = copy_sample(sample_data, tmp_path / "data", keep=24)
+        if worsens:
+            keys |= {"data__eval": str(_with_other_answers(data)), "train__learning_rate": 1e-2}
         settings = {
             "data__eval": str(data),
             "train__eval_every": 3,
@@ -33,6 +36,15 @@ def make_recipe(tmp_path: Path, tiny_vlm: Path, sample_data: Path):
         )
 
     return make
+
+
+def _with_other_answers(data: Path) -> Path:
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for row in rows:
+        row["messages"][-1]["content"] = "umbrella kitchen window " * 6
+    path = data.with_name("other.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def values_of(run: Path, name: str) -> dict[int, float]:
@@ -74,10 +86,7 @@ def test_evaluating_changes_no_step(make_recipe):
 
 
 def test_the_result_is_the_best_steps_and_its_checkpoint_outlives_newer_ones(make_recipe):
-    # A rate that overshoots: the loss is best early on, and worse at the end.
-    recipe = make_recipe(
-        "run", eval={"best_metric": "loss"}, train__learning_rate=0.05, train__save_every=3
-    )
+    recipe = make_recipe("run", worsens=True, eval={"best_metric": "loss"}, train__save_every=3)
     summary = train_once(recipe)
     run = recipe.parent / "run"
     losses = values_of(run, "eval_loss")
@@ -101,9 +110,7 @@ def test_the_result_is_the_best_steps_and_its_checkpoint_outlives_newer_ones(mak
 
 
 def test_patience_stops_the_run_and_a_resume_finds_it_finished(make_recipe):
-    recipe = make_recipe(
-        "run", eval={"best_metric": "loss", "patience": 1}, train__learning_rate=0.05
-    )
+    recipe = make_recipe("run", worsens=True, eval={"best_metric": "loss", "patience": 1})
     stopped = train_once(recipe)
     assert stopped["best"]["step"] == stopped["steps"] - 3 < 9
     assert stopped["result"].is_dir()
@@ -146,7 +153,7 @@ def test_a_metric_that_is_not_measured_stops_the_run_at_its_first_evaluation(mak
 
 def test_a_resume_by_another_metric_does_not_keep_the_old_ones_best(make_recipe):
     by_loss = {"best_metric": "loss", "patience": 1}
-    recipe = make_recipe("run", eval=by_loss, train__learning_rate=0.05)
+    recipe = make_recipe("run", worsens=True, eval=by_loss)
     stopped = train_once(recipe)
     assert stopped["steps"] < 12
     # Patience with the loss says nothing about another metric.
@@ -163,10 +170,9 @@ def test_a_resume_by_another_metric_does_not_keep_the_old_ones_best(make_recipe)
 def test_going_on_in_another_folder_takes_the_best_so_far_along(make_recipe, tmp_path: Path):
     keys: dict[str, Any] = {
         "eval": {"best_metric": "loss"} | guard(tmp_path / "data" / "train.jsonl"),
-        "train__learning_rate": 0.05,
         "train__keep_checkpoints": 9,
     }
-    recipe = make_recipe("run", **keys)
+    recipe = make_recipe("run", worsens=True, **keys)
     expected = train_once(recipe)
     best, end = expected["best"]["step"], expected["steps"]
     assert best < 12, expected["best"]
