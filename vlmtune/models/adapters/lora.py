@@ -1,4 +1,5 @@
-"""LoRA, rsLoRA and DoRA, through PEFT's own layers.
+"""LoRA, rsLoRA and DoRA: PEFT's layers, with forward passes of our own in them (`fused.py`,
+`dora.py`).
 
 LoRA: Hu et al. 2021, arXiv 2106.09685, eq. 3: `W x + (alpha / r) B A x`. rsLoRA: Kalajdzievski
 2023, arXiv 2312.03732: `alpha / sqrt(r)`. DoRA: Liu et al. 2024, arXiv 2402.09353, eq. 5, with the
@@ -12,21 +13,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from peft import LoraConfig, PeftModel
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 from transformers import ProcessorMixin
 
 from vlmtune.models.adapters.base import AdapterPlan, plan_modules
+from vlmtune.models.adapters.dora import use_fused_dora
+from vlmtune.models.adapters.fused import use_fused_lora
 from vlmtune.models.adapters.wrapping import (
-    ADAPTER,
     check_wrapped,
     exact,
     load_tensors,
     plain_number,
     trained_tensors,
-    tuner_layers,
     wrap,
     write_adapter,
 )
@@ -80,21 +79,11 @@ def build_lora(vlm: VLM, recipe: Recipe, *, total_steps: int) -> LoraAdapter:
     model = wrap(vlm, config, plan)
     check_wrapped(model, plan, ranks={t.path: t.rank for t in plan.targets})
     if recipe.use_dora:
-        _set_exact_magnitudes(model)
+        use_fused_dora(model)
+    else:
+        use_fused_lora(model)
     _check_count(model, plan, use_dora=recipe.use_dora)
     return LoraAdapter(model, vlm.processor)
-
-
-def _set_exact_magnitudes(model: PeftModel) -> None:
-    """Start DoRA's magnitudes at the float32 norms of the rows of W.
-
-    PEFT takes the norm in the base's dtype, but divides by a float32 norm in the forward pass: on
-    a bf16 base the untrained adapter would change the model by 0.2 %.
-    """
-    with torch.no_grad():
-        for layer in tuner_layers(model).values():
-            weight = dequantize_module_weight(layer.get_base_layer()).float()
-            layer.lora_magnitude_vector[ADAPTER].weight.copy_(torch.linalg.norm(weight, dim=1))
 
 
 def _check_count(model: PeftModel, plan: AdapterPlan, *, use_dora: bool) -> None:
