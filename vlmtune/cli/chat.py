@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlmtune.cli.common import DebugOption, JsonOption, QuietOption, command, print_json
+from vlmtune.cli.preload import preload
 from vlmtune.cli.target import (
     DtypeOption,
     QuantizationOption,
@@ -66,6 +67,7 @@ def chat_command(
         raise VlmtuneError("the question is empty", do="ask something, or leave it out to talk")
     _check_pictures(image or [])
 
+    preload("vlmtune.evaluation.dialogue", "vlmtune.models.open")
     from vlmtune.evaluation.dialogue import Dialogue
 
     opened = open_for_answers(

@@ -16,6 +16,7 @@ from vlmtune.cli.common import (
     command,
     print_json,
 )
+from vlmtune.cli.preload import preload
 from vlmtune.cli.progress import progress
 from vlmtune.errors import CheckFailed
 
@@ -55,7 +56,8 @@ def check_command(
     from vlmtune.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    # Imported here: the start of torch and transformers takes seconds, a wrong recipe none.
+    # Only now: the start of torch and transformers takes seconds, a wrong recipe none.
+    preload("vlmtune.preflight.run")
     from vlmtune.cli.check_output import print_report
     from vlmtune.preflight.run import Preflight
     from vlmtune.preflight.summary import summary_of

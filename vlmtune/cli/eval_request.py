@@ -26,6 +26,7 @@ from vlmtune.cli.eval_section import (
 )
 from vlmtune.cli.eval_tables import print_result
 from vlmtune.cli.eval_target import ChooseFolder, evaluate_target
+from vlmtune.cli.preload import preload
 from vlmtune.errors import VlmtuneError
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Request:
 
         self._check_targets()
         reports = self._reports()
+        preload("vlmtune.evaluation.runner", "vlmtune.models.open")
         recipes = read_recipes(self.targets)
         tasks = {target: report.task for target, report in reports.items()}
         prompt = prompt_of_folders(self.targets)

@@ -21,6 +21,7 @@ from vlmtune.cli.common import (
     print_json,
     setup_logging,
 )
+from vlmtune.cli.preload import preload
 from vlmtune.cli.train_evaluation import build_evaluation, load_held_out, verdict_of_run
 from vlmtune.cli.train_summary import NOT_RUN, print_model, print_plan, print_summary, summary_of
 from vlmtune.errors import CheckFailed
@@ -65,7 +66,8 @@ def train_command(
     quiet = quiet or not is_main
     setup_logging(quiet)
     loaded = load_recipe(recipe, overrides or ())
-    # Imported here: the start of torch and transformers takes seconds, a wrong recipe none.
+    # Only now: the start of torch and transformers takes seconds, a wrong recipe none.
+    preload("vlmtune.train.build", "vlmtune.train.loop")
     from vlmtune.train.run_folder import choose_start
     from vlmtune.train.runtime import build_accelerator, joined
 

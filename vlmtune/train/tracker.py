@@ -11,16 +11,32 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from vlmtune.train.finite import finite_or_null
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 EVALUATED = ("eval_", "guard_")
 """How the names of an evaluation's figures start."""
+
+
+def board_writer(folder: Path, first_step: int) -> SummaryWriter:
+    """What writes TensorBoard's events into `folder`; those from `first_step` on are void.
+
+    TensorBoard loads TensorFlow where that is installed, seconds and hundreds of megabytes for
+    files that it can write itself: unless there is a module of the name below.
+    """
+    without_tensorflow = "tensorboard.compat.notf"
+    sys.modules.setdefault(without_tensorflow, ModuleType(without_tensorflow))
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=first_step)
 
 
 class Tracker:
@@ -42,7 +58,7 @@ class Tracker:
             return
         drop_lines_from(self._path, first_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self._board = board_writer(folder / "tensorboard", first_step)
         if sys.stderr.isatty() and not quiet:
             self._bar = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
