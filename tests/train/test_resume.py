@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,14 @@ def start_process(recipe: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    metrics = run / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and len(metrics_of_live(run)) >= step, process)
+
+
+def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     end = time.monotonic() + 180
     while time.monotonic() < end:
-        if (run / "metrics.jsonl").exists() and len(metrics_of_live(run)) >= step:
+        if is_so():
             return
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
@@ -64,7 +70,8 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(make_recipe, metho
     train_once(whole)
     process = start_process(killed)
     run = killed.parent / "run"
-    wait_for_step(run, 5, process)  # saved after 3; the next save comes after 6
+    wait_for_step(run, 3, process)  # saved after 3, beside the steps that follow
+    wait_until(lambda: bool(complete_checkpoints(run / "checkpoints")), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run / "adapter").exists()

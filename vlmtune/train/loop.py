@@ -22,6 +22,7 @@ from accelerate.utils import gather_object
 from vlmtune.data.stream import StreamCursor
 from vlmtune.recipe.schema import EvalSection, Recipe, TrainSection
 from vlmtune.train import trainee as trainees
+from vlmtune.train.background import CheckpointWriter
 from vlmtune.train.best import Best, best_by, is_over, updated
 from vlmtune.train.checkpoint import (
     Checkpoint,
@@ -130,6 +131,7 @@ def train(
         trainees.restore(trainee, resume, accelerator)
     with (
         StopSignal() as stop,
+        CheckpointWriter(folder / "checkpoints", keep=section.keep_checkpoints) as writer,
         Tracker(
             folder,
             total_steps=schedule.total_steps,
@@ -148,6 +150,7 @@ def train(
             skips=skips,
             evaluate=evaluate,
             stop=stop,
+            writer=writer,
             tracker=tracker,
             result=TrainResult(steps=first - 1, best=best),
         )
@@ -169,6 +172,7 @@ class _Loop:
     skips: SkipLedger
     evaluate: Evaluate | None
     stop: StopSignal
+    writer: CheckpointWriter
     tracker: Tracker
     result: TrainResult
     window: Window = field(default_factory=Window)
@@ -191,6 +195,7 @@ class _Loop:
         last = first - 1 if is_over_already else schedule.total_steps
         steps = make_steps(first, last)
         for step in range(first, last + 1):
+            self.writer.check()
             waited = time.monotonic()
             data = next(steps)
             self.window.wait_seconds += time.monotonic() - waited
@@ -205,6 +210,7 @@ class _Loop:
         """The figures of the session; the trained tensors are the best step's where one is
         chosen. A collective."""
         result = self.result
+        self.accelerator.wait_for_everyone()  # the main process has written its last checkpoint
         if result.stopped_by is not None:
             result.best = None
         if result.best is not None and result.best.step != result.steps:
@@ -316,8 +322,7 @@ class _Loop:
             num_bad=self.skips.num_bad,
             cursor=None if self.cursor is None else self.cursor.as_dict(),
         )
-        keep = self.section.keep_checkpoints
-        trainees.save(self.trainee, state, self.accelerator, self.folder, keep)
+        trainees.save(self.trainee, state, self.accelerator, self.writer)
 
     def _pause_since(self, moment: float) -> None:
         """Evaluating and saving are no part of the training speed."""

@@ -14,13 +14,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from vlmtune.errors import VlmtuneError
-from vlmtune.train.checkpoint import (
-    Checkpoint,
-    TrainState,
-    random_state,
-    restore_random_state,
-    save_checkpoint,
-)
+from vlmtune.train.background import CheckpointWriter
+from vlmtune.train.checkpoint import Checkpoint, TrainState, random_state, restore_random_state
 from vlmtune.train.step import Method, Objective
 
 OBJECTIVE = "objective."
@@ -62,17 +57,16 @@ class Trainee:
 
 
 def save(
-    trainee: Trainee, state: TrainState, accelerator: Accelerator, folder: Path, keep: int
+    trainee: Trainee, state: TrainState, accelerator: Accelerator, writer: CheckpointWriter
 ) -> None:
-    """Write a checkpoint of `trainee` at `state`; the main process does. A collective."""
+    """Begin to write a checkpoint of `trainee` at `state`; the main process does. A collective,
+    after which no process may read the checkpoint yet: `writer` knows when it is there."""
     rng = gather_object([random_state()])
     if accelerator.is_main_process:
         optimizer: dict[str, Any] = {"optimizer": trainee.optimizer.state_dict()}
         if accelerator.scaler is not None:
             optimizer["scaler"] = accelerator.scaler.state_dict()
-        checkpoint = Checkpoint(state, trainee.state_dict(), optimizer, rng)
-        save_checkpoint(folder / "checkpoints", checkpoint, keep=keep)
-    accelerator.wait_for_everyone()
+        writer.save(Checkpoint(state, trainee.state_dict(), optimizer, rng))
 
 
 def restore(trainee: Trainee, checkpoint: Checkpoint, accelerator: Accelerator) -> None:
