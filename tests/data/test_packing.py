@@ -15,7 +15,6 @@ from vlmtune.data.packing import (
     num_steps,
     plan_packs,
     plan_padded,
-    process_share,
     step_samples,
 )
 
@@ -79,17 +78,6 @@ def test_without_epochs_every_step_is_full_and_a_step_may_cross_epochs():
 )
 def test_num_steps_by_hand(epochs, num_samples, batch_size, steps):
     assert num_steps(epochs, num_samples, batch_size) == steps
-
-
-@few
-@given(st.lists(st.integers(0, 999), max_size=40), st.integers(1, 9))
-def test_shares_partition_the_step_and_are_equal_to_within_one(indices, world_size):
-    shares = [
-        process_share(indices, rank=rank, world_size=world_size) for rank in range(world_size)
-    ]
-    assert Counter(index for share in shares for index in share) == Counter(indices)
-    sizes = [len(share) for share in shares]
-    assert max(sizes) - min(sizes) <= 1
 
 
 samples_of_a_step = st.lists(

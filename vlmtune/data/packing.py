@@ -52,12 +52,6 @@ def step_samples(
     return [order.row_at(place) for place in range(start, stop)]
 
 
-def process_share(indices: Sequence[int], *, rank: int, world_size: int) -> list[int]:
-    """What process `rank` takes of a step; the shares partition it, equal to within one."""
-    assert 0 <= rank < world_size
-    return list(indices[rank::world_size])
-
-
 def balanced_shares(work: Sequence[float], world_size: int) -> list[list[int]]:
     """Positions in `work` for each process, so that the sums of their work are close.
 

@@ -19,6 +19,7 @@ from vlmtune.data.pairs import encode_pair
 from vlmtune.data.source import access_of, cache_dir_of, open_conversations
 from vlmtune.data.stream import Stream, StreamCursor, open_stream
 from vlmtune.data.types import Batch, Conversation, Skipped
+from vlmtune.data.work import WorkScale
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.models.adapters.base import Adapter
 from vlmtune.models.embedding import EmbeddingForward, write_embedding_record
@@ -165,6 +166,11 @@ def build_steps(
         layout=layout_of(recipe, vlm),
         skip_bad_samples=recipe.data.on_bad_sample == "skip",
         drop_over_length=recipe.data.over_length == "drop",
+        work=WorkScale.of(
+            vlm.processor,
+            pixel_budget=vlm.family.pixel_budget,
+            max_pixels=recipe.data.max_image_pixels,
+        ),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         embedding_prompt=embedding_prompt_of(recipe),

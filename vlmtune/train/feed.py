@@ -26,10 +26,11 @@ from vlmtune.data.dataset import ConversationSet
 from vlmtune.data.encode import Encoder, OverLength
 from vlmtune.data.formats.rows import check_trainable
 from vlmtune.data.order import Order
-from vlmtune.data.packing import process_share, step_samples
+from vlmtune.data.packing import balanced_shares, step_samples
 from vlmtune.data.pairs import Pair, encode_pair, side_batches
 from vlmtune.data.stream import StreamCursor
 from vlmtune.data.types import IGNORED, Batch, Conversation, Sample, SideBatch, Source
+from vlmtune.data.work import WorkScale
 from vlmtune.errors import SampleError, VlmtuneError
 
 
@@ -92,6 +93,7 @@ class FeedSettings:
     drop_over_length: bool
     rank: int
     world_size: int
+    work: WorkScale = WorkScale()
     embedding_prompt: str | None = None
 
 
@@ -110,13 +112,13 @@ class StepBuilder:
         Raises the first SampleError, unless such samples are left out.
         """
         s = self.settings
-        share = process_share(range(len(whole)), rank=s.rank, world_size=s.world_size)
+        read = [_read(unread) for unread in whole] if s.world_size > 1 else []
         samples: list[Sample | Pair] = []
         left_out: list[LeftOut] = []
-        for number in share:
+        for number in self._share(read) if read else range(len(whole)):
             name, source = None, None
             try:
-                conversation = whole[number].conversation()
+                conversation = _or_raise(read[number] if read else _read(whole[number]))
                 name, source = conversation.id, conversation.source
                 check_trainable(conversation)
                 samples.append(self._encode(conversation))
@@ -142,6 +144,12 @@ class StepBuilder:
             pair_keys=[(pair.picture_key, pair.text_key) for pair in pairs],
             cursor=cursor,
         )
+
+    def _share(self, read: Sequence[Conversation | SampleError]) -> list[int]:
+        """This process's samples, by number: the same split on every process."""
+        s = self.settings
+        work = [0.0 if isinstance(x, SampleError) else s.work.tokens(x) for x in read]
+        return balanced_shares(work, s.world_size)[s.rank]
 
     def _encode(self, conversation: Conversation) -> Sample | Pair:
         prompt = self.settings.embedding_prompt
@@ -172,6 +180,19 @@ class StepBuilder:
             input_ids=ids,
             targets=torch.full_like(ids, IGNORED),
         )
+
+
+def _read(unread: Unread) -> Conversation | SampleError:
+    try:
+        return unread.conversation()
+    except SampleError as error:
+        return error
+
+
+def _or_raise(read: Conversation | SampleError) -> Conversation:
+    if isinstance(read, SampleError):
+        raise read
+    return read
 
 
 @dataclass(frozen=True)
