@@ -59,6 +59,11 @@ ADDED = {  # lines added to GOOD -> (line, every part that the message must have
     "adalora:\n  target_rank: 16": (6, "adalora.target_rank (16) must be below"),
     "adalora:\n  warmup: 0.6\n  final: 0.5": (7, "leave no steps between them"),
     "quantization: {double_quant: false}": (5, "no effect with quantization_bit: 16"),
+    "quantization: {cache_dequantized: true}": (5, "no effect with quantization_bit: 16"),
+    "quantization_bit: 8\nquantization: {cache_dequantized: true}": (
+        6,
+        "quantization.cache_dequantized has no effect with quantization_bit: 8",
+    ),
     "train:\n  epochs: 1\n  max_steps: 5": (7, "epochs and train.max_steps exclude each other"),
     "lora_target: []": (5, "nothing would be trained"),
     "lora_target: []\nmodules_to_save: [all]\nalpha: 8": (7, "alpha has no effect"),

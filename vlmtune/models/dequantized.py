@@ -142,8 +142,8 @@ def _check_memory(needed: int, model: nn.Module) -> None:
     if free is not None and needed > free:
         raise VlmtuneError(
             "quantization.cache_dequantized: the memory has no room for the dequantised weights",
-            got=f"{free / 1e9:.1f} GB free on {device}",
-            expected=f"at least {needed / 1e9:.1f} GB, and what the training itself takes",
+            got=f"{free / 1e9:.3g} GB free on {device}",
+            expected=f"at least {needed / 1e9:.3g} GB, and what the training itself takes",
             do="set quantization.cache_dequantized: false",
         )
 

@@ -54,8 +54,8 @@ def unused_keys(recipe: Recipe) -> dict[str, tuple[str, str]]:
     if recipe.quantization_bit == 16:
         unused["quantization"] = ("quantization_bit: 16", "set 4 or 8, or remove it")
     if recipe.quantization_bit == 8:
-        for key in ("quantization.double_quant", "quantization.compute_dtype"):
-            unused[key] = ("quantization_bit: 8", "remove it")
+        for name in ("double_quant", "compute_dtype", "cache_dequantized"):
+            unused[f"quantization.{name}"] = ("quantization_bit: 8", "remove it")
     if recipe.objective != "contrastive":
         unused["contrastive"] = ("objective: next_token", "set contrastive, or remove it")
     unused |= _unused_in_eval(recipe)

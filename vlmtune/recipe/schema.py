@@ -88,6 +88,13 @@ class QuantizationSection(Section):
         description="4-bit only: dtype of the matrix products. `float32` is faster on a CPU "
         "without bf16 instructions.",
     )
+    cache_dequantized: bool = Field(
+        default=False,
+        description="4-bit only: keep the weights dequantised in training beside the 4-bit ones. "
+        "The loss is the same, bit for bit on a CPU; a step is faster and memory grows by that of "
+        "the quantised layers in `compute_dtype` (and once more in the dtype of "
+        "`train.precision`, where that is another).",
+    )
     skip: list[Name] = Field(
         default=["vision", "connector", "lm_head"],
         description="Parts (`vision`, `connector`, `language`, `lm_head`), groups (`vision.attn`) "

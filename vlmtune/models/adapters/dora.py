@@ -94,7 +94,7 @@ class FusedDora(DoraLinearVariant):
         if isinstance(dropout, nn.Identity) or not module.training:
             return DoraProduct.apply(x, result, *factors, norm, bias, scale, dtype)
         x = dropout(x)
-        base = base_layer(x) if bias is None else base_layer(x) - bias
+        base = base_layer(x) if bias is None else base_layer(x) - bias.to(result.dtype)
         return result + _change(x, base, *factors, norm=norm, scale=scale, dtype=dtype)
 
     def _norm(self, module: Any, adapter: str) -> Tensor:
@@ -193,7 +193,8 @@ class DoraProduct(torch.autograd.Function):
                 if needs_b:
                     db = _scaled(correlation, ratio, ctx.scale)
                 if needs_m:
-                    plain = base if bias is None else base - bias
+                    # bitsandbytes casts a bias to float32 in its first forward pass.
+                    plain = base if bias is None else base - bias.to(base.dtype)
                     dm = (g * plain).sum(0, dtype=norm.dtype)
                     dm = (dm + ctx.scale * (correlation * b).sum(1)) / norm
             dbase = torch.addcmul(g, g, (ratio - 1).to(g.dtype)).view(grad.shape)

@@ -9,6 +9,7 @@ from vlmtune.models.adapters.adalora import build_adalora
 from vlmtune.models.adapters.base import Adapter
 from vlmtune.models.adapters.full import build_full
 from vlmtune.models.adapters.lora import build_lora
+from vlmtune.models.dequantized import keep_dequantized
 from vlmtune.models.load import VLM
 from vlmtune.recipe.schema import Recipe
 
@@ -32,6 +33,10 @@ def build_adapter(vlm: VLM, recipe: Recipe, *, total_steps: int) -> Adapter:
     """Prepare `vlm.model`, in place, for training by the recipe's method.
 
     `total_steps` are the optimizer steps of the whole run. Draws from torch's RNG: seed it before.
-    Raises VlmtuneError for targets, modules or a schedule that cannot be.
+    Raises VlmtuneError for targets, modules or a schedule that cannot be, and where the memory has
+    no room for what `quantization.cache_dequantized` keeps.
     """
-    return ADAPTERS[method_of(recipe)](vlm, recipe, total_steps=total_steps)
+    adapter = ADAPTERS[method_of(recipe)](vlm, recipe, total_steps=total_steps)
+    if recipe.quantization.cache_dequantized:
+        keep_dequantized(adapter.model)
+    return adapter
