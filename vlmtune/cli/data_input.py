@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
+from vlmtune.cli.preload import preload
 from vlmtune.errors import ErrorGroup, VlmtuneError, nearest
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ def open_input(given: DataInput, side: Side = "train") -> list[OpenFile]:
 
 def load_encoder(recipe: Recipe) -> Encoder:
     """What makes samples of conversations as training does; loads the processor, no weights."""
+    preload("vlmtune.data.encode", "vlmtune.models.processor")
     from vlmtune.data.encode import encoder_for
     from vlmtune.models.processor import load_processor
 

@@ -116,9 +116,10 @@ def _measurer(given: DataInput, tokens: bool | None) -> Measurer | None:
         if tokens:
             raise VlmtuneError("no model is given", do="name one with --model, or give a recipe")
         return None
+    encoder = load_encoder(given.recipe)
     from vlmtune.data.measure import Measurer
 
-    return Measurer(load_encoder(given.recipe))
+    return Measurer(encoder)
 
 
 def _look_at(
