@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from torch.nn import functional as F
 
 from vlmtune.models.family import Family
 from vlmtune.models.forward import base_of, has_media, media_zero, trained_media_names
+
+if TYPE_CHECKING:
+    from vlmtune.models.vision_features import VisionFeatures
 
 RECORD_FILE = "contrastive.json"
 """Beside the weights of a model or adapter that was trained contrastively: its prompt."""
@@ -41,17 +45,25 @@ class EmbeddingForward(nn.Module):
     """The model behind `forward(inputs, last) -> embeddings (B, D)`, float32, of length 1.
 
     Rows are padded on the right; `last` (B,) are the positions of their last tokens. A batch
-    without a picture touches the trained vision tensors with weight zero, as `SupervisedForward`.
+    without a picture touches the trained vision tensors with weight zero, as `SupervisedForward`,
+    and `features` are as there.
     """
 
-    def __init__(self, model: nn.Module, family: Family) -> None:
+    def __init__(
+        self, model: nn.Module, family: Family, features: VisionFeatures | None = None
+    ) -> None:
         super().__init__()
         self.model = model
+        self.features = features
         self._media_names = trained_media_names(base_of(model), family)
 
     def forward(self, inputs: Mapping[str, Tensor], last: Tensor) -> Tensor:
         base = base_of(self.model)
-        hidden = base.model(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
+        arguments: dict[str, Any] = dict(inputs)
+        if self.features is not None and has_media(inputs):
+            made, arguments = self.features.outputs(inputs)
+            arguments["mm_encoder_outputs"] = made
+        hidden = base.model(**arguments, use_cache=False).last_hidden_state  # (B, T, D)
         rows = torch.arange(len(last), device=hidden.device)
         embeddings = F.normalize(hidden[rows, last].float(), dim=-1)  # (B, D)
         if self._media_names and not has_media(inputs):

@@ -9,11 +9,11 @@ the vision tower): the longest matching path wins.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 MediaLayout = Literal["flat", "stacked"]
 
@@ -29,6 +29,11 @@ class Family:
     `media_layout` says how the pictures of a batch lie: `flat`, one after the other along
     dimension 0; `stacked`, one row per sample. `pixel_budget`: the image processor sizes a picture
     by its area, so that `image.min_pixels` and `image.max_pixels` have an effect.
+
+    `takes_features`: the features of pictures and videos can be made apart, by
+    `get_image_features` and `get_video_features`, and given to the model's forward pass;
+    `feature_order`: where the tower works in an order of its own, which row of the connector's
+    output comes in each place, from the backbone and the arguments for one picture.
     """
 
     name: str
@@ -39,6 +44,8 @@ class Family:
     media_layout: MediaLayout = "flat"
     pixel_budget: bool = False
     positions: Literal["text", "mrope"] | None = None
+    takes_features: bool = False
+    feature_order: Callable[[Any, Mapping[str, Tensor]], Tensor] | None = None
 
 
 def lies_under(path: str, prefix: str) -> bool:

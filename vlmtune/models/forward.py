@@ -10,7 +10,7 @@ B rows, T tokens of the longest row, S supervised tokens, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -21,6 +21,9 @@ from vlmtune.errors import VlmtuneError
 from vlmtune.models.family import Family, part_of
 from vlmtune.models.loss import chunk_rows_of, chunked_cross_entropy
 from vlmtune.models.packed import pack_arguments
+
+if TYPE_CHECKING:
+    from vlmtune.models.vision_features import VisionFeatures
 
 MEDIA_PARTS = ("vision", "connector")
 
@@ -42,12 +45,18 @@ class SupervisedForward(nn.Module):
     A micro-batch without a picture leaves the vision part out of the graph; its trained tensors
     then enter with weight zero, so that every process sends the same gradients (DDP would wait for
     the missing ones for ever).
+
+    `features`: what makes the features of pictures where the vision tower is frozen; None: the
+    model itself, in each forward pass.
     """
 
-    def __init__(self, model: nn.Module, family: Family) -> None:
+    def __init__(
+        self, model: nn.Module, family: Family, features: VisionFeatures | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.family = family
+        self.features = features
         base = base_of(model)
         for name in ("model", "lm_head"):
             if not hasattr(base, name):
@@ -79,6 +88,9 @@ class SupervisedForward(nn.Module):
         """The last hidden states (S, D) at the supervised positions."""
         base = base_of(self.model)
         arguments: dict[str, Any] = dict(batch.inputs)
+        if self.features is not None and has_media(batch.inputs):
+            made, arguments = self.features.outputs(batch.inputs, batch.media_keys)
+            arguments["mm_encoder_outputs"] = made
         if batch.lengths is not None:
             arguments |= pack_arguments(base.model, batch.inputs, batch.lengths, self.family)
         # use_cache=False: with a cache, packed or padded rows are not isolated (and it costs).

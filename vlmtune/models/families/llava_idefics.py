@@ -24,6 +24,7 @@ LLAVA = Family(
     attention=ATTENTION,
     mlp=MLP,
     positions="text",
+    takes_features=True,
 )
 
 IDEFICS = Family(
@@ -39,4 +40,5 @@ IDEFICS = Family(
     mlp=MLP,
     media_layout="stacked",
     positions="text",
+    takes_features=True,
 )

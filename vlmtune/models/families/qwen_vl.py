@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.vision_utils import get_vision_window_index
+
 from vlmtune.models.family import Family
 
 LANGUAGE_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LANGUAGE_MLP = ("gate_proj", "up_proj", "down_proj")
 VISION_ATTENTION = ("qkv", "proj")
+
+
+def window_order(backbone: Any, media: Mapping[str, Tensor]) -> Tensor:
+    """Where each place's row is in the output of Qwen2.5-VL's merger, (rows,) int64: the tower
+    attends in windows and has the rows window by window."""
+    (grid,) = (tensor for name, tensor in media.items() if name.endswith("_grid_thw"))
+    visual = backbone.visual
+    index, _ = get_vision_window_index(
+        grid,
+        spatial_merge_size=visual.spatial_merge_size,
+        window_size=visual.window_size,
+        patch_size=visual.patch_size,
+    )
+    return torch.argsort(index)
+
 
 QWEN2_VL = Family(
     name="Qwen2-VL",
@@ -21,6 +43,7 @@ QWEN2_VL = Family(
     mlp={"vision": ("fc1", "fc2"), "language": LANGUAGE_MLP},
     pixel_budget=True,
     positions="mrope",
+    takes_features=True,
 )
 
 QWEN2_5_VL = Family(
@@ -32,6 +55,8 @@ QWEN2_5_VL = Family(
     mlp={"vision": LANGUAGE_MLP, "language": LANGUAGE_MLP},
     pixel_budget=True,
     positions="mrope",
+    takes_features=True,
+    feature_order=window_order,
 )
 
 QWEN3_VL = Family(
@@ -46,4 +71,5 @@ QWEN3_VL = Family(
     mlp={"vision": ("linear_fc1", "linear_fc2"), "language": LANGUAGE_MLP},
     pixel_budget=True,
     positions="mrope",
+    takes_features=True,
 )

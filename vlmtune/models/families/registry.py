@@ -31,7 +31,8 @@ def family_for(
 ) -> Family:
     """The family of a model type; `parts` (from the recipe) describe one that no file knows.
 
-    For a known family, `parts` replace that family's paths part by part. `model` (on the meta
+    For a known family, `parts` replace that family's paths part by part; what its connector gives
+    is then no longer known, and its features are made by the model alone. `model` (on the meta
     device is enough) is needed to check `parts` and to list the modules of an unknown model.
 
     Raises VlmtuneError for an unknown model type without `parts`, and for a path in `parts` that
@@ -46,7 +47,7 @@ def family_for(
     stated = {part: tuple(paths) for part, paths in parts.items()}
     _check_paths(stated, model)
     if known is not None:
-        return replace(known, parts={**known.parts, **stated})
+        return replace(known, parts={**known.parts, **stated}, takes_features=False)
     if "language" not in stated:
         raise VlmtuneError(
             f"parts says nothing about the language part of a model of type {model_type!r}",

@@ -1,0 +1,190 @@
+"""Kept features: bounded, told apart by tower, made anew where torn, shared and safe to kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny_models import build_tiny_model
+from vlmtune.models.families.registry import family_for
+from vlmtune.models.vision_cache import (
+    DiskStore,
+    FeatureCache,
+    MemoryStore,
+    folder_bytes,
+    open_disk_store,
+    size_of,
+)
+from vlmtune.models.vision_digest import tower_digest
+
+PARTS = ("vision", "connector")
+
+
+def key_of(number: int) -> str:
+    return f"{number:064x}"
+
+
+def features(number: int, rows: int = 4) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(number)
+    made = torch.randn(rows, 8, generator=generator)
+    return {"0": made, "1": made[::2].to(torch.bfloat16)}
+
+
+def same(one: dict[str, Tensor] | None, other: dict[str, Tensor]) -> bool:
+    return one is not None and all(torch.equal(one[name], other[name]) for name in other)
+
+
+def store_in(folder: Path, *, max_bytes: int = 10**6, tower: str = "t") -> DiskStore:
+    return open_disk_store(folder, tower, max_bytes=max_bytes, num_processes=1)
+
+
+def test_memory_takes_up_to_its_bound_and_throws_nothing_out():
+    size = size_of(features(0))
+    assert size == 4 * 8 * 4 + 2 * 8 * 2
+    cache = FeatureCache([MemoryStore(2 * size)])
+    for number in range(4):
+        assert cache.get(key_of(number)) is None
+        cache.put(key_of(number), features(number))
+    assert [cache.get(key_of(n)) is not None for n in range(4)] == [True, True, False, False]
+    assert cache.figures() == {"hits": 2, "misses": 6, "not_kept": 2, "memory_bytes": 2 * size}
+
+
+def test_a_view_is_kept_without_what_it_is_a_view_of():
+    whole = torch.randn(1000, 8)
+    store = MemoryStore(10**6)
+    assert store.put("a", {"0": whole[:2]})
+    kept = store.get("a")
+    assert kept is not None and kept["0"].untyped_storage().nbytes() == 2 * 8 * 4
+    whole.zero_()
+    assert kept["0"].any()
+
+
+def test_what_memory_has_no_room_for_goes_to_the_disk(tmp_path):
+    cache = FeatureCache([MemoryStore(size_of(features(0))), store_in(tmp_path)])
+    for number in range(3):
+        cache.put(key_of(number), features(number))
+    assert all(same(cache.get(key_of(n)), features(n)) for n in range(3))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+    assert cache.figures()["not_kept"] == 0
+
+
+def test_the_disk_is_bounded_over_runs(tmp_path):
+    first = store_in(tmp_path, max_bytes=3000)
+    written = [first.put(key_of(n), features(n)) for n in range(20)]
+    assert any(written) and not all(written)
+    assert folder_bytes(tmp_path) <= 3000
+    again = store_in(tmp_path, max_bytes=3000)
+    assert same(again.get(key_of(0)), features(0))
+    assert not again.put(key_of(30), features(30, rows=40))
+    assert folder_bytes(tmp_path) <= 3000
+
+
+def test_features_of_a_tower_used_long_ago_give_way(tmp_path):
+    for number, tower in enumerate(("oldest", "newer")):
+        store = store_in(tmp_path, tower=tower)
+        assert store.put(key_of(number), features(number))
+        os.utime(store.folder, (1000 + number, 1000 + number))
+    bound = folder_bytes(tmp_path / "features") + 100
+    store = store_in(tmp_path, max_bytes=bound, tower="mine")
+    assert (tmp_path / "features" / "oldest").is_dir()  # not before there is need of room
+    assert store.put(key_of(5), features(5))
+    assert not (tmp_path / "features" / "oldest").exists()
+    assert (tmp_path / "features" / "newer").is_dir()
+    assert folder_bytes(tmp_path / "features") <= bound
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "flipped", "other"])
+def test_a_torn_file_is_made_anew(tmp_path, damage, caplog):
+    store = store_in(tmp_path)
+    store.put(key_of(1), features(1))
+    (path,) = tmp_path.rglob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    if damage == "flipped":
+        content[-3] ^= 1
+    kept = {"half": content[: len(content) // 2], "empty": b"", "other": b"no such file " * 10}
+    path.write_bytes(kept.get(damage, content))
+    assert store.get(key_of(1)) is None
+    assert "is made anew" in caplog.text
+    assert store.put(key_of(1), features(1))
+    assert same(store.get(key_of(1)), features(1))
+
+
+def test_a_disk_that_takes_nothing_is_said_once(tmp_path, caplog, monkeypatch):
+    store = store_in(tmp_path)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert not any(store.put(key_of(n), features(n)) for n in range(3))
+    assert caplog.text.count("No space left on device") == 1
+    assert not list(tmp_path.rglob(".part-*"))
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert not store_in(blocked).put(key_of(1), features(1))
+    assert "cannot be kept on disk" in caplog.text
+
+
+WRITER = """
+import sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from tests.models.test_vision_cache import features, key_of, store_in
+store = store_in(Path({folder!r}), max_bytes=10**9)
+print("ready", flush=True)
+for number in range({first}, {last}):
+    if store.get(key_of(number)) is None:
+        store.put(key_of(number), features(number, rows=2000))
+"""
+
+
+def writer(root: Path, folder: Path, first: int, last: int) -> subprocess.Popen[str]:
+    code = WRITER.format(root=str(root), folder=str(folder), first=first, last=last)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+def test_processes_share_a_folder_and_a_kill_leaves_it_usable(tmp_path, root):
+    others = [writer(root, tmp_path, 0, 10**6), writer(root, tmp_path, 20, 60)]
+    assert others[1].wait(timeout=120) == 0
+    end = time.monotonic() + 60
+    while not list((tmp_path / "features").rglob("*.safetensors")) and time.monotonic() < end:
+        time.sleep(0.01)
+    others[0].send_signal(signal.SIGKILL)
+    others[0].wait()
+    for other in others:
+        assert other.stdout is not None
+        other.stdout.close()
+    store = store_in(tmp_path, max_bytes=10**9)
+    assert all(same(store.get(key_of(n)), features(n, rows=2000)) for n in range(20, 60))
+    found = sorted((tmp_path / "features").rglob("*.safetensors"))
+    for path in found:  # whole, whoever wrote it
+        assert same(store.get(path.stem), features(int(path.stem, 16), rows=2000))
+    assert store.put("f" * 64, features(7))
+
+
+def test_the_digest_of_a_tower_is_that_of_its_weights_and_of_what_runs_them():
+    model_type = "qwen2_5_vl"
+    model, family = build_tiny_model(model_type), family_for(model_type)
+    digest = tower_digest(model, family, PARTS)
+    assert tower_digest(build_tiny_model(model_type), family, PARTS) == digest
+    seen = {digest, tower_digest(model, family, ("vision",))}
+    with torch.no_grad():
+        model.model.language_model.layers[0].mlp.up_proj.weight.add_(1)
+        assert tower_digest(model, family, PARTS) == digest
+        model.model.visual.merger.mlp[0].bias[0] += 1
+        seen.add(tower_digest(model, family, PARTS))
+        assert tower_digest(model, family, ("vision",)) in seen  # the connector is left out
+        model.model.visual.blocks[1].attn.qkv.weight[0, 0] += 1e-3
+        seen.add(tower_digest(model, family, PARTS))
+    model.config.vision_config.window_size *= 2
+    seen.add(tower_digest(model, family, PARTS))
+    seen.add(tower_digest(model.to(torch.bfloat16), family, PARTS))
+    assert len(seen) == 6
