@@ -31,6 +31,7 @@ NOT_RUN: dict[str, Any] = {
     "stopped_by": None,
     "best": None,
     "guard": None,
+    "vision_cache": None,
 }
 """The figures of a session that found its run finished."""
 
@@ -56,7 +57,16 @@ def summary_of(
         "stopped_by": result.stopped_by,
         "best": None if result.best is None else dataclasses.asdict(result.best),
         "guard": None,
+        "vision_cache": _cache_figures(trainee),
     }
+
+
+def _cache_figures(trainee: Trainee) -> dict[str, int] | None:
+    """How often the features of a picture were kept already, in this process; None where none
+    are kept."""
+    if trainee.features is None or trainee.features.cache is None:
+        return None
+    return trainee.features.cache.figures()
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -81,6 +91,8 @@ def print_summary(summary: dict[str, Any]) -> None:
             f"{summary['skipped']} samples were not trained on: see "
             f"{summary['run'] / 'skipped.jsonl'}"
         )
+    if summary["vision_cache"] is not None:
+        lines.append(_cache_line(summary["vision_cache"]))
     lines += [f"{count} samples: {note}" for note, count in sorted(summary["notes"].items())]
     if summary["guard"] is not None:
         guard = summary["guard"]
@@ -91,6 +103,19 @@ def print_summary(summary: dict[str, Any]) -> None:
         )
     for line in lines:
         print(line)
+
+
+def _cache_line(figures: dict[str, int]) -> str:
+    sizes = [
+        f"{figures[name] / 1e6:,.1f} MB {where}"
+        for name, where in (("memory_bytes", "in memory"), ("disk_bytes", "on disk"))
+        if name in figures
+    ]
+    left = f", {figures['not_kept']:,} not kept for want of room" if figures["not_kept"] else ""
+    return (
+        f"vision cache: {figures['misses']:,} pictures went through the tower, "
+        f"{figures['hits']:,} times one was kept ({', '.join(sizes)}{left})"
+    )
 
 
 def print_model(vlm: VLM, num_samples: int | None, linear_modules: Sequence[Any]) -> None:

@@ -19,8 +19,10 @@ from typing import Any, Literal
 
 import PIL.Image
 
+from vlmtune.data.collate import MediaLayout
 from vlmtune.data.masks import MaskError, label_targets
 from vlmtune.data.media import read_image
+from vlmtune.data.media_units import media_keys_of
 from vlmtune.data.over_length import TURNS_LEFT_OUT, cut_text, shrink_images
 from vlmtune.data.placed import placed
 from vlmtune.data.process import ProcessError, process
@@ -79,9 +81,11 @@ class Encoder:
         train_on: TrainOn = "assistant",
         video: VideoSection | None = None,
         cache_dir: Path | None = None,
+        media_layout: MediaLayout | None = None,
     ) -> None:
         """`video`: how videos become frames; None: as by the recipe's defaults. `cache_dir`: where
-        what `encode` gives is kept; None: nowhere."""
+        what `encode` gives is kept; None: nowhere. `media_layout`: how the model's media lie, where
+        samples are to have `media_keys`; None: they get none."""
         tokenizer = processor.tokenizer
         if not tokenizer.is_fast:
             raise VlmtuneError(
@@ -101,6 +105,7 @@ class Encoder:
         self.max_image_pixels = max_image_pixels
         self.train_on = train_on
         self.video = video or VideoSection()
+        self.media_layout = media_layout
         self._template = ChatTemplate(processor)
         self.end_token_id = int(tokenizer.convert_tokens_to_ids(self._template.end_token))
         self._image_id = int(tokenizer.convert_tokens_to_ids(processor.image_token))
@@ -125,8 +130,13 @@ class Encoder:
                 expected="an assistant turn with a weight",
             )
         if self._cache is None:
-            return self._make(conversation)
-        return self._cache.sample(conversation, self._make)
+            return self._with_keys(self._make(conversation))
+        return self._with_keys(self._cache.sample(conversation, self._make))
+
+    def _with_keys(self, sample: Sample) -> Sample:
+        if self.media_layout is None:
+            return sample
+        return replace(sample, media_keys=media_keys_of(sample.media, self.media_layout))
 
     def _make(self, conversation: Conversation) -> Sample:
         media = self._open(conversation)
@@ -151,8 +161,8 @@ class Encoder:
         media = self._open(conversation)
         encoded = self._encode(conversation, media, prompt=True)
         if encoded.sample.num_tokens <= self.max_tokens:
-            return encoded.sample
-        return self._shrink_or_refuse(conversation, media, encoded, prompt=True)
+            return self._with_keys(encoded.sample)
+        return self._with_keys(self._shrink_or_refuse(conversation, media, encoded, prompt=True))
 
     def assistant_text(self, conversation: Conversation) -> str:
         """The last answer, as written."""
@@ -315,8 +325,15 @@ class Encoder:
         )
 
 
-def encoder_for(recipe: Recipe, processor: Any, *, cache_dir: Path | None = None) -> Encoder:
-    """An encoder that makes samples as training by `recipe` does, kept in `cache_dir` if given."""
+def encoder_for(
+    recipe: Recipe,
+    processor: Any,
+    *,
+    cache_dir: Path | None = None,
+    media_layout: MediaLayout | None = None,
+) -> Encoder:
+    """An encoder that makes samples as training by `recipe` does, kept in `cache_dir` if given and
+    with `media_keys` if `media_layout` is."""
     return Encoder(
         processor,
         max_tokens=recipe.data.max_tokens,
@@ -325,6 +342,7 @@ def encoder_for(recipe: Recipe, processor: Any, *, cache_dir: Path | None = None
         train_on=recipe.data.train_on,
         video=recipe.video,
         cache_dir=cache_dir,
+        media_layout=media_layout,
     )
 
 

@@ -146,7 +146,8 @@ class Sample:
     (`mm_token_type_ids`); `media` are tensors concatenated over samples along dimension 0
     (`pixel_values`, `image_grid_thw`, …). `notes` say what was changed on the way ("pictures
     shrunk to fit max_tokens"): fixed wordings, to be counted and shown. `media_keys`: a digest of
-    what each picture, then each video, gives the vision tower; empty where nobody asked for them.
+    what each picture (of models that cut pictures into tiles, each tile), then each video, gives
+    the vision tower; empty where nobody asked for them.
     """
 
     id: str

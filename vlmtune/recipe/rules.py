@@ -64,6 +64,8 @@ def unused_keys(recipe: Recipe) -> dict[str, tuple[str, str]]:
     if not recipe.data.allow_urls:
         for key in ("allow_private_addresses", "max_download_bytes", "url_timeout_seconds"):
             unused[f"data.{key}"] = ("data.allow_urls: false", "set allow_urls, or remove it")
+    if recipe.train.vision_cache == "off":
+        unused["train.vision_cache_bytes"] = ("train.vision_cache: off", "remove it")
     if recipe.data.on_bad_sample == "error":
         unused["data.max_bad_fraction"] = ("data.on_bad_sample: error", "set skip, or remove it")
     return unused

@@ -135,6 +135,22 @@ class TrainSection(Section):
         "only, where the model family can; otherwise rows of similar length are padded. The loss "
         "is the same.",
     )
+    vision_cache: Literal["auto", "memory", "disk", "off"] = Field(
+        default="auto",
+        description="Run a frozen vision tower once a picture, and keep its features for later "
+        "epochs; where only the connector trains, what the tower gives it. `memory`: in this run; "
+        "`disk`: in files below `data.cache_dir`, for later runs and other processes too; `auto`: "
+        "in memory, then on disk (of several processes the other way round), and off where the "
+        "tower trains. With the others a tower that trains is an error. The loss is the same.",
+    )
+    vision_cache_bytes: int = Field(
+        default=4_000_000_000,
+        ge=1,
+        description="Most bytes of features kept in memory, by all processes together and within "
+        "half of what is free at the start, and as many on disk. Beyond, nothing more is kept; on "
+        "disk, features of other towers give way first. A picture of 300 tokens takes about 1.2 MB "
+        "at width 2048 in bf16.",
+    )
     learning_rate: float = Field(default=2e-4, gt=0, description="Peak learning rate.")
     part_learning_rates: dict[PartName, Rate] = Field(
         default={}, description="Peak learning rates of single parts, e.g. `{vision: 2e-5}`."

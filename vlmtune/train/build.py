@@ -55,6 +55,7 @@ from vlmtune.train.skips import SkipLedger
 from vlmtune.train.step import NextToken, Objective
 from vlmtune.train.stream_feed import stream_steps
 from vlmtune.train.trainee import Trainee
+from vlmtune.train.vision import build_vision_features, keeps_features
 
 log = logging.getLogger("vlmtune")
 
@@ -124,10 +125,12 @@ def left_out(skipped: Sequence[Skipped]) -> list[LeftOut]:
 
 
 def build_encoder(recipe: Recipe, vlm: VLM) -> Encoder:
-    """What makes samples as the recipe says, from its cache where it asks for one."""
+    """What makes samples as the recipe says, from its cache where it asks for one, with the keys
+    of their pictures where features are kept. `vlm.model` is adapted already."""
     data = recipe.data
     cache_dir = cache_dir_of(access_of(data)) if data.cache == "disk" else None
-    return encoder_for(recipe, vlm.processor, cache_dir=cache_dir)
+    media_layout = vlm.family.media_layout if keeps_features(recipe, vlm) else None
+    return encoder_for(recipe, vlm.processor, cache_dir=cache_dir, media_layout=media_layout)
 
 
 def layout_of(recipe: Recipe, vlm: VLM) -> BatchLayout:
@@ -258,8 +261,9 @@ def build_trainee(
     dtype = DTYPES[recipe.train.precision]
     prompt = embedding_prompt_of(recipe)
     kind = SupervisedForward if prompt is None else EmbeddingForward
-    forward = kind(adapter.model, vlm.family)
-    forward.to(accelerator.device)
+    adapter.model.to(accelerator.device)
+    features = build_vision_features(recipe, vlm=vlm, accelerator=accelerator)
+    forward = kind(adapter.model, vlm.family, features)
     layout = layout_of(recipe, vlm)
     if layout.packs:
         use_packed_attention(base_of(adapter.model))
@@ -292,7 +296,7 @@ def build_trainee(
     optimizer = build_optimizer(groups, kind=recipe.train.optimizer, device=accelerator.device)
     forward.train()
     prepared, optimizer = accelerator.prepare(forward, optimizer)
-    return Trainee(prepared, adapter, trained, parts, optimizer, objective)
+    return Trainee(prepared, adapter, trained, parts, optimizer, objective, features)
 
 
 def saver(recipe: Recipe, trainee: Trainee) -> Callable[[Path], None]:

@@ -14,7 +14,7 @@ FREE_KEYS = {"output_dir", "eval", "data.eval", "data.num_workers"} | {
     f"train.{key}" for key in ("log_every", "eval_every", "save_every", "keep_checkpoints")
 }
 FREE_KEYS |= {f"data.{key}" for key in ("cache", "cache_dir", "url_timeout_seconds")}
-FREE_KEYS |= {"quantization.cache_dequantized"}
+FREE_KEYS |= {"quantization.cache_dequantized", "train.vision_cache", "train.vision_cache_bytes"}
 
 LATER_KEYS: dict[str, object] = {
     f"{name}.{key}": section.model_fields[key].default

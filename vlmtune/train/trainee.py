@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from vlmtune.errors import VlmtuneError
+from vlmtune.models.vision_features import VisionFeatures
 from vlmtune.train.background import CheckpointWriter
 from vlmtune.train.checkpoint import Checkpoint, TrainState, random_state, restore_random_state
 from vlmtune.train.step import Method, Objective
@@ -34,7 +35,8 @@ class TrainedMethod(Method, Protocol):
 
 @dataclass
 class Trainee:
-    """What is trained, and by what. `parameters` are the trained tensors by name."""
+    """What is trained, and by what. `parameters` are the trained tensors by name; `features` makes
+    those of pictures where the vision tower is frozen."""
 
     forward: nn.Module
     method: TrainedMethod
@@ -42,6 +44,7 @@ class Trainee:
     part_of_name: Mapping[str, str]
     optimizer: AcceleratedOptimizer
     objective: Objective
+    features: VisionFeatures | None = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The method's tensors, and what the objective learns beside them."""
