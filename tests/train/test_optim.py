@@ -7,6 +7,8 @@ import torch
 
 from vlmtune.recipe.schema import TrainSection
 from vlmtune.train.optim import (
+    BETAS,
+    EPS,
     build_optimizer,
     learning_rate_factor,
     parameter_groups,
@@ -87,3 +89,35 @@ def test_every_optimizer_steps_on_a_cpu(kind: str):
     optimizer.step()
     # Adam's first step is the learning rate, whatever the gradient's size.
     assert torch.allclose(parameter, torch.full_like(parameter, 0.95), atol=1e-4)
+
+
+def adamw_by_hand(start: torch.Tensor, gradients: torch.Tensor, *, coupled: bool) -> torch.Tensor:
+    """Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2, in float64; `coupled`: with the
+    decay as a part of the gradient."""
+    weight, m, v = start.double(), torch.zeros(()), torch.zeros(())
+    for step, gradient in enumerate(gradients.double(), 1):
+        decay = 0.1 * weight
+        gradient = gradient + decay if coupled else gradient
+        m = BETAS[0] * m + (1 - BETAS[0]) * gradient
+        v = BETAS[1] * v + (1 - BETAS[1]) * gradient**2
+        scaled = v / (1 - BETAS[1] ** step)
+        update = m / (1 - BETAS[0] ** step) / (scaled.sqrt() + EPS)
+        weight = weight - 0.01 * (update + (0 if coupled else decay))
+    return weight.float()
+
+
+def test_adamw_is_fused_and_what_the_paper_says():
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(7, 5, generator=generator)
+    gradients = torch.randn(20, 7, 5, generator=generator)
+    parameter = torch.nn.Parameter(start.clone())
+    group = {"params": [parameter], "part": "language", "lr": 0.01, "peak_lr": 0.01}
+    groups = [group | {"weight_decay": 0.1}]
+    optimizer = build_optimizer(groups, kind="adamw", device=torch.device("cpu"))
+    assert optimizer.param_groups[0]["fused"]
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    assert torch.allclose(parameter, adamw_by_hand(start, gradients, coupled=False), atol=1e-6)
+    wrong = adamw_by_hand(start, gradients, coupled=True)
+    assert not torch.allclose(parameter, wrong, atol=1e-3)

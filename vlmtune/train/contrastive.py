@@ -74,7 +74,7 @@ class Contrastive:
     device: torch.device
     unit: str = "pairs"
     tensors: dict[str, nn.Parameter] = field(init=False)
-    _accuracy: float = 0.0
+    _accuracy: Tensor | None = None
 
     def __post_init__(self) -> None:
         start = torch.tensor([-math.log(self.initial_temperature)], device=self.device)
@@ -99,7 +99,11 @@ class Contrastive:
         return float(len(data.pair_keys))
 
     def backward(
-        self, forward: nn.Module, data: StepData, accelerator: Accelerator, weight: float
+        self,
+        forward: nn.Module,
+        data: StepData,
+        accelerator: Accelerator,
+        weight: float | Tensor,
     ) -> Tensor:
         batches = [batch for batch in data.micro_batches if isinstance(batch, SideBatch)]
         num_pairs = len(data.pair_keys)
@@ -109,9 +113,9 @@ class Contrastive:
         everyone, start = gathered(own, accelerator)
         keys = _gathered_keys(data.pair_keys, accelerator)
         result = info_nce(everyone[0], everyone[1], keys, self.scale())
-        (result.losses.sum() / max(1.0, weight)).backward()
+        (result.losses.sum() / weight).backward()
         self._keep_alike(accelerator)
-        self._accuracy = float(result.num_right) / max(1.0, 2 * weight)
+        self._accuracy = result.num_right / (2 * weight)  # read where it is logged
         assert own.grad is not None
         for number, (batch, state) in enumerate(zip(batches, states, strict=True)):
             restore_random_state(state)
@@ -134,7 +138,8 @@ class Contrastive:
                 parameter.grad = accelerator.reduce(parameter.grad, "mean")
 
     def log(self) -> dict[str, float]:
-        return {"temperature": self.temperature, "in_batch_accuracy": self._accuracy}
+        accuracy = 0.0 if self._accuracy is None else float(self._accuracy)
+        return {"temperature": self.temperature, "in_batch_accuracy": accuracy}
 
 
 @torch.no_grad()

@@ -1,16 +1,17 @@
 """The training loop.
 
     evaluate before -> for each optimizer step:
-        fetch -> learning rate -> train_step -> evaluate -> log -> save -> better still to come?
+        fetch -> learning rate -> train_step -> read -> evaluate -> log -> save -> better to come?
 
 Everything that decides a step's result is a pure function of (seed, step, data) or is in the
-checkpoint; that is why a resumed run equals an uninterrupted one.
+checkpoint; that is why a resumed run equals an uninterrupted one. Where reading a figure would make
+the host wait (CUDA), a step's are read after the next was launched, unless something is due at it.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,9 +36,10 @@ from vlmtune.train.checkpoint import (
 from vlmtune.train.feed import StepData, lost_workers_told
 from vlmtune.train.interrupt import StopSignal
 from vlmtune.train.optim import learning_rate_factor, resolve_count, set_learning_rate
+from vlmtune.train.pending import PendingStep, StepResult, reads_late
 from vlmtune.train.runtime import peak_memory_bytes
 from vlmtune.train.skips import SkipLedger
-from vlmtune.train.step import StepResult, train_step
+from vlmtune.train.step import train_step
 from vlmtune.train.tracker import Tracker
 from vlmtune.train.trainee import Trainee
 from vlmtune.train.window import Window
@@ -152,6 +154,7 @@ def train(
             stop=stop,
             writer=writer,
             tracker=tracker,
+            late=reads_late(accelerator.device),
             result=TrainResult(steps=first - 1, best=best),
         )
         with lost_workers_told():
@@ -174,7 +177,9 @@ class _Loop:
     stop: StopSignal
     writer: CheckpointWriter
     tracker: Tracker
+    late: bool
     result: TrainResult
+    pending: deque[PendingStep] = field(default_factory=deque)
     window: Window = field(default_factory=Window)
     notes: set[tuple[str, str, int]] = field(default_factory=set)
     cursor: StreamCursor | None = None
@@ -199,9 +204,9 @@ class _Loop:
             waited = time.monotonic()
             data = next(steps)
             self.window.wait_seconds += time.monotonic() - waited
-            done, line = self._train(step, data)
+            line, stops = self._train(step, data)
             paused = time.monotonic()
-            goes_on = self._look(step, done, line)
+            goes_on = self._look(step, line, stops=stops)
             self._pause_since(paused)
             if not goes_on:
                 break
@@ -223,18 +228,45 @@ class _Loop:
         result.peak_memory_bytes = peak_memory_bytes(self.accelerator.device)
         return result
 
-    def _train(self, step: int, data: StepData) -> tuple[StepResult, dict[str, Any]]:
-        """One optimizer step; what it did, and the line to log of it, empty where none is due."""
-        section, trainee, accelerator = self.section, self.trainee, self.accelerator
+    def _train(self, step: int, data: StepData) -> tuple[dict[str, Any], bool]:
+        """One optimizer step: the line to log of it, empty where none is due, and whether a
+        process was asked to stop."""
         factor = learning_rate_factor(
             step,
             total_steps=self.schedule.total_steps,
             warmup_steps=self.schedule.warmup_steps,
-            schedule=section.schedule,
+            schedule=self.section.schedule,
         )
-        rates = set_learning_rate(trainee.optimizer.optimizer, factor)
-        is_due = step % section.log_every == 0 or step == self.schedule.total_steps
-        done = train_step(
+        rates = set_learning_rate(self.trainee.optimizer.optimizer, factor)
+        is_last = step == self.schedule.total_steps
+        is_logged = step % self.section.log_every == 0 or is_last
+        asked = self.stop.received is not None
+        method_log = self._launch(step, data, stop_requested=asked, log_parts=is_logged)
+        is_due = is_logged or bool(method_log) or self._evaluates(step) or self._saves(step)
+        # Of several processes all must see the same: what one was asked is known when it is read.
+        is_due = is_due or not self.late or (asked and self.accelerator.num_processes == 1)
+        done = self._read(all_but=0 if is_due else 1)
+        stops = done is not None and done.stop
+        if stops:
+            done = self._read(all_but=0) or done
+        if not is_logged or done is None:
+            return method_log, stops
+        line = self.window.line(
+            done,
+            rates,
+            epoch=data.epoch,
+            objective=self.trainee.objective,
+            accelerator=self.accelerator,
+        )
+        self.window = Window()
+        return line | method_log, stops
+
+    def _launch(
+        self, step: int, data: StepData, *, stop_requested: bool, log_parts: bool
+    ) -> dict[str, object]:
+        """Do a step, its figures not yet read; what the adapter's method has to log."""
+        trainee = self.trainee
+        pending = train_step(
             trainee.forward,
             step=step,
             data=data,
@@ -243,44 +275,54 @@ class _Loop:
             parameters=trainee.parameters,
             part_of_name=trainee.part_of_name,
             optimizer=trainee.optimizer,
-            accelerator=accelerator,
-            max_grad_norm=section.max_grad_norm,
-            stop_requested=self.stop.received is not None,
-            log_parts=is_due,
+            accelerator=self.accelerator,
+            max_grad_norm=self.section.max_grad_norm,
+            stop_requested=stop_requested,
+            log_parts=log_parts,
+            late=self.late,
         )
-        if done.num_left_out:
-            self.skips.add(gather_object(data.left_out), write=accelerator.is_main_process)
+        self.pending.append(pending)
         self.notes.update(data.notes)
         self.cursor = data.cursor
-        self.window.add(data, done, num_processes=accelerator.num_processes)
-        self._count(step, data, done)
-        line: dict[str, Any] = dict(done.method_log)
-        if is_due:
-            logged = self.window.line(
-                done,
-                rates,
-                epoch=data.epoch,
-                objective=trainee.objective,
-                accelerator=accelerator,
-            )
-            line = logged | line
-            self.window = Window()
-        return done, line
+        self.window.launched(data, num_processes=self.accelerator.num_processes)
+        self.result.samples += data.num_step_samples
+        return pending.method_log
 
-    def _count(self, step: int, data: StepData, done: StepResult) -> None:
+    def _read(self, *, all_but: int) -> StepResult | None:
+        """Read the launched steps, all but the newest `all_but`; the last of them. A collective
+        where samples were left out."""
+        done = None
+        while len(self.pending) > all_but:
+            pending = self.pending.popleft()
+            done = pending.read()
+            if done.num_left_out:
+                everyones = gather_object(pending.left_out)
+                self.skips.add(everyones, write=self.accelerator.is_main_process)
+            self.window.add(done)
+            self._count(pending.step, done)
+        return done
+
+    def _count(self, step: int, done: StepResult) -> None:
         result = self.result
         result.steps = step
-        result.samples += data.num_step_samples - done.num_left_out
+        result.samples -= done.num_left_out
         result.terms += done.num_terms
         result.loss = self.window.loss
         training_seconds = time.monotonic() - self.began - result.paused_seconds
         self.tracker.advance(step, result.loss, result.samples / training_seconds)
 
-    def _look(self, step: int, done: StepResult, line: dict[str, Any]) -> bool:
+    def _evaluates(self, step: int) -> bool:
+        is_last = step == self.schedule.total_steps
+        return self.evaluate is not None and (step % self.schedule.eval_every == 0 or is_last)
+
+    def _saves(self, step: int) -> bool:
+        return step % self.schedule.save_every == 0 or step == self.schedule.total_steps
+
+    def _look(self, step: int, line: dict[str, Any], *, stops: bool) -> bool:
         """Evaluate, log and save where they are due; whether training goes on."""
         schedule, result = self.schedule, self.result
         is_last = step == schedule.total_steps
-        if self.evaluate is not None and (step % schedule.eval_every == 0 or is_last):
+        if self.evaluate is not None and self._evaluates(step):
             values = self._evaluated(self.evaluate, step)
             line = line | values
             result.best = _best_after(result.best, schedule.best_metric, step, values)
@@ -288,9 +330,9 @@ class _Loop:
             self.tracker.log(step, line)
         is_best = result.best is not None and result.best.step == step
         over = is_over(result.best, schedule.patience)
-        if step % schedule.save_every == 0 or is_last or done.stop or is_best or over:
+        if self._saves(step) or stops or is_best or over:
             self._save(step)
-        if done.stop and not is_last:
+        if stops and not is_last:
             result.stopped_by = self.stop.exit_code
             return False
         if over and not is_last:
@@ -311,6 +353,7 @@ class _Loop:
             restore_random_state(before)
 
     def _save(self, step: int) -> None:
+        assert not self.pending, "what is saved was read, and is finite"
         num_processes = self.accelerator.num_processes
         left_out = self.skips.as_list()
         state = TrainState(

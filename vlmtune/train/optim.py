@@ -16,6 +16,8 @@ log = logging.getLogger("vlmtune")
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
+FUSED_DEVICES = ("cpu", "cuda")
+"""Where torch updates all tensors of a group in one call."""
 
 
 def resolve_count(value: float, total: int, *, whole: bool) -> int:
@@ -83,7 +85,7 @@ def own_group(tensors: Mapping[str, nn.Parameter], rate: float) -> dict[str, Any
 def build_optimizer(
     groups: list[dict[str, Any]], *, kind: str, device: torch.device
 ) -> torch.optim.Optimizer:
-    """AdamW with 32- or 8-bit state, paged on CUDA.
+    """AdamW with 32- or 8-bit state, paged on CUDA; `adamw` is torch's fused kind.
 
     Paging is CUDA's unified memory; elsewhere the unpaged kind is used, with a notice.
     """
@@ -91,7 +93,8 @@ def build_optimizer(
         kind = kind.removeprefix("paged_")
         log.info("paged optimizer state needs CUDA; using %s on %s", kind, device.type)
     if kind == "adamw":
-        return torch.optim.AdamW(groups, betas=BETAS, eps=EPS)
+        fused = device.type in FUSED_DEVICES
+        return torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=fused)
     import bitsandbytes as bnb
 
     classes = {

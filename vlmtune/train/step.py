@@ -13,19 +13,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from vlmtune.data.types import Batch, SideBatch
-from vlmtune.errors import VlmtuneError
+from vlmtune.data.types import Batch
 from vlmtune.models.loss import total_weight
-from vlmtune.train.feed import StepData, to_device
+from vlmtune.train.feed import StepData
+from vlmtune.train.pending import PendingStep, counts_of
+from vlmtune.train.transfer import ahead
 
 
 class Method(Protocol):
@@ -53,32 +52,18 @@ class Objective(Protocol):
         """Their weights' sum; their number where each counts 1."""
 
     def backward(
-        self, forward: nn.Module, data: StepData, accelerator: Accelerator, weight: float
+        self,
+        forward: nn.Module,
+        data: StepData,
+        accelerator: Accelerator,
+        weight: float | Tensor,
     ) -> Tensor:
         """Accumulate the gradient of the step's loss, whose terms weigh `weight` over all
-        processes; the weighted terms' sum of each micro-batch, (num micro-batches,). May be a
-        collective."""
+        processes (1 where nothing weighs; on the device where nothing is to wait for it); the
+        weighted terms' sum of each micro-batch, (num micro-batches,). May be a collective."""
 
     def log(self) -> dict[str, float]:
         """Figures of the last step besides the loss."""
-
-
-@dataclass
-class StepResult:
-    """What a step did. `loss` is nats per term, over all processes, each counting by its weight;
-    `weight` is that of all; `was_skipped`: fp16's loss scaler threw the step away; `stop`: some
-    process was asked to stop."""
-
-    loss: float
-    penalty: float | None
-    grad_norm: float
-    num_terms: int
-    weight: float
-    num_left_out: int
-    was_skipped: bool
-    stop: bool
-    part_grad_norms: dict[str, float] = field(default_factory=dict)
-    method_log: dict[str, object] = field(default_factory=dict)
 
 
 def train_step(
@@ -95,48 +80,36 @@ def train_step(
     max_grad_norm: float | None,
     stop_requested: bool = False,
     log_parts: bool = False,
-) -> StepResult:
-    """Forward and backward over this process's `data`, then update. Contains two collectives
-    (counts, losses) besides DDP's and the objective's own.
+    late: bool = False,
+) -> PendingStep:
+    """Forward and backward over this process's `data`, then update. With several processes it
+    contains two collectives (counts, losses) besides DDP's and the objective's own.
 
     Raises `VlmtuneError` on all processes, before the update, when the loss or the gradient is not
-    finite on any of them.
+    finite on any of them. With `late`, no figure is read here and `PendingStep.read` raises it.
     """
-    device = accelerator.device
     local = [objective.weight(data), objective.num_terms(data), len(data.left_out), stop_requested]
-    sums = accelerator.reduce(torch.tensor(local, device=device, dtype=torch.float64), "sum")
-    weight = float(sums[0])
-    num_terms, all_skipped, stop = (int(x) for x in sums[1:].tolist())
-    losses = objective.backward(forward, data, accelerator, weight)
+    counts = counts_of(local, accelerator, late=late)
+    losses = objective.backward(forward, data, accelerator, counts.divisor)
     penalty = method.penalty()
     if penalty is not None:
         # After the reduction of the last micro-batch and equal on all processes: added as it is.
         accelerator.backward(penalty)
-    total = accelerator.reduce(losses.sum(), "sum").item()
-    if not torch.isfinite(torch.tensor(total)):
-        _raise_not_finite("loss", step, data.micro_batches, losses)
+    total = accelerator.reduce(losses.sum(), "sum")
+    pending = PendingStep(step, data=data, counts=counts, losses=losses, accelerator=accelerator)
+    if not late:
+        pending.check("loss", total)
     if accelerator.scaler is not None:
         accelerator.unscale_gradients(optimizer)
     part_norms = _part_norms(parameters, part_of_name) if log_parts else {}
     grad_norm = clip_gradients(list(parameters.values()), max_grad_norm)
-    if accelerator.scaler is None and not torch.isfinite(grad_norm):
-        _raise_not_finite("gradient", step, data.micro_batches, losses)
+    if not late and accelerator.scaler is None:
+        pending.check("gradient", grad_norm)
+    pending.send(total=total, grad_norm=grad_norm, penalty=penalty, part_norms=part_norms)
     optimizer.step()
-    was_skipped = bool(optimizer.step_was_skipped)
-    method_log = method.after_step(step)
+    pending.method_log = method.after_step(step)
     optimizer.zero_grad()
-    return StepResult(
-        loss=total / (weight or 1.0),
-        penalty=None if penalty is None else float(penalty.detach()),
-        grad_norm=float(grad_norm),
-        num_terms=num_terms,
-        weight=weight,
-        num_left_out=all_skipped,
-        was_skipped=was_skipped,
-        stop=bool(stop),
-        part_grad_norms=part_norms,
-        method_log=method_log,
-    )
+    return pending
 
 
 class NextToken:
@@ -152,16 +125,19 @@ class NextToken:
         return sum(total_weight(batch.targets, batch.weights) for batch in _token_batches(data))
 
     def backward(
-        self, forward: nn.Module, data: StepData, accelerator: Accelerator, weight: float
+        self,
+        forward: nn.Module,
+        data: StepData,
+        accelerator: Accelerator,
+        weight: float | Tensor,
     ) -> Tensor:
         losses = []
         batches = _token_batches(data)
-        for number, batch in enumerate(batches):
-            on_device = to_device(batch, accelerator.device)
+        for number, batch in enumerate(ahead(batches, accelerator.device)):
             with reduced_at_last(forward, accelerator, number=number, of=len(batches)):
-                loss = forward(on_device)
+                loss = forward(batch)
                 # DDP takes the mean over processes; the weight is already global.
-                accelerator.backward(loss * (accelerator.num_processes / (weight or 1.0)))
+                accelerator.backward(loss * (accelerator.num_processes / weight))
             losses.append(loss.detach())
         return torch.stack(losses)
 
@@ -192,25 +168,9 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -
 
 def _part_norms(
     parameters: Mapping[str, nn.Parameter], part_of_name: Mapping[str, str]
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {}
     for name, parameter in parameters.items():
         if parameter.grad is not None:
             parts.setdefault(part_of_name[name], []).append(parameter.grad)
-    return {p: float(torch.nn.utils.get_total_norm(g)) for p, g in sorted(parts.items())}
-
-
-def _raise_not_finite(
-    what: str, step: int, micro_batches: Sequence[Batch | SideBatch], losses: Tensor
-) -> None:
-    """Every process gets here in the same step; the suspects of all are named (a collective)."""
-    finite = torch.isfinite(losses).tolist()
-    suspects = [b for b, ok in zip(micro_batches, finite, strict=True) if not ok]
-    found = gather_object([name for b in suspects for name in b.sample_ids if name])
-    ids = found or gather_object([name for b in micro_batches for name in b.sample_ids if name])
-    shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
-    raise VlmtuneError(
-        f"step {step}: the {what} is not finite; the weights were not updated",
-        got=f"samples of the micro-batch: {shown}" if found else f"samples of the step: {shown}",
-        do="look at these samples; lower train.learning_rate or set train.max_grad_norm",
-    )
+    return {part: torch.nn.utils.get_total_norm(g) for part, g in sorted(parts.items())}

@@ -9,8 +9,9 @@ from typing import Any
 from accelerate import Accelerator
 
 from vlmtune.train.feed import StepData
+from vlmtune.train.pending import StepResult
 from vlmtune.train.runtime import peak_memory_bytes
-from vlmtune.train.step import Objective, StepResult
+from vlmtune.train.step import Objective
 
 
 @dataclass
@@ -31,14 +32,19 @@ class Window:
     def loss(self) -> float:
         return self.loss_sum / (self.weight or 1.0)
 
-    def add(self, data: StepData, done: StepResult, *, num_processes: int) -> None:
-        self.loss_sum += done.loss * done.weight
-        self.num_terms += done.num_terms
-        self.weight += done.weight
-        self.num_samples += data.num_step_samples - done.num_left_out
+    def launched(self, data: StepData, *, num_processes: int) -> None:
+        """Count a step's data, all but what was left out of it."""
+        self.num_samples += data.num_step_samples
         # Of this process, times their number: an estimate that costs no collective.
         self.num_tokens += num_processes * sum(b.num_tokens for b in data.micro_batches)
         self.num_images += num_processes * sum(b.num_images for b in data.micro_batches)
+
+    def add(self, done: StepResult) -> None:
+        """Count what a launched step did."""
+        self.loss_sum += done.loss * done.weight
+        self.num_terms += done.num_terms
+        self.weight += done.weight
+        self.num_samples -= done.num_left_out
         self.num_scaler_skips += done.was_skipped
 
     def line(
