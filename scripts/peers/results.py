@@ -97,10 +97,19 @@ class Outcome:
         return asdict(self.key) | {"median": median, "rounds": rounds, "errors": list(self.errors)}
 
 
-HEAD = (
-    "| tool | s / step | epoch 1 | later | samples/s | supervised tokens/s | to 1st step, s "
-    "| whole, s | peak MB | of it all, MB |"
-)
+COLUMNS: dict[str, tuple[str, float, str]] = {
+    "step_seconds": ("s / step", 1, ".2f"),
+    "first_epoch_seconds": ("in epoch 1", 1, ".2f"),
+    "later_epochs_seconds": ("later", 1, ".2f"),
+    "samples_per_second": ("samples/s", 1, ".2f"),
+    "supervised_per_second": ("supervised tokens/s", 1, ".0f"),
+    "first_step_seconds": ("to 1st step, s", 1, ".1f"),
+    "wall_seconds": ("whole, s", 1, ".0f"),
+    "peak_bytes": ("peak MB", 1e-6, ".0f"),
+    "tree_peak_bytes": ("with children, MB", 1e-6, ".0f"),
+}
+"""Figure -> its heading, what it is multiplied by, and its digits."""
+HEAD = "| tool | " + " | ".join(heading for heading, _, _ in COLUMNS.values()) + " |"
 
 
 def table(outcomes: Sequence[Outcome], titles: Mapping[str, str]) -> str:
@@ -119,28 +128,22 @@ def table(outcomes: Sequence[Outcome], titles: Mapping[str, str]) -> str:
 def table_row(outcome: Outcome, base: Figures | None) -> str:
     name = " ".join(part for part in (outcome.key.tool, outcome.key.variant) if part)
     if not outcome.rounds:
-        return f"| {name} | failed: {outcome.errors[0].replace('|', '/')}" + " |" * 9
-    own = medians(outcome.rounds)
+        return f"| {name} | failed: {outcome.errors[0].replace('|', '/')}" + " |" * len(COLUMNS)
+    own, other = asdict(medians(outcome.rounds)), asdict(base) if base else {}
     cells = [
-        ratio(own.step_seconds, base and base.step_seconds, "{:.2f}"),
-        ratio(own.first_epoch_seconds, base and base.first_epoch_seconds, "{:.2f}"),
-        ratio(own.later_epochs_seconds, base and base.later_epochs_seconds, "{:.2f}"),
-        ratio(own.samples_per_second, base and base.samples_per_second, "{:.2f}"),
-        ratio(own.supervised_per_second, base and base.supervised_per_second, "{:.0f}"),
-        ratio(own.first_step_seconds, base and base.first_step_seconds, "{:.1f}"),
-        ratio(own.wall_seconds, base and base.wall_seconds, "{:.0f}"),
-        ratio(own.peak_bytes / 1e6, base and base.peak_bytes / 1e6, "{:.0f}"),
-        ratio(own.tree_peak_bytes / 1e6, base and base.tree_peak_bytes / 1e6, "{:.0f}"),
+        cell(own[figure], other.get(figure), scale, digits)
+        for figure, (_, scale, digits) in COLUMNS.items()
     ]
     if outcome.errors:
         name += f" ({len(outcome.errors)} of {len(outcome.errors) + len(outcome.rounds)} failed)"
     return "| " + " | ".join([name, *cells]) + " |"
 
 
-def ratio(value: float | None, base: float | None, form: str) -> str:
+def cell(value: float | None, base: float | None, scale: float, digits: str) -> str:
+    """A figure with its ratio to `base` in brackets; nothing where there is no figure."""
     if value is None:
         return ""
-    return form.format(value) + (f" ({value / base:.2f})" if base else "")
+    return f"{value * scale:{digits}}" + (f" ({value / base:.2f})" if base else "")
 
 
 def rule(head: str) -> str:

@@ -36,7 +36,8 @@ def write_text(
     rng: random.Random, lexicon: Sequence[str], num_tokens: int, count: Callable[[str], int]
 ) -> str:
     """A sentence of about `num_tokens` tokens, at least one, by `count`'s number for each word."""
-    words, tokens = [], 0
+    words: list[str] = []
+    tokens = 0
     while tokens < num_tokens:
         word = lexicon[int(len(lexicon) * rng.random() ** 2)]
         spoken = word if not words else " " + word
