@@ -217,6 +217,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--venvs", type=Path, help="else WORK/venvs")
     parser.add_argument("--output", type=Path, help="else WORK/results.json")
     parser.add_argument("--plots", type=Path)
+    parser.add_argument(
+        "--resume", action="store_true", help="take what the same command has run before"
+    )
     parser.add_argument("--quick", action="store_true", help="see that everything runs")
     options = parser.parse_args(arguments)
     options.work = options.work.absolute()

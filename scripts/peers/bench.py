@@ -24,6 +24,8 @@ from peers.vlmtune_tool import Encoded
 from peers.words import make_lexicon
 from peers.workloads import Row, Workload, write_workload
 
+WATCHED = "watched.json"
+"""What a run gave, in its folder."""
 ENCODED_ROWS = 512
 """Rows at most that are encoded to know their lengths and compare them with a peer's."""
 
@@ -96,7 +98,7 @@ class Bench:
         """One process; its figures, or why there are none, are kept."""
         steps = max_steps or self.options.max_steps
         case = self._case(key, work, str(number), overrides=overrides, max_steps=steps)
-        watched = self._watched(case)
+        watched = self._taken_up(case) or self._watched(case)
         told = f"{work.workload.name:10} {'on ' if key.checkpointing else 'off'} "
         told += f"{key.tool} {key.variant}".ljust(24)
         try:
@@ -175,8 +177,6 @@ class Bench:
         options = self.options
         named = f"{key.workload}-{'on' if key.checkpointing else 'off'}-{key.tool}-{key.variant}"
         output = options.work / "cases" / f"{named}-{round_name}".replace(" ", "_")
-        if output.exists():
-            shutil.rmtree(output)
         return Case(
             tool=key.tool,
             model=str(self.model),
@@ -194,13 +194,34 @@ class Bench:
         )
 
     def _watched(self, case: Case) -> Watched:
+        """The case's process, run anew; kept beside its files if it succeeded."""
         python = self._python(case.tool)
         if python is None:
             return Watched([], exit_code=1, error=f"not installed: {self._missing[case.tool]}")
         options = self.options
-        return tools.run_case(
+        if Path(case.output).exists():
+            shutil.rmtree(case.output)
+        watched = tools.run_case(
             case, python, threads=options.threads, timeout_seconds=options.timeout
         )
+        if watched.error is None:
+            kept = {"settings": self._settings(case), "watched": asdict(watched)}
+            (Path(case.output) / WATCHED).write_text(json.dumps(kept))
+        return watched
+
+    def _taken_up(self, case: Case) -> Watched | None:
+        """With `--resume`, the same case as run before, if it succeeded."""
+        path = Path(case.output) / WATCHED
+        if not self.options.resume or not path.is_file() or self._python(case.tool) is None:
+            return None
+        kept = json.loads(path.read_text())
+        return Watched(**kept["watched"]) if kept["settings"] == self._settings(case) else None
+
+    def _settings(self, case: Case) -> dict[str, Any]:
+        """What a run depends on, as JSON reads it back."""
+        settings = {"case": asdict(case), "threads": self.options.threads}
+        found: dict[str, Any] = json.loads(json.dumps(settings))
+        return found
 
     def _python(self, tool: str) -> str | None:
         if tool not in self._pythons and tool not in self._missing:

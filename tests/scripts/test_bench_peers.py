@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import bench_peers
 import pytest
-from peers import agreement, environments, plots, results, studies
+from peers import agreement, environments, plots, results, studies, tools
 from peers.bench import Bench, Prepared
 from peers.case import TARGET_PATTERN, Case, read_case
 from peers.process import Watched, watch
@@ -193,6 +193,26 @@ def test_a_process_is_watched_step_by_step(tmp_path: Path) -> None:
     assert watched.step_seconds == sorted(watched.step_seconds)
     assert watched.step_seconds[0] > 0 and watched.step_seconds[-1] <= watched.seconds
     assert watched.peak_bytes > 200_000_000
+
+
+def test_with_resume_the_same_case_is_not_run_again(
+    tmp_path: Path, mixed: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Case] = []
+
+    def run_case(case: Case, python: str, **_: Any) -> Watched:
+        Path(case.output).mkdir(parents=True)
+        ran.append(case)
+        return Watched([], seconds=9.0, step_seconds=[1.0, 2.0, 4.0])
+
+    monkeypatch.setattr(tools, "run_case", run_case)
+    for arguments, num_runs in (("", 1), ("", 2), ("--resume", 2), ("--resume --workers 1", 3)):
+        options = ["--quick", "--work", str(tmp_path), *arguments.split()]
+        bench = Bench(bench_peers.parse_arguments(options))
+        key = Key("mixed", True, "vlmtune")
+        bench.run(key, mixed, number=0)
+        assert bench.outcome(key).rounds[0].step_seconds == 1.5
+        assert len(ran) == num_runs
 
 
 def test_a_tools_own_times_come_before_what_was_seen(tmp_path: Path) -> None:
