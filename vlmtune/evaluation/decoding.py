@@ -11,7 +11,7 @@ Letters for shapes: B rows of a batch (times beams), T tokens so far, V vocabula
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from vlmtune.data.encode import Encoder
+from vlmtune.evaluation.running_batch import Row
 from vlmtune.models.load import VLM
 from vlmtune.models.processor import pad_token_id
 from vlmtune.recipe.schema import DecodingSection
@@ -87,6 +88,44 @@ def sampling_processors(
 ) -> LogitsProcessorList:
     """What makes greedy decoding draw from the distribution that `decoding` describes: temperature,
     then top-k, then top-p, then noise. `samples[i]` numbers the sample in row i."""
+    noise = SeededNoise(seed=seed, samples=samples, prompt_length=prompt_length)
+    return LogitsProcessorList([*_warpers(decoding), noise])
+
+
+def token_choice(
+    decoding: DecodingSection, *, seed: int, numbers: Sequence[int]
+) -> Callable[[Tensor, Sequence[Row]], Tensor]:
+    """The next token of each row from its logits, greedily or by the draw that
+    `sampling_processors` makes; `numbers` are the samples' numbers by `Row.number`."""
+    if decoding.method != "sample":
+        return lambda logits, rows: logits.argmax(dim=-1)
+    warpers = _warpers(decoding)
+
+    def draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+        scores = warpers(None, logits)
+        places = [(numbers[row.number], len(row.ids)) for row in rows]
+        return _with_noise(scores, seed=seed, places=places).argmax(dim=-1)
+
+    return draw
+
+
+def ends_answer(
+    vlm: VLM, *, encoder: Encoder, stops: Sequence[str], max_new_tokens: int
+) -> Callable[[Row], bool]:
+    """Whether a row's answer is at its end: a stop token, one of the texts `stops`, or its
+    length."""
+    stop_ids = set(stop_token_ids(vlm, encoder))
+    tokenizer = vlm.processor.tokenizer
+
+    def has_ended(row: Row) -> bool:
+        if row.ids[-1] in stop_ids or len(row.ids) >= max_new_tokens:
+            return True
+        return bool(stops) and _holds_any(decode_answers(tokenizer, [row.ids])[0], stops)
+
+    return has_ended
+
+
+def _warpers(decoding: DecodingSection) -> LogitsProcessorList:
     warpers: list[LogitsProcessor] = []
     if decoding.temperature != 1:
         warpers.append(TemperatureLogitsWarper(decoding.temperature))
@@ -94,8 +133,7 @@ def sampling_processors(
         warpers.append(TopKLogitsWarper(decoding.top_k))
     if decoding.top_p < 1:
         warpers.append(TopPLogitsWarper(decoding.top_p))
-    noise = SeededNoise(seed=seed, samples=samples, prompt_length=prompt_length)
-    return LogitsProcessorList([*warpers, noise])
+    return LogitsProcessorList(warpers)
 
 
 class SeededNoise(LogitsProcessor):
@@ -109,13 +147,19 @@ class SeededNoise(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`input_ids` (B, T), `scores` (B, V) up to a constant the log-probabilities."""
         position = input_ids.shape[1] - self._prompt_length
-        noise = np.stack(
-            [
-                gumbel_noise(scores.shape[1], seed=self._seed, sample=sample, position=position)
-                for sample in self._samples
-            ]
-        )
-        return scores + torch.from_numpy(noise).to(scores)
+        places = [(sample, position) for sample in self._samples]
+        return _with_noise(scores, seed=self._seed, places=places)
+
+
+def _with_noise(scores: Tensor, *, seed: int, places: Sequence[tuple[int, int]]) -> Tensor:
+    """`scores` (B, V) and each row's noise; `places` are the rows' samples and positions."""
+    noise = np.stack(
+        [
+            gumbel_noise(scores.shape[1], seed=seed, sample=sample, position=position)
+            for sample, position in places
+        ]
+    )
+    return scores + torch.from_numpy(noise).to(scores)
 
 
 def gumbel_noise(size: int, *, seed: int, sample: int, position: int) -> np.ndarray:
@@ -141,12 +185,18 @@ class StopTexts(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         """(B, T) to (B,), whether each row is at its end."""
         answers = decode_answers(self._tokenizer, input_ids[:, self._prompt_length :])
-        ended = [any(text in answer for text in self._texts) for answer in answers]
+        ended = [_holds_any(answer, self._texts) for answer in answers]
         return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
 
 
-def decode_answers(tokenizer: PreTrainedTokenizerBase, new_ids: Tensor) -> list[str]:
-    """The texts of generated ids (B, T), control tokens left out."""
+def _holds_any(answer: str, texts: Sequence[str]) -> bool:
+    return any(text in answer for text in texts)
+
+
+def decode_answers(
+    tokenizer: PreTrainedTokenizerBase, new_ids: Tensor | Iterable[list[int]]
+) -> list[str]:
+    """The texts of generated ids, (B, T) or a list a row, control tokens left out."""
     return list(tokenizer.batch_decode(new_ids, skip_special_tokens=True))
 
 

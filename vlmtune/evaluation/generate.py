@@ -1,7 +1,8 @@
 """Answers by batched decoding.
 
-    conversations -> windows of WINDOW_BATCHES batches -> prompts, sorted by length in a window
-                  -> left-padded batches -> generate -> text, in the order of the input
+    conversations -> windows of WINDOW_BATCHES batches -> prompts, longest first in a window
+      -> rows under way, refilled as answers end (running_batch.py)  --+
+      -> beams and models of other caches: batches, `generate`  -------+-> text, in input order
 
 Left padding puts every prompt's last token in the last column, where the first answer token is
 predicted; a batch then gives what its rows give one by one. Windows bound the memory that encoded
@@ -11,8 +12,9 @@ pictures take.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -27,8 +29,11 @@ from vlmtune.evaluation.decoding import (
     cut_before,
     decode_answers,
     decoding_config,
+    ends_answer,
     sampling_processors,
+    token_choice,
 )
+from vlmtune.evaluation.running_batch import RunningBatch, answer_rows, can_run_rows
 from vlmtune.models.load import VLM
 from vlmtune.models.processor import pad_token_id
 from vlmtune.recipe.schema import DecodingSection
@@ -37,6 +42,8 @@ WINDOW_BATCHES = 32
 GREEDY = DecodingSection()
 
 Item = TypeVar("Item")
+Numbered = tuple[int, Sample]
+"""A conversation's place among those to answer, and its prompt."""
 
 
 def generate_answers(
@@ -59,22 +66,32 @@ def generate_answers(
     module's training mode is restored afterwards. No collective: with several processes, each
     passes its share. Raises SampleError for a conversation that cannot be encoded.
     """
-    decode = _Decode(vlm, encoder, decoding, max_new_tokens, seed)
     numbers = range(len(conversations)) if numbers is None else numbers
+    decode = _Decode(vlm, encoder, decoding, max_new_tokens, batch_size, seed, numbers)
+    prompts = _prompts(conversations, encoder, window_size=WINDOW_BATCHES * batch_size)
     answers = [""] * len(conversations)
     with evaluating(vlm.model):
-        for window in _chunks(range(len(conversations)), WINDOW_BATCHES * batch_size):
-            prompts = {index: encoder.encode_prompt(conversations[index]) for index in window}
-            # Longest first: a batch that does not fit in memory shows at once.
-            order = sorted(window, key=lambda index: -prompts[index].num_tokens)
-            for batch in _chunks(order, batch_size):
-                batch_numbers = [numbers[index] for index in batch]
-                texts = decode([prompts.pop(index) for index in batch], batch_numbers)
-                for index, text in zip(batch, texts):
-                    answers[index] = text
-                if on_answers is not None:
-                    on_answers(dict(zip(batch_numbers, texts)))
+        if decoding.method == "beam" or not can_run_rows(vlm.model, vlm.family):
+            decoded = decode.in_batches(prompts)
+        else:
+            decoded = decode.in_rows(prompts)
+        for indices, texts in decoded:
+            for index, text in zip(indices, texts):
+                answers[index] = text
+            if on_answers is not None:
+                on_answers({numbers[index]: text for index, text in zip(indices, texts)})
     return answers
+
+
+def _prompts(
+    conversations: Sequence[Conversation], encoder: Encoder, *, window_size: int
+) -> Iterator[Numbered]:
+    """The prompts, each window's longest first: a batch that does not fit in memory shows at
+    once, and prompts of similar length lie side by side."""
+    for window in _chunks(range(len(conversations)), window_size):
+        prompts = {index: encoder.encode_prompt(conversations[index]) for index in window}
+        for index in sorted(window, key=lambda index: -prompts[index].num_tokens):
+            yield index, prompts.pop(index)
 
 
 def prompt_inputs(vlm: VLM, prompts: Sequence[Sample]) -> dict[str, Tensor]:
@@ -105,25 +122,59 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Decode:
-    """Prompts and their numbers to texts, a batch at a time."""
+    """Numbered prompts to texts: pairs of the places of some conversations and their answers."""
 
     vlm: VLM
     encoder: Encoder
     decoding: DecodingSection
     max_new_tokens: int
+    batch_size: int
     seed: int
+    numbers: Sequence[int]
 
-    def __call__(self, prompts: Sequence[Sample], numbers: Sequence[int]) -> list[str]:
-        tokenizer = self.vlm.processor.tokenizer
+    def in_rows(self, prompts: Iterator[Numbered]) -> Iterator[tuple[list[int], list[str]]]:
+        """Each row from its own start to its own end."""
+        ended = answer_rows(
+            RunningBatch(self.vlm.model, self.vlm.family),
+            prompts,
+            inputs_of=lambda samples: prompt_inputs(self.vlm, samples),
+            choose=token_choice(self.decoding, seed=self.seed, numbers=self.numbers),
+            has_ended=ends_answer(
+                self.vlm,
+                encoder=self.encoder,
+                stops=self.decoding.stop,
+                max_new_tokens=self.max_new_tokens,
+            ),
+            size=self.batch_size,
+        )
+        for rows in ended:
+            yield [row.number for row in rows], self._texts([row.ids for row in rows])
+
+    def in_batches(self, prompts: Iterator[Numbered]) -> Iterator[tuple[list[int], list[str]]]:
+        """By transformers' `generate`; a batch ends with its longest answer."""
+        while batch := list(islice(prompts, self.batch_size)):
+            indices = [index for index, _ in batch]
+            new_ids = self._generate([sample for _, sample in batch], indices)
+            yield indices, self._texts(new_ids)
+
+    def _generate(self, prompts: Sequence[Sample], indices: Sequence[int]) -> Tensor:
+        """The answers' ids (B, T), padded on the right."""
         inputs = prompt_inputs(self.vlm, prompts)
         prompt_length = inputs["input_ids"].shape[1]
         extras: dict[str, object] = {}
         if self.decoding.method == "sample":
             extras["logits_processor"] = sampling_processors(
-                self.decoding, seed=self.seed, samples=numbers, prompt_length=prompt_length
+                self.decoding,
+                seed=self.seed,
+                samples=[self.numbers[index] for index in indices],
+                prompt_length=prompt_length,
             )
         if self.decoding.stop:
-            stop = StopTexts(self.decoding.stop, tokenizer=tokenizer, prompt_length=prompt_length)
+            stop = StopTexts(
+                self.decoding.stop,
+                tokenizer=self.vlm.processor.tokenizer,
+                prompt_length=prompt_length,
+            )
             extras["stopping_criteria"] = StoppingCriteriaList([stop])
         config = decoding_config(
             self.vlm,
@@ -131,8 +182,11 @@ class _Decode:
             decoding=self.decoding,
             max_new_tokens=self.max_new_tokens,
         )
-        output = self.vlm.model.generate(**inputs, generation_config=config, **extras)
-        texts = decode_answers(tokenizer, output[:, prompt_length:])
+        output: Tensor = self.vlm.model.generate(**inputs, generation_config=config, **extras)
+        return output[:, prompt_length:]
+
+    def _texts(self, new_ids: Tensor | Iterable[list[int]]) -> list[str]:
+        texts = decode_answers(self.vlm.processor.tokenizer, new_ids)
         return [cut_before(text, self.decoding.stop).strip() for text in texts]
 
 
