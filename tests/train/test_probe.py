@@ -13,9 +13,9 @@ from vlmtune.data.collate import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Batch, Conversation, Image, Source, Text, Turn
 from vlmtune.errors import VlmtuneError
-from vlmtune.models.forward import SupervisedForward
+from vlmtune.models.forward import SupervisedForward, full_logits
 from vlmtune.models.load import VLM, load_vlm
-from vlmtune.train.probe import check_forward, freeze_unreached
+from vlmtune.train.probe import check_forward, freeze_unreached, own_logits
 
 
 @pytest.fixture
@@ -66,3 +66,24 @@ def test_logits_changed_after_the_head_are_refused(llava: VLM, batch: Batch):
     llava.model.register_forward_hook(soft_cap)
     with pytest.raises(VlmtuneError, match="changes its logits after lm_head"):
         check_forward(forward, batch, torch.float32)
+
+
+@pytest.mark.parametrize("has_argument", [True, False])
+def test_only_supervised_positions_get_logits_where_the_class_can(
+    llava: VLM, batch: Batch, monkeypatch: pytest.MonkeyPatch, has_argument: bool
+):
+    whole = full_logits(llava.model, batch.inputs)
+    if not has_argument:
+        forward = llava.model.forward
+
+        def without_argument(**inputs):
+            return forward(**inputs)
+
+        monkeypatch.setattr(llava.model, "forward", without_argument)
+    rows = []
+    llava.model.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[1]))
+    reference = own_logits(llava.model, batch)
+    torch.testing.assert_close(reference, whole[batch.supervised])
+    num_tokens, num_supervised = batch.supervised.numel(), int(batch.supervised.sum())
+    assert rows == [num_supervised if has_argument else num_tokens]
+    assert num_supervised < num_tokens / 2

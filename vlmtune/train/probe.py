@@ -8,15 +8,16 @@ takes features from the last layer but one) would stay as it was for the whole r
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vlmtune.data.types import Batch, SideBatch
 from vlmtune.errors import VlmtuneError
-from vlmtune.models.forward import SupervisedForward, full_logits
+from vlmtune.models.forward import SupervisedForward, base_of, full_logits
 
 log = logging.getLogger("vlmtune")
 
@@ -30,7 +31,7 @@ def check_forward(forward: SupervisedForward, batch: Batch, dtype: torch.dtype) 
     forward.eval()
     with torch.no_grad():
         ours = forward.logits(batch)
-        reference = full_logits(forward.model, batch.inputs)[batch.supervised]
+        reference = own_logits(forward.model, batch)
     forward.train(was_training)
     scale = reference.abs().max().clamp_min(1e-6)
     difference = float((ours - reference).abs().max() / scale)
@@ -42,6 +43,19 @@ def check_forward(forward: SupervisedForward, batch: Batch, dtype: torch.dtype) 
             do="report the model's class; it needs a family of its own",
         )
     return difference
+
+
+def own_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's own logits at the supervised positions, (S, V).
+
+    Those of other positions are not asked for where the model's class has `logits_to_keep`: of a
+    long sample and a large vocabulary they take gigabytes, more than any step after.
+    """
+    if "logits_to_keep" not in inspect.signature(base_of(model).forward).parameters:
+        return full_logits(model, batch.inputs)[batch.supervised]
+    columns = batch.supervised.any(0).nonzero().flatten()  # positions supervised in any row
+    kept = full_logits(model, {**batch.inputs, "logits_to_keep": columns})
+    return kept[batch.supervised[:, columns]]
 
 
 def freeze_unreached(
