@@ -55,11 +55,19 @@ class VisionFeatures:
     """The features of a model's pictures and videos, from `cache` where they are kept.
 
     `base` is the transformers model; `cache` belongs to it and its frozen weights (None: nothing
-    is kept). What trains is read off `base` now. Usable in training and outside.
+    is kept). What trains is read off `base` now, unless `level` says what is kept: outside of
+    training, features do even where the tower trains, for as long as no weight changes.
     """
 
-    def __init__(self, base: Any, family: Family, cache: FeatureCache | None = None) -> None:
-        level = kept_level(base, family)
+    def __init__(
+        self,
+        base: Any,
+        family: Family,
+        cache: FeatureCache | None = None,
+        *,
+        level: Level | None = None,
+    ) -> None:
+        level = level or kept_level(base, family)
         assert level is not None, "kept_level says whether there is anything to make apart"
         self.level: Level = level
         self.cache = cache
