@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -13,37 +14,29 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.models.kept_features import features, key_of, store_in
 from tests.tiny_models import build_tiny_model
 from vlmtune.models.families.registry import family_for
 from vlmtune.models.vision_cache import (
-    DiskStore,
     FeatureCache,
     MemoryStore,
     folder_bytes,
-    open_disk_store,
     size_of,
 )
 from vlmtune.models.vision_digest import tower_digest
 
+
+@pytest.fixture(autouse=True)
+def _heard(monkeypatch):
+    """A command of an earlier test may have turned this off."""
+    monkeypatch.setattr(logging.getLogger("vlmtune"), "propagate", True)
+
+
 PARTS = ("vision", "connector")
-
-
-def key_of(number: int) -> str:
-    return f"{number:064x}"
-
-
-def features(number: int, rows: int = 4) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(number)
-    made = torch.randn(rows, 8, generator=generator)
-    return {"0": made, "1": made[::2].to(torch.bfloat16)}
 
 
 def same(one: dict[str, Tensor] | None, other: dict[str, Tensor]) -> bool:
     return one is not None and all(torch.equal(one[name], other[name]) for name in other)
-
-
-def store_in(folder: Path, *, max_bytes: int = 10**6, tower: str = "t") -> DiskStore:
-    return open_disk_store(folder, tower, max_bytes=max_bytes, num_processes=1)
 
 
 def test_memory_takes_up_to_its_bound_and_throws_nothing_out():
@@ -101,6 +94,15 @@ def test_features_of_a_tower_used_long_ago_give_way(tmp_path):
     assert folder_bytes(tmp_path / "features") <= bound
 
 
+def test_a_bound_lower_than_what_is_there_holds_too(tmp_path):
+    store = store_in(tmp_path, tower="large")
+    assert all(store.put(key_of(n), features(n)) for n in range(10))
+    mine = store_in(tmp_path, max_bytes=1000, tower="mine")
+    written = [mine.put(key_of(n), features(n)) for n in range(10)]
+    assert any(written) and not all(written)
+    assert folder_bytes(tmp_path) <= 1000
+
+
 @pytest.mark.parametrize("damage", ["half", "empty", "flipped", "other"])
 def test_a_torn_file_is_made_anew(tmp_path, damage, caplog):
     store = store_in(tmp_path)
@@ -130,16 +132,21 @@ def test_a_disk_that_takes_nothing_is_said_once(tmp_path, caplog, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert not store_in(blocked).put(key_of(1), features(1))
-    assert "cannot be kept on disk" in caplog.text
+    assert "no more features are kept on disk" in caplog.text and "Not a directory" in caplog.text
+
+
+def test_a_store_that_is_not_used_leaves_no_folder(tmp_path):
+    store = store_in(tmp_path / "nothing" / "there")
+    assert store.get(key_of(1)) is None and not list(tmp_path.iterdir())
+    assert store.put(key_of(1), features(1)) and same(store.get(key_of(1)), features(1))
 
 
 WRITER = """
 import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from tests.models.test_vision_cache import features, key_of, store_in
+from tests.models.kept_features import features, key_of, store_in
 store = store_in(Path({folder!r}), max_bytes=10**9)
-print("ready", flush=True)
 for number in range({first}, {last}):
     if store.get(key_of(number)) is None:
         store.put(key_of(number), features(number, rows=2000))
@@ -152,7 +159,7 @@ def writer(root: Path, folder: Path, first: int, last: int) -> subprocess.Popen[
 
 
 def test_processes_share_a_folder_and_a_kill_leaves_it_usable(tmp_path, root):
-    others = [writer(root, tmp_path, 0, 10**6), writer(root, tmp_path, 20, 60)]
+    others = [writer(root, tmp_path, 0, 10**6), writer(root, tmp_path, 20, 40)]
     assert others[1].wait(timeout=120) == 0
     end = time.monotonic() + 60
     while not list((tmp_path / "features").rglob("*.safetensors")) and time.monotonic() < end:
@@ -163,7 +170,7 @@ def test_processes_share_a_folder_and_a_kill_leaves_it_usable(tmp_path, root):
         assert other.stdout is not None
         other.stdout.close()
     store = store_in(tmp_path, max_bytes=10**9)
-    assert all(same(store.get(key_of(n)), features(n, rows=2000)) for n in range(20, 60))
+    assert all(same(store.get(key_of(n)), features(n, rows=2000)) for n in range(20, 40))
     found = sorted((tmp_path / "features").rglob("*.safetensors"))
     for path in found:  # whole, whoever wrote it
         assert same(store.get(path.stem), features(int(path.stem, 16), rows=2000))

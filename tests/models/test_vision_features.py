@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from tests.data.clips import write_frames
 from tests.models.adapted import randomise, recipe_for
 from tests.models.test_forward import conversation
 from tests.models.test_packed import GIVEN, distance, loss_and_gradients
 from tests.tiny_models import MODEL_TYPES, save_tiny_model
 from vlmtune.data.collate import collate, pack
 from vlmtune.data.encode import Encoder
-from vlmtune.data.media_units import media_keys_of, split_units
-from vlmtune.data.types import Batch, Sample
+from vlmtune.data.media_units import kind_of_key, media_keys_of, split_units
+from vlmtune.data.types import Batch, Sample, Video
 from vlmtune.models.adapters.registry import build_adapter
 from vlmtune.models.embedding import EmbeddingForward
 from vlmtune.models.families.registry import family_for
@@ -26,8 +27,10 @@ from vlmtune.models.family import part_of
 from vlmtune.models.forward import SupervisedForward, base_of
 from vlmtune.models.load import VLM, load_vlm
 from vlmtune.models.packed import use_packed_attention
-from vlmtune.models.vision_cache import FeatureCache, MemoryStore
+from vlmtune.models.vision_cache import FeatureCache, MemoryStore, open_disk_store
+from vlmtune.models.vision_digest import tower_digest
 from vlmtune.models.vision_features import VisionFeatures, kept_level
+from vlmtune.recipe.data_section import ImageSection
 
 NUM_PICTURES = sum(count for _, _, count in GIVEN)
 
@@ -129,21 +132,21 @@ def test_over_two_epochs_each_picture_goes_through_the_tower_once(vlm, samples):
     assert next(counter, None) is None
 
 
+def rows_of(features: VisionFeatures, batch: Batch) -> Tensor:
+    made, rest = features.outputs(batch.inputs, batch.media_keys)
+    assert not any(name.startswith("pixel") for name in rest)
+    return torch.cat(made["image"].pooler_output)
+
+
 def test_a_picture_is_the_same_bits_beside_others_and_alone(vlm, samples):
     let_train(vlm, "language")
     features = VisionFeatures(vlm.model, vlm.family)
     layout = vlm.family.media_layout
 
-    def rows(given: Sequence[Sample], packed: bool) -> Tensor:
-        batch = batches_of(vlm, given)[0 if packed else 1]
-        made, rest = features.outputs(batch.inputs)
-        assert not any(name.startswith("pixel") for name in rest)
-        return torch.cat(made["image"].pooler_output)
-
     pictured = [sample for sample in samples if sample.media]
-    alone = torch.cat([rows([sample], True) for sample in pictured])
-    for packed in (True, False):
-        assert torch.equal(rows(samples, packed), alone)
+    alone = torch.cat([rows_of(features, batches_of(vlm, [sample])[0]) for sample in pictured])
+    for batch in batches_of(vlm, samples):
+        assert torch.equal(rows_of(features, batch), alone)
     keys = [key for sample in samples for key in media_keys_of(sample.media, layout)]
     for batch in batches_of(vlm, samples):
         assert list(media_keys_of(batch.inputs, layout)) == keys
@@ -213,6 +216,74 @@ def test_the_precision_of_the_products_is_part_of_the_key(vlm, samples):
     with torch.autocast("cpu", torch.bfloat16):
         features.outputs(batch.inputs)
     assert (features.cache.misses, features.cache.hits) == (2 * seen, 0)
+
+
+def test_another_towers_features_on_the_disk_are_not_taken(tmp_path):
+    """The wrong variant: a folder whose name says nothing about the weights."""
+    folder = save_tiny_model("qwen3_vl", tmp_path / "model")
+    one, other = (load_vlm(str(folder), dtype=torch.float32) for _ in range(2))
+    with torch.no_grad():
+        other.model.model.visual.blocks[0].mlp.linear_fc1.weight.mul_(1.5)
+    batch = batches_of(one, encoded(one, tmp_path))[0]
+    expected = []
+    for vlm in (one, other):
+        vlm.model.requires_grad_(False)
+        expected.append(rows_of(VisionFeatures(vlm.model, vlm.family), batch))
+
+    def from_disk(vlm: VLM, tower: str) -> tuple[Tensor, FeatureCache]:
+        store = open_disk_store(tmp_path / "kept", tower, max_bytes=10**7, num_processes=1)
+        cache = FeatureCache([store])
+        return rows_of(VisionFeatures(vlm.model, vlm.family, cache), batch), cache
+
+    for vlm, right in zip((one, other), expected):
+        found, cache = from_disk(vlm, tower_digest(vlm.model, vlm.family, ("vision", "connector")))
+        assert torch.equal(found, right) and cache.hits == 0 and cache.misses == NUM_PICTURES
+    digest = tower_digest(one.model, one.family, ("vision", "connector"))
+    found, cache = from_disk(one, digest)
+    assert torch.equal(found, expected[0]) and cache.misses == 0
+    wrong, cache = from_disk(other, digest)
+    assert cache.hits == NUM_PICTURES and not torch.allclose(wrong, expected[1], atol=1e-3)
+
+
+def test_another_pixel_budget_gives_other_keys(tmp_path):
+    folder = save_tiny_model("qwen2_5_vl", tmp_path / "model")
+    keys = []
+    for most in (None, 32 * 32):
+        vlm = load_vlm(str(folder), dtype=torch.float32, image=ImageSection(max_pixels=most))
+        keys += [key for s in encoded(vlm, tmp_path) for key in media_keys_of(s.media, "flat")]
+    assert len(set(keys)) == len(keys) == 2 * NUM_PICTURES
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl"])
+def test_videos_are_kept_beside_pictures_whatever_the_samples_order(tmp_path, model_type):
+    vlm = load_vlm(str(save_tiny_model(model_type, tmp_path / "model")), dtype=torch.float32)
+    encoder = Encoder(
+        vlm.processor,
+        max_tokens=512,
+        over_length="error",
+        max_image_pixels=10**6,
+        media_layout=vlm.family.media_layout,
+    )
+    frames = Video(write_frames(tmp_path, count=6, size=(32, 32)), tmp_path)
+    pictured = [conversation(tmp_path, n, "yes", num_images=1) for n in ("a", "b")]
+    user = pictured[0].turns[0]
+    with_video = replace(user, parts=(frames, *user.parts))  # the video first, its key last
+    mixed = replace(pictured[0], turns=(with_video, pictured[0].turns[1]))
+    samples = [encoder.encode(mixed), encoder.encode(pictured[1])]
+    assert [[kind_of_key(k) for k in s.media_keys] for s in samples] == [
+        ["image", "video"],
+        ["image"],
+    ]
+    let_train(vlm, "language")
+    for given in (samples, samples[::-1]):
+        batch = collate(given, pad_token_id=0, media_layout=vlm.family.media_layout)
+        expected = loss_and_gradients(SupervisedForward(vlm.model, vlm.family), [batch])
+        forward = SupervisedForward(vlm.model, vlm.family, in_memory(vlm))
+        for _ in range(2):
+            loss, gradients = loss_and_gradients(forward, [batch])
+            assert loss == pytest.approx(expected[0], rel=1e-5)
+            assert distance(gradients, expected[1]) < 1e-5
+        assert (forward.features.cache.misses, forward.features.cache.hits) == (3, 3)
 
 
 def test_embeddings_use_kept_features(vlm, samples):

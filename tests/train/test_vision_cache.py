@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ import torch
 from tests.train.training import adapter_of, copy_sample, metrics_of, train_once, write_recipe
 from vlmtune.errors import VlmtuneError
 from vlmtune.models.load import load_vlm
+from vlmtune.models.vision_cache import DiskStore, MemoryStore
 from vlmtune.recipe.load import load_recipe
 from vlmtune.train.build import build_encoder
 from vlmtune.train.fingerprint import fingerprint_of
+from vlmtune.train.vision import build_vision_features
 
 NUM_SAMPLES = 8
 
@@ -110,6 +114,31 @@ def test_features_of_a_tower_that_trains_are_refused(recipe, tmp_path, caplog):
     assert not (tmp_path / "job" / "run").exists()
     summary = train_once(recipe, trains, "train.max_steps=1")
     assert summary["vision_cache"] is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "processes", "stores"),
+    [
+        ("auto", 1, [MemoryStore, DiskStore]),
+        ("auto", 2, [DiskStore, MemoryStore]),
+        ("memory", 2, [MemoryStore]),
+        ("disk", 1, [DiskStore]),
+    ],
+)
+def test_where_features_are_kept(recipe, tiny_vlm, tmp_path, caplog, mode, processes, stores):
+    given = [f"train.vision_cache={mode}", "train.vision_cache_bytes=1000"]
+    loaded = load_recipe(recipe, [*given, f"data.cache_dir={tmp_path / 'cache'}"]).recipe
+    vlm = load_vlm(str(tiny_vlm), dtype=torch.float32)
+    vlm.model.requires_grad_(False)
+    accelerator = SimpleNamespace(num_processes=processes)
+    logging.getLogger("vlmtune").propagate = True
+    with caplog.at_level("INFO", logger="vlmtune"):
+        features = build_vision_features(loaded, vlm=vlm, accelerator=accelerator)
+    assert [type(store) for store in features.cache.stores] == stores
+    assert all(store.max_bytes == 1000 // processes for store in features.cache.stores)
+    words = {MemoryStore: "in memory", DiskStore: "on disk"}
+    expected = ", then ".join(words[store] for store in stores)
+    assert f"vision cache: pictures' features kept {expected}" in caplog.text
 
 
 def test_samples_have_keys_where_features_are_kept(recipe, tiny_vlm):

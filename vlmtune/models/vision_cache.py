@@ -165,8 +165,9 @@ class DiskStore:
     def _make_room(self, size: int) -> bool:
         while self.num_bytes + size > self.max_bytes and self.others:
             oldest, freed = self.others.pop(0)
-            shutil.rmtree(oldest, ignore_errors=True)
-            self.max_bytes += freed
+            if oldest.is_dir():  # another process may have been faster
+                shutil.rmtree(oldest, ignore_errors=True)
+                self.max_bytes += freed
         return self.num_bytes + size <= self.max_bytes
 
     def _place(self, key: str) -> Path:
@@ -184,14 +185,15 @@ def open_disk_store(
     parent = cache_folder / "features"
     folder = parent / tower
     others: list[tuple[Path, int]] = []
-    free = max_bytes
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        os.utime(folder)  # when it was used last
-        free = shutil.disk_usage(folder).free // 2
-        found = [path for path in parent.iterdir() if path.is_dir() and path != folder]
-        found.sort(key=lambda path: path.stat().st_mtime)
-        others = [(path, folder_bytes(path)) for path in found]
+        if folder.is_dir():
+            os.utime(folder)  # when it was used last
+        if parent.is_dir():
+            found = [path for path in parent.iterdir() if path.is_dir() and path != folder]
+            found.sort(key=lambda path: path.stat().st_mtime)
+            others = [(path, folder_bytes(path)) for path in found]
+        there = next(path for path in folder.parents if path.is_dir())
+        free = shutil.disk_usage(there).free // 2
     except OSError as error:
         logger.warning(
             "features cannot be kept on disk (%s: %s); training goes on without",
@@ -200,7 +202,7 @@ def open_disk_store(
         )
         return DiskStore(folder, 0, _is_writable=False)
     taken = folder_bytes(folder) + sum(size for _, size in others)
-    room = max(0, min(max_bytes - taken, free))
+    room = min(max_bytes - taken, free)  # below 0: more gives way before anything is written
     return DiskStore(folder, room // num_processes, others)
 
 
