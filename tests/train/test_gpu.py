@@ -7,8 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.train.test_pending import Scores, a_step
+from tests.train.test_transfer import Steps
 from tests.train.training import metrics_of, train_once, write_recipe
+from vlmtune.train.background import copied
+from vlmtune.train.checkpoint import Checkpoint, TrainState
+from vlmtune.train.feed import loaded
 from vlmtune.train.optim import build_optimizer
+from vlmtune.train.transfer import ahead
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,3 +52,31 @@ def test_training_lowers_the_loss(
     losses = [m["loss"] for m in metrics_of(tmp_path / "run")]
     assert losses[-1] < 0.8 * losses[0]
     assert 0 < summary["peak_memory_bytes"] < torch.cuda.get_device_properties(0).total_memory
+
+
+def test_batches_arrive_pinned_and_one_ahead():
+    (step,) = loaded(Steps(), sampler=range(3, 4), num_workers=0)
+    assert all(batch.inputs["input_ids"].is_pinned() for batch in step.micro_batches)
+    cuda = torch.device("cuda")
+    for batch, expected in zip(ahead(step.micro_batches, cuda), step.micro_batches, strict=True):
+        assert batch.targets.device.type == "cuda"
+        assert torch.equal(batch.targets.cpu(), expected.targets)
+        assert torch.equal(batch.inputs["input_ids"].cpu(), expected.inputs["input_ids"])
+
+
+def test_a_late_step_does_not_wait_for_the_device():
+    model = Scores().cuda()
+    a_step(model, late=True).read()  # the first makes what later ones reuse
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pending = a_step(model, late=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert pending.read().num_terms == 7
+
+
+def test_a_checkpoint_is_copied_to_pinned_memory():
+    tensors = {"w": torch.arange(5.0, device="cuda")}
+    saved = copied(Checkpoint(TrainState(1, 1, {}, []), tensors, {}, []))
+    tensors["w"].zero_()
+    assert saved.tensors["w"].is_pinned() and saved.tensors["w"].tolist() == [0, 1, 2, 3, 4]

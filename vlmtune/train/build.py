@@ -45,7 +45,6 @@ from vlmtune.train.feed import (
     StepData,
     StepDataset,
     steps_from,
-    to_device,
 )
 from vlmtune.train.first_batch import TrainingData, first_batch
 from vlmtune.train.optim import build_optimizer, own_group, parameter_groups
@@ -55,6 +54,7 @@ from vlmtune.train.skips import SkipLedger
 from vlmtune.train.step import NextToken, Objective
 from vlmtune.train.stream_feed import stream_steps
 from vlmtune.train.trainee import Trainee
+from vlmtune.train.transfer import to_device
 from vlmtune.train.vision import build_vision_features, keeps_features
 
 log = logging.getLogger("vlmtune")

@@ -31,8 +31,9 @@ from vlmtune.data.pairs import encode_pair, side_batches
 from vlmtune.data.types import Conversation, SideBatch
 from vlmtune.errors import SampleError
 from vlmtune.train.checkpoint import random_state, restore_random_state
-from vlmtune.train.feed import StepData, to_device
+from vlmtune.train.feed import StepData
 from vlmtune.train.step import reduced_at_last
+from vlmtune.train.transfer import ahead, to_device
 
 MAX_SCALE = 100.0
 """Similarities are never multiplied by more (Radford et al. 2021, section 2.5)."""
@@ -117,11 +118,11 @@ class Contrastive:
         self._keep_alike(accelerator)
         self._accuracy = result.num_right / (2 * weight)  # read where it is logged
         assert own.grad is not None
-        for number, (batch, state) in enumerate(zip(batches, states, strict=True)):
+        on_device = ahead(batches, accelerator.device)
+        for number, (batch, state) in enumerate(zip(on_device, states, strict=True)):
             restore_random_state(state)
             with reduced_at_last(forward, accelerator, number=number, of=len(batches)):
-                on_device = to_device(batch, accelerator.device)
-                embeddings = forward(on_device.inputs, on_device.last)  # (B, D)
+                embeddings = forward(batch.inputs, batch.last)  # (B, D)
                 wanted = torch.zeros_like(embeddings)
                 if batch.pairs:
                     wanted = own.grad[batch.side, list(batch.pairs)]

@@ -13,7 +13,7 @@ from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation
 from vlmtune.errors import SampleError
 from vlmtune.models.loss import total_weight
-from vlmtune.train.feed import to_device
+from vlmtune.train.transfer import to_device
 
 CHUNK = 256
 """Samples encoded at once: bounds the memory of their pictures."""

@@ -15,8 +15,8 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Protocol, TypeVar
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -32,6 +32,7 @@ from vlmtune.data.stream import StreamCursor
 from vlmtune.data.types import IGNORED, Batch, Conversation, Sample, SideBatch, Source
 from vlmtune.data.work import WorkScale
 from vlmtune.errors import SampleError, VlmtuneError
+from vlmtune.train.transfer import pinned
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ class StepData:
     epoch: float
     pair_keys: Sequence[tuple[int, int]] = ()
     cursor: StreamCursor | None = None
+
+    def pin_memory(self) -> StepData:
+        """The step with its micro-batches in pinned memory; the DataLoader calls it for CUDA."""
+        return replace(self, micro_batches=[pinned(batch) for batch in self.micro_batches])
 
 
 class Unread(Protocol):
@@ -293,6 +298,7 @@ def loaded(
         sampler=sampler,
         num_workers=num_workers,
         prefetch_factor=2 if num_workers else None,
+        pin_memory=torch.cuda.is_available(),
         worker_init_fn=start_worker,
         # The loader draws a base seed; without its own generator that would move the global RNG,
         # and a resumed run would see other dropout masks.
@@ -302,19 +308,3 @@ def loaded(
         if isinstance(item, VlmtuneError):
             raise item
         yield item
-
-
-AnyBatch = TypeVar("AnyBatch", bound=Batch | SideBatch)
-
-
-def to_device(batch: AnyBatch, device: torch.device) -> AnyBatch:
-    """The batch with its tensors on `device`."""
-    if device.type == "cpu":
-        return batch
-    moved: dict[str, Any] = {
-        field.name: value.to(device, non_blocking=True)
-        for field in fields(batch)
-        if isinstance(value := getattr(batch, field.name), torch.Tensor)
-    }
-    inputs = {k: v.to(device, non_blocking=True) for k, v in batch.inputs.items()}
-    return replace(batch, inputs=inputs, **moved)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import AutocastKwargs
 
 from vlmtune import __version__
 from vlmtune.errors import VlmtuneError
@@ -72,6 +73,12 @@ def build_accelerator(precision: str) -> Accelerator:
         gradient_accumulation_steps=1,
         kwargs_handlers=[ddp],
     )
+
+
+def leave_out_autocast(accelerator: Accelerator) -> None:
+    """Let a model that computes in its own dtypes do so: what is prepared after this is not run
+    under autocast. fp16's loss scaler stays."""
+    accelerator.autocast_handler = AutocastKwargs(enabled=False)
 
 
 @contextlib.contextmanager
