@@ -30,6 +30,7 @@ from typing import Any
 from bench_methods import describe_hardware
 from peers import plots, results
 from peers.bench import Bench, Prepared
+from peers.case import BATCH_SIZE
 from peers.model import SIZES
 from peers.results import Key, Outcome
 from peers.studies import ABLATIONS, GROWTH
@@ -73,11 +74,8 @@ def run_tools(bench: Bench, prepared: Sequence[Prepared]) -> dict[str, Any]:
     """The probes, then the rounds: workload by workload, tool after tool."""
     options = bench.options
     seen = []
-    if options.probes:
-        for work in prepared:
-            seen += [bench.probe(tool, work) for tool in options.tools if tool != "vlmtune"]
-        for line in seen:
-            print(line.pop("text"), file=sys.stderr)
+    for work in prepared if options.probes else ():
+        seen += [bench.probe(tool, work) for tool in options.tools if tool != "vlmtune"]
     for number in range(options.rounds):
         for work in prepared:
             for checkpointing in CHECKPOINTING[options.checkpointing]:
@@ -99,11 +97,14 @@ def run_ablation(bench: Bench, prepared: Sequence[Prepared]) -> dict[str, Any]:
 
 
 def run_growth(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
-    """A few steps at each point of each curve, for the plain trainer and vlmtune."""
+    """A few steps at each point of each curve, for the plain trainer and vlmtune; no picture comes
+    twice, so that no cache of features helps."""
     points = []
     for point in GROWTH:
-        rows = min(point.num_rows, options.rows * point.factor)
-        work = bench.prepare(point.workload, rows if point.axis == "rows" else options.rows)
+        num_rows = BATCH_SIZE * options.growth_steps
+        if point.axis == "rows":
+            num_rows = options.rows * point.factor
+        work = bench.prepare(point.workload, num_rows)
         for checkpointing in CHECKPOINTING[options.checkpointing]:
             for tool in (BASELINE, "vlmtune"):
                 key = Key(point.workload.name, checkpointing, tool)

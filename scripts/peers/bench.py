@@ -124,7 +124,7 @@ class Bench:
         )
 
     def probe(self, tool: str, work: Prepared) -> dict[str, Any]:
-        """What a peer sees of the workload beside what vlmtune sees; `text` says it."""
+        """What a peer sees of the workload beside what vlmtune sees; said on stderr."""
         key = Key(work.workload.name, False, tool, "probe")
         case = self._case(key, work, "", max_steps=1, probes=True)
         watched = self._watched(case)
@@ -132,14 +132,16 @@ class Bench:
         told = f"probe {work.workload.name:10} {tool:13}"
         if watched.error is not None or not case.seen_file.is_file():
             error = watched.error or "the tool called no callback"
-            return line | {"error": error, "text": f"{told} failed: {error}"}
+            print(f"{told} failed: {error}", file=sys.stderr, flush=True)
+            return line | {"error": error}
         found = agreement.compare(
             agreement.read_seen(case.seen_file), work.encoded, image_token_id=self._image_token_id
         )
         text = f"{told} {found.equal} of {found.checked} samples equal, {found.linears} linears"
         if found.difference is not None:
             text += f"; differs: {found.difference}"
-        return line | asdict(found) | {"text": text}
+        print(text, file=sys.stderr, flush=True)
+        return line | asdict(found)
 
     def outcome(self, key: Key) -> Outcome:
         return Outcome(key, tuple(self._rounds[key]), tuple(self._errors[key]))

@@ -20,7 +20,7 @@ import PIL.Image
 
 from peers.words import write_text
 
-MAX_PICTURES = 512
+MAX_PICTURES = 1024
 """Files drawn for one workload at most; beyond, rows take them again."""
 
 

@@ -301,7 +301,10 @@ def test_growth_starts_at_one_and_only_its_own_axis_grows() -> None:
         for point in points:
             grown = studies._BASE.answers[1] * (point.factor if axis == "lengths" else 1)
             assert point.workload.answers[1] == grown
-            assert point.num_rows == studies.ROWS * (point.factor if axis == "rows" else 1)
+            pictures = point.factor if axis == "pictures" else 1
+            assert point.workload.pictures_per_row == pictures
+            area = point.workload.sides[1] ** 2 / studies._BASE.sides[1] ** 2
+            assert area == pytest.approx(point.factor if axis == "lengths" else 1, rel=0.02)
 
 
 @pytest.mark.parametrize("tool", list(environments.REQUIREMENTS))
