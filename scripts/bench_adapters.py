@@ -27,8 +27,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from vlmtune.models.adapters.dora import use_fused_dora
-from vlmtune.models.adapters.fused import use_fused_lora
+from vlmtune.models.adapters.own_forward import use_own_forward
 from vlmtune.models.dequantized import keep_dequantized
 
 
@@ -122,7 +121,7 @@ def build(shape: Shape, variant: Variant) -> PeftModel:
             parameter.data = parameter.data.float()
             parameter.data += 0.01 * torch.randn(parameter.shape)
     if variant.ours:
-        (use_fused_dora if variant.method == "dora" else use_fused_lora)(model)
+        use_own_forward(model)
     if variant.cached:
         keep_dequantized(model)
     return model

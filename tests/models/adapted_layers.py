@@ -11,8 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from vlmtune.models.adapters.dora import use_fused_dora
-from vlmtune.models.adapters.fused import use_fused_lora
+from vlmtune.models.adapters.own_forward import use_own_forward
 
 WIDTH = 64
 
@@ -56,13 +55,7 @@ def adapted_pair(
         size = magnitude_size if "magnitude" in name else 0.1
         parameter.data += torch.randn(parameter.shape) * size
     ours = copy.deepcopy(stock)
-    if given.use_dora:
-        magnitudes = {n: p.clone() for n, p in ours.named_parameters() if "magnitude" in n}
-        use_fused_dora(ours)
-        for name, magnitude in magnitudes.items():
-            ours.get_parameter(name).data.copy_(magnitude)
-    else:
-        use_fused_lora(ours)
+    assert use_own_forward(ours) == len(names)
     return stock, ours
 
 

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.models.adapted import METHODS, adapted, open_base, picture_inputs, recipe_for
-from tests.models.adapted_layers import WIDTH, adapted_pair, difference, inputs, passed
+from tests.models.adapted_layers import WIDTH, Layers, adapted_pair, difference, inputs, passed
 from tests.tiny_models import save_tiny_model
-from vlmtune.models.adapters.autocast import needs_autocast
 from vlmtune.models.adapters.fused import LoraProduct
+from vlmtune.models.adapters.own_forward import needs_autocast, use_own_forward
 from vlmtune.models.adapters.registry import build_adapter
 from vlmtune.models.adapters.wrapping import ADAPTER, tuner_layers
 
@@ -195,6 +196,19 @@ def test_merging_into_a_quantised_base_is_that_of_peft(bits):
         with torch.no_grad(), pytest.warns(UserWarning, match="rounding errors"):
             outputs.append(model.merge_and_unload()(inputs()))
     torch.testing.assert_close(*outputs)
+
+
+def test_layers_of_another_kind_stay_as_peft_computes_them():
+    config: dict[str, Any] = {"r": 4, "target_modules": ["q", "k", "v", "o"]}
+    for kind in (
+        LoraConfig(**config, lora_bias=True),
+        AdaLoraConfig(target_modules=config["target_modules"], total_step=9),
+    ):
+        model = get_peft_model(Layers(), kind)
+        assert use_own_forward(model) == 0
+        assert not any(layer.lora_variant for layer in tuner_layers(model).values())
+    embedding = get_peft_model(nn.Sequential(nn.Embedding(5, 6)), LoraConfig(target_modules=["0"]))
+    assert use_own_forward(embedding) == 0
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmtune.errors import VlmtuneError
+from vlmtune.models.adapters.own_forward import use_own_forward
 from vlmtune.models.adapters.wrapping import WEIGHTS_FILE, adapter_tensors, expected_warnings
 from vlmtune.models.load import VLM, load_vlm
 from vlmtune.models.processor import TOKENIZER_FILES, load_processor
@@ -194,6 +195,7 @@ def with_adapter(vlm: VLM, folder: Path, trust_remote_code: bool = False) -> VLM
     _set_exact(adapter_tensors(model), tensors)
     carried = {n: t for n, t in model.state_dict().items() if ".base_layer." in n and n in tensors}
     _check_loaded(adapter_tensors(model) | carried, tensors, folder)
+    use_own_forward(model)
     model.eval().requires_grad_(False)
     processor = vlm.processor
     if any((folder / name).is_file() for name in TOKENIZER_FILES):

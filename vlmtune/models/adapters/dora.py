@@ -29,7 +29,6 @@ from vlmtune.models.adapters.fused import (
     compute_dtype,
     input_grads,
     rows,
-    set_variant,
 )
 from vlmtune.models.adapters.wrapping import ADAPTER, tuner_layers
 from vlmtune.models.dequantized import base_weight
@@ -39,17 +38,15 @@ BLOCK_ELEMENTS = {"cpu": 2**19}
 DEFAULT_BLOCK_ELEMENTS = 2**25
 
 
-def use_fused_dora(model: PeftModel) -> None:
-    """Give every DoRA layer of `model` the forward pass of this file, and magnitudes that start
-    at the float32 norms of the rows of W.
+@torch.no_grad()
+def set_exact_magnitudes(model: PeftModel) -> None:
+    """Start the magnitudes of an untrained DoRA at the float32 norms of the rows of W.
 
-    PEFT takes the norm in the base's dtype, but divides by a float32 norm in the forward pass: on
-    a bf16 base the untrained adapter would change the model by 0.2 %.
+    PEFT takes the norm in the base's dtype: on a bf16 base the untrained adapter would change the
+    model by 0.2 %.
     """
     for layer in tuner_layers(model).values():
-        set_variant(layer, FusedDora())
-        with torch.no_grad():
-            layer.lora_magnitude_vector[ADAPTER].weight.copy_(_norms_of(layer, ADAPTER))
+        layer.lora_magnitude_vector[ADAPTER].weight.copy_(_norms_of(layer, ADAPTER))
 
 
 @torch.no_grad()

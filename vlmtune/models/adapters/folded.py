@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from vlmtune.models.adapters.fused import FusedLora
 from vlmtune.models.adapters.wrapping import ADAPTER, tuner_layers
 
 
@@ -39,7 +41,8 @@ def has_formula(layer: Any) -> bool:
     """Whether `folded_weight` covers one of PEFT's layers: a low-rank change of a linear layer."""
     if not isinstance(layer, LoraLayer) or not isinstance(layer.get_base_layer(), nn.Linear):
         return False
-    return ADAPTER not in layer.lora_variant or ADAPTER in layer.lora_magnitude_vector
+    variant = layer.lora_variant.get(ADAPTER)
+    return variant is None or isinstance(variant, FusedLora | DoraLinearVariant)
 
 
 @torch.no_grad()

@@ -7,8 +7,9 @@ PEFT casts the input to the factors' float32, which under bf16 costs two casts a
 the input for each of q, k, v and each of gate, up. Here the factors are cast instead, and the
 neighbours keep one and the same `x`. The factors, their gradients and what is saved stay float32.
 
-PEFT asks an object in `layer.lora_variant` for the forward pass and for merging: ours goes there.
-The layers, their names, the adapter's files and what stock PEFT loads do not change.
+PEFT asks an object in `layer.lora_variant` for the forward pass and for merging: ours goes there
+(`own_forward.py`). The layers, their names, the adapter's files and what stock PEFT loads do not
+change.
 
 Letters: T tokens, I input features, O output features, r rank, s the adapter's scale.
 """
@@ -18,25 +19,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
-from torch import Tensor, nn
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from vlmtune.models.adapters.wrapping import ADAPTER, tuner_layers
-
-
-def use_fused_lora(model: PeftModel) -> None:
-    """Give every LoRA layer of `model` the forward pass of this file; its numbers stay."""
-    for layer in tuner_layers(model).values():
-        set_variant(layer, FusedLora())
-
-
-def set_variant(layer: LoraLayer, variant: LoraVariant) -> None:
-    """Let `variant` compute a linear layer's adapter, on the input as it comes."""
-    assert isinstance(layer.get_base_layer(), nn.Linear), type(layer.get_base_layer())
-    layer.lora_variant[ADAPTER] = variant
-    layer.cast_input_dtype_enabled = False
 
 
 def compute_dtype(result: Tensor) -> torch.dtype:

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from vlmtune.models.adapters.base import AdapterPlan, plan_modules
-from vlmtune.models.adapters.dora import use_fused_dora
-from vlmtune.models.adapters.fused import use_fused_lora
+from vlmtune.models.adapters.dora import set_exact_magnitudes
+from vlmtune.models.adapters.own_forward import use_own_forward
 from vlmtune.models.adapters.wrapping import (
     check_wrapped,
     exact,
@@ -79,9 +79,9 @@ def build_lora(vlm: VLM, recipe: Recipe, *, total_steps: int) -> LoraAdapter:
     model = wrap(vlm, config, plan)
     check_wrapped(model, plan, ranks={t.path: t.rank for t in plan.targets})
     if recipe.use_dora:
-        use_fused_dora(model)
-    else:
-        use_fused_lora(model)
+        set_exact_magnitudes(model)
+    num_own = use_own_forward(model)
+    assert num_own == len(plan.targets), (num_own, len(plan.targets))
     _check_count(model, plan, use_dora=recipe.use_dora)
     return LoraAdapter(model, vlm.processor)
 
