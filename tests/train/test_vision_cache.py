@@ -137,7 +137,7 @@ def test_where_features_are_kept(recipe, tiny_vlm, tmp_path, caplog, mode, proce
     assert [type(store) for store in features.cache.stores] == stores
     assert all(store.max_bytes == 1000 // processes for store in features.cache.stores)
     words = {MemoryStore: "in memory", DiskStore: "on disk"}
-    expected = ", then ".join(words[store] for store in stores)
+    expected = ", then ".join(f"{words[store]} (up to 0.0 GB)" for store in stores)
     assert f"vision cache: pictures' features kept {expected}" in caplog.text
 
 

@@ -11,7 +11,7 @@ from vlmtune.data.source import access_of, cache_dir_of
 from vlmtune.errors import VlmtuneError
 from vlmtune.models.forward import base_of, trained_media_names
 from vlmtune.models.load import VLM
-from vlmtune.models.vision_cache import FeatureCache, FeatureStore, MemoryStore, open_disk_store
+from vlmtune.models.vision_cache import DiskStore, FeatureCache, MemoryStore, open_disk_store
 from vlmtune.models.vision_digest import tower_digest
 from vlmtune.models.vision_features import Level, VisionFeatures, kept_level
 from vlmtune.recipe.schema import Recipe
@@ -47,33 +47,32 @@ def build_vision_features(
         return None
     if mode == "off":
         return VisionFeatures(base, vlm.family)
-    stores: dict[str, FeatureStore] = {}
+    stores: list[MemoryStore | DiskStore] = []
     bound, num_processes = recipe.train.vision_cache_bytes, accelerator.num_processes
     if mode != "disk":
         free = int(psutil.virtual_memory().available) // 2
-        memory = MemoryStore(min(bound, free) // num_processes)
-        stores["memory"] = memory
+        stores.append(MemoryStore(min(bound, free) // num_processes))
     if mode != "memory":
-        disk = open_disk_store(
+        store = open_disk_store(
             cache_dir_of(access_of(recipe.data)),
             tower_digest(base, vlm.family, KEPT_PARTS[level]),
             max_bytes=bound,
             num_processes=num_processes,
         )
-        stores["disk"] = disk
-    # Each process sees other samples in the next epoch: what they share is asked first.
-    names = ["disk", "memory"] if num_processes > 1 else ["memory", "disk"]
-    names = [name for name in names if name in stores]
+        stores.append(store)
+    if num_processes > 1:
+        # Each process sees other samples in the next epoch: what they share is asked first.
+        stores.reverse()
     what = "pictures' features" if level == "features" else "what the tower gives the connector"
-    log.info(
-        "vision cache: %s kept %s, up to %.1f GB%s",
-        what,
-        ", then ".join({"memory": "in memory", "disk": "on disk"}[name] for name in names),
-        bound / 1e9,
-        " each" if len(names) == 2 else "",
-    )
-    cache = FeatureCache([stores[name] for name in names])
-    return VisionFeatures(base, vlm.family, cache)
+    places = ", then ".join(_place(store, num_processes) for store in stores)
+    log.info("vision cache: %s kept %s", what, places)
+    return VisionFeatures(base, vlm.family, FeatureCache(stores))
+
+
+def _place(store: MemoryStore | DiskStore, num_processes: int) -> str:
+    """Where a store keeps what it is given, and how much more of it, over all processes."""
+    name = "in memory" if isinstance(store, MemoryStore) else "on disk"
+    return f"{name} (up to {max(0, store.max_bytes) * num_processes / 1e9:.1f} GB)"
 
 
 def _refuse(recipe: Recipe, vlm: VLM) -> None:
