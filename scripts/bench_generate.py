@@ -33,7 +33,8 @@ from vlmtune.data.encode import Encoder
 from vlmtune.data.source import load_conversations
 from vlmtune.data.types import Sample
 from vlmtune.evaluation.decoding import ends_answer, greedy_config
-from vlmtune.evaluation.generate import evaluating, prompt_inputs
+from vlmtune.evaluation.generate import evaluating
+from vlmtune.evaluation.prompts import prompt_inputs
 from vlmtune.evaluation.running_batch import Row, RunningBatch, answer_rows
 from vlmtune.models.load import VLM, load_vlm
 

@@ -15,7 +15,8 @@ from vlmtune.evaluation.decoding import (
     gumbel_noise,
     sampling_processors,
 )
-from vlmtune.evaluation.generate import evaluating, generate_answers, prompt_inputs
+from vlmtune.evaluation.generate import evaluating, generate_answers
+from vlmtune.evaluation.prompts import prompt_inputs
 from vlmtune.models.forward import SupervisedForward
 from vlmtune.models.load import VLM
 from vlmtune.recipe.schema import DecodingSection

@@ -12,7 +12,8 @@ from vlmtune.data.collate import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation, Sample
 from vlmtune.evaluation.decoding import greedy_config, stop_token_ids
-from vlmtune.evaluation.generate import evaluating, generate_answers, prompt_inputs
+from vlmtune.evaluation.generate import evaluating, generate_answers
+from vlmtune.evaluation.prompts import prompt_inputs
 from vlmtune.models.load import VLM
 from vlmtune.models.processor import pad_token_id
 

@@ -17,7 +17,8 @@ from tests.tiny_models import MODEL_TYPES, save_tiny_model
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation, Image, Sample, Source, Text, Turn, Video
 from vlmtune.evaluation.decoding import greedy_config, sampling_processors, token_choice
-from vlmtune.evaluation.generate import evaluating, prompt_inputs
+from vlmtune.evaluation.generate import evaluating
+from vlmtune.evaluation.prompts import prompt_inputs
 from vlmtune.evaluation.running_batch import (
     Choose,
     Row,

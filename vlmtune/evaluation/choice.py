@@ -21,6 +21,7 @@ from vlmtune.evaluation.generate import evaluating
 from vlmtune.evaluation.likelihood import LikelihoodScorer
 from vlmtune.evaluation.metrics.base import Statistics
 from vlmtune.evaluation.metrics.multiple_choice import reference_options
+from vlmtune.evaluation.prompts import SharedPictures
 from vlmtune.evaluation.references import answered_sample
 from vlmtune.models.load import VLM
 
@@ -32,14 +33,16 @@ def choose_by_likelihood(
     encoder: Encoder,
     batch_size: int,
     on_progress: Callable[[int], None] | None = None,
+    pictures: SharedPictures | None = None,
 ) -> list[int]:
     """The number of the likeliest option of each conversation, as an answer after its own turns.
 
-    `batch_size` bounds memory as for retrieval. Every module's training mode is restored. No
+    `batch_size` bounds memory as for retrieval. `pictures` are those of the evaluation that this is
+    part of. Every module's training mode is restored. No
     collective: with several processes, each passes its share. Raises SampleError for a conversation
     without options or one that cannot be encoded, and for a likelihood that is NaN.
     """
-    scorer = LikelihoodScorer.build(vlm, encoder=encoder, batch_size=batch_size)
+    scorer = LikelihoodScorer.build(vlm, encoder=encoder, batch_size=batch_size, pictures=pictures)
     chosen = []
     with evaluating(vlm.model):
         for conversation in conversations:

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteriaList
 
-from vlmtune.data.collate import collate_prompts
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation, Sample
 from vlmtune.evaluation.decoding import (
@@ -33,9 +32,9 @@ from vlmtune.evaluation.decoding import (
     sampling_processors,
     token_choice,
 )
+from vlmtune.evaluation.prompts import SharedPictures, evaluation_order
 from vlmtune.evaluation.running_batch import RunningBatch, answer_rows, can_run_rows
 from vlmtune.models.load import VLM
-from vlmtune.models.processor import pad_token_id
 from vlmtune.recipe.schema import DecodingSection
 
 WINDOW_BATCHES = 32
@@ -57,18 +56,22 @@ def generate_answers(
     seed: int = 0,
     numbers: Sequence[int] | None = None,
     on_answers: Callable[[Mapping[int, str]], None] | None = None,
+    pictures: SharedPictures | None = None,
 ) -> list[str]:
     """The model's answer to each conversation's prompt, in the order given.
 
     The prompt is everything up to, not including, a final assistant turn. `numbers` are the
     conversations' places in a larger set, by default 0, 1, …: with `seed` they decide what is drawn
-    where `decoding` samples. `on_answers` gets the answers of each batch by these numbers. Every
-    module's training mode is restored afterwards. No collective: with several processes, each
+    where `decoding` samples. `on_answers` gets some answers at a time by these numbers. `pictures`
+    are those of the evaluation that this is part of. Every module's training mode is restored
+    afterwards. No collective: with several processes, each
     passes its share. Raises SampleError for a conversation that cannot be encoded.
     """
     numbers = range(len(conversations)) if numbers is None else numbers
-    decode = _Decode(vlm, encoder, decoding, max_new_tokens, batch_size, seed, numbers)
-    prompts = _prompts(conversations, encoder, window_size=WINDOW_BATCHES * batch_size)
+    pictures = pictures or SharedPictures(vlm)
+    decode = _Decode(vlm, encoder, pictures, decoding, max_new_tokens, batch_size, seed, numbers)
+    window_size = WINDOW_BATCHES * batch_size
+    prompts = _prompts(conversations, encoder, pictures, window_size=window_size)
     answers = [""] * len(conversations)
     with evaluating(vlm.model):
         if decoding.method == "beam" or not can_run_rows(vlm.model, vlm.family):
@@ -84,26 +87,20 @@ def generate_answers(
 
 
 def _prompts(
-    conversations: Sequence[Conversation], encoder: Encoder, *, window_size: int
+    conversations: Sequence[Conversation],
+    encoder: Encoder,
+    pictures: SharedPictures,
+    *,
+    window_size: int,
 ) -> Iterator[Numbered]:
     """The prompts, each window's longest first: a batch that does not fit in memory shows at
     once, and prompts of similar length lie side by side."""
     for window in _chunks(range(len(conversations)), window_size):
-        prompts = {index: encoder.encode_prompt(conversations[index]) for index in window}
-        for index in sorted(window, key=lambda index: -prompts[index].num_tokens):
+        encoded = [encoder.encode_prompt(conversations[index]) for index in window]
+        prompts = dict(zip(window, pictures.with_keys(encoded)))
+        del encoded  # a prompt's pixels go once it has been taken
+        for index in sorted(window, key=lambda index: evaluation_order(prompts[index])):
             yield index, prompts.pop(index)
-
-
-def prompt_inputs(vlm: VLM, prompts: Sequence[Sample]) -> dict[str, Tensor]:
-    """The left-padded batch of `prompts` as keyword arguments for `generate`, on the model's
-    device."""
-    inputs = collate_prompts(
-        prompts,
-        pad_token_id=pad_token_id(vlm.processor),
-        media_layout=vlm.family.media_layout,
-    )
-    device = next(vlm.model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 @contextlib.contextmanager
@@ -126,6 +123,7 @@ class _Decode:
 
     vlm: VLM
     encoder: Encoder
+    pictures: SharedPictures
     decoding: DecodingSection
     max_new_tokens: int
     batch_size: int
@@ -137,7 +135,7 @@ class _Decode:
         ended = answer_rows(
             RunningBatch(self.vlm.model, self.vlm.family),
             prompts,
-            inputs_of=lambda samples: prompt_inputs(self.vlm, samples),
+            inputs_of=self.pictures.inputs,
             choose=token_choice(self.decoding, seed=self.seed, numbers=self.numbers),
             has_ended=ends_answer(
                 self.vlm,
@@ -159,7 +157,7 @@ class _Decode:
 
     def _generate(self, prompts: Sequence[Sample], indices: Sequence[int]) -> Tensor:
         """The answers' ids (B, T), padded on the right."""
-        inputs = prompt_inputs(self.vlm, prompts)
+        inputs = self.pictures.inputs(prompts)
         prompt_length = inputs["input_ids"].shape[1]
         extras: dict[str, object] = {}
         if self.decoding.method == "sample":

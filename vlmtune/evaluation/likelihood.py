@@ -16,7 +16,7 @@ from vlmtune.data.answers import AnswerTokenizer
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation
 from vlmtune.errors import SampleError
-from vlmtune.evaluation.generate import prompt_inputs
+from vlmtune.evaluation.prompts import SharedPictures
 from vlmtune.models.likelihood import score_texts
 from vlmtune.models.load import VLM
 
@@ -32,11 +32,21 @@ class LikelihoodScorer:
     encoder: Encoder
     tokenizer: AnswerTokenizer
     max_block_tokens: int
+    pictures: SharedPictures
 
     @classmethod
-    def build(cls, vlm: VLM, *, encoder: Encoder, batch_size: int) -> LikelihoodScorer:
+    def build(
+        cls,
+        vlm: VLM,
+        *,
+        encoder: Encoder,
+        batch_size: int,
+        pictures: SharedPictures | None = None,
+    ) -> LikelihoodScorer:
+        """`pictures` are those of the evaluation that this is part of."""
         tokenizer = AnswerTokenizer(vlm.processor)
-        return cls(vlm, encoder, tokenizer, batch_size * TOKENS_PER_ROW)
+        max_block_tokens = batch_size * TOKENS_PER_ROW
+        return cls(vlm, encoder, tokenizer, max_block_tokens, pictures or SharedPictures(vlm))
 
     def per_token(
         self, conversation: Conversation, tokens: Sequence[Tensor]
@@ -53,6 +63,6 @@ class LikelihoodScorer:
                 got=f"{prompt.num_tokens} and {longest} tokens",
                 expected=f"at most {self.encoder.max_tokens}",
             )
-        inputs = prompt_inputs(self.vlm, [prompt])
+        inputs = self.pictures.inputs(self.pictures.with_keys([prompt]))
         scores = score_texts(self.vlm.model, inputs, tokens, max_block_tokens=self.max_block_tokens)
         return scores.per_token.numpy().astype(np.float32)

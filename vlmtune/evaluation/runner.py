@@ -16,6 +16,7 @@ from vlmtune.evaluation.answers import KeptAnswers
 from vlmtune.evaluation.choice import choose_by_likelihood
 from vlmtune.evaluation.generate import generate_answers
 from vlmtune.evaluation.metrics.registry import CHOICE_LIKELIHOOD, metrics_for
+from vlmtune.evaluation.prompts import SharedPictures
 from vlmtune.evaluation.references import answered_sample, check_references
 from vlmtune.evaluation.references import picture_name as picture_name
 from vlmtune.evaluation.results import write_report as write_report
@@ -71,6 +72,7 @@ def evaluate(
     generated = metrics_for(section.task, section.metrics)
     check_references(conversations, task=section.task, metrics=section.metrics)
     asked = conversations if shown is None else shown
+    pictures = SharedPictures(vlm)
     chosen = None
     if CHOICE_LIKELIHOOD in section.metrics:
         share = range(rank, len(asked), world_size)
@@ -81,6 +83,7 @@ def evaluate(
                 encoder=encoder,
                 batch_size=section.batch_size,
                 on_progress=None if generated else on_progress,
+                pictures=pictures,
             )
         )
         chosen = _brought_together(
@@ -98,6 +101,7 @@ def evaluate(
             world_size=world_size,
             gather=gather,
             kept=kept,
+            pictures=pictures,
         )
     else:
         texts = [c.options[number] for c, number in zip(conversations, chosen, strict=True)]
@@ -148,6 +152,7 @@ def answer_all(
     world_size: int = 1,
     gather: Gather | None = None,
     kept: KeptAnswers | None = None,
+    pictures: SharedPictures | None = None,
 ) -> list[str]:
     """The answer to every conversation, on every process.
 
@@ -155,6 +160,7 @@ def answer_all(
     collective, called once) brings the answers together, and the errors: all processes raise what
     one of them met. `kept` are answers of an earlier start, which are not generated again, and
     where new ones are kept. `on_progress` counts this process's answers, first the kept ones.
+    `pictures` are those of the evaluation that this is part of.
     """
     share = range(rank, len(conversations), world_size)
     answered = {n: kept.texts[n] for n in share if kept is not None and n in kept.texts}
@@ -179,6 +185,7 @@ def answer_all(
             seed=seed,
             numbers=missing,
             on_answers=note,
+            pictures=pictures,
         )
     )
     return _brought_together(answered, errors, len(conversations), world_size, gather)

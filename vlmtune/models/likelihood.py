@@ -44,16 +44,17 @@ class TextScores:
 @torch.no_grad()
 def score_texts(
     model: nn.Module,
-    inputs: Mapping[str, Tensor],
+    inputs: Mapping[str, Any],
     texts: Sequence[Tensor],
     *,
     max_block_tokens: int,
 ) -> TextScores:
     """The log-probability of each text (1-d token ids, not empty) after one prompt.
 
-    `inputs` are the model's arguments for the prompt, one row without padding, on its device;
-    `model` may be in a PEFT wrapper and should be in eval mode. A block holds at most
-    `max_block_tokens` tokens, the prompt's counted once a text; a single text may exceed it.
+    `inputs` are the model's arguments for the prompt, one row without padding, on its device, with
+    pixels or with `mm_encoder_outputs`; `model` may be in a PEFT wrapper and should be in eval
+    mode. A block holds at most `max_block_tokens` tokens, the prompt's counted once a text; a
+    single text may exceed it.
     """
     assert inputs["input_ids"].shape[0] == 1, "one prompt at a time"
     assert all(len(text) > 0 for text in texts), "a text without a token has no probability"
@@ -79,14 +80,15 @@ class _Prompt:
     next_position: int
 
     @classmethod
-    def run(cls, model: nn.Module, inputs: Mapping[str, Tensor]) -> _Prompt:
+    def run(cls, model: nn.Module, inputs: Mapping[str, Any]) -> _Prompt:
         base: Any = base_of(model)
         output = base.model(**inputs, use_cache=True)
         num_tokens = int(inputs["input_ids"].shape[1])
         next_position = num_tokens
         # M-RoPE models place a picture's tokens on a grid, which takes fewer positions. The model
         # keeps the difference of its last prompt with pictures, so it is stale after one without.
-        if has_media(inputs) and getattr(base.model, "rope_deltas", None) is not None:
+        is_shown = has_media(inputs) or "mm_encoder_outputs" in inputs
+        if is_shown and getattr(base.model, "rope_deltas", None) is not None:
             next_position += int(base.model.rope_deltas)
         return cls(base, output[CACHE], output.last_hidden_state[0, -1], num_tokens, next_position)
 
