@@ -124,7 +124,7 @@ def test_a_state_too_large_to_copy_is_written_at_once_and_said_once(
     tmp_path: Path, monkeypatch, caplog, held
 ):
     class Memory:
-        available = 81
+        available = 161
 
     monkeypatch.setattr(background.psutil, "virtual_memory", lambda: Memory)
     monkeypatch.setattr(background.log, "propagate", True)
@@ -133,7 +133,7 @@ def test_a_state_too_large_to_copy_is_written_at_once_and_said_once(
         writer.save(a_checkpoint(5))
         assert not complete_checkpoints(tmp_path) and not caplog.text
         held.set()
-        Memory.available = 79
+        Memory.available = 159
         for step in (10, 15):
             writer.save(a_checkpoint(step))
             assert load_checkpoint(tmp_path / f"step-{step:06d}").state.step == step

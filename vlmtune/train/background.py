@@ -25,7 +25,7 @@ from vlmtune.train.transfer import Arrival, to_host
 
 log = logging.getLogger("vlmtune")
 
-COPY_FRACTION = 0.5
+COPY_FRACTION = 0.25
 """Of the host's free memory: a state that is larger is written without a copy, while training
 waits."""
 
@@ -92,8 +92,12 @@ class CheckpointWriter:
     def check(self) -> None:
         """Raise the `VlmtuneError` of a write that has failed; does not wait for one that goes
         on."""
-        if self._writing is not None and self._writing.done():
+        if self.is_idle():
             self.wait()
+
+    def is_idle(self) -> bool:
+        """Whether nothing is being written."""
+        return self._writing is None or self._writing.done()
 
     def wait(self) -> None:
         """Return when everything is on the disk. Raises `VlmtuneError` where it refused."""
