@@ -103,9 +103,9 @@ def write_merged(
 def output_tensor(folding: Folding, plan: OutputPlan, key: str) -> Tensor:
     """The tensor to write under `key`, in its dtype; bit for bit the base's where unchanged."""
     name = plan.name_of.get(key)
-    if name is not None and name in folding.changed:
-        return folding.folded(name).to(plan.tensors[key].dtype)
-    return read_tensor(plan.stored_of[key]).to(plan.tensors[key].dtype)
+    is_changed = name is not None and name in folding.changed
+    value = folding.folded(str(name)) if is_changed else read_tensor(plan.stored_of[key])
+    return value.to(plan.tensors[key].dtype)
 
 
 def _key_on_disk(placed: Placed, name: str) -> str:

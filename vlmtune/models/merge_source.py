@@ -145,8 +145,10 @@ class Folding:
         self.changed = frozenset(self._layers) | frozenset(self._saved)
 
     def base(self, name: str) -> Tensor:
-        """The weight of the base, or what the adapter brings along for it."""
-        return self._saved[name].float() if name in self.carried else self.placed.read(name)
+        """The weight of the base, or what the adapter brings along for it; a copy."""
+        if name in self.carried:
+            return self._saved[name].to(torch.float32, copy=True)
+        return self.placed.read(name)
 
     @torch.no_grad()
     def folded(self, name: str) -> Tensor:

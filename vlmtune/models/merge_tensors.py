@@ -45,7 +45,9 @@ def keys_error(folder: Path, plan: OutputPlan) -> str | None:
 def tensor_errors(folder: Path, folding: Folding, plan: OutputPlan) -> Iterator[TensorError]:
     """One for each tensor in `folder`, named as in the model where that has it."""
     written = stored_tensors(weight_files(str(folder)))
-    for key in plan.tensors.keys() & written.keys():
+    for key in plan.tensors:
+        if key not in written:
+            continue
         name = plan.name_of.get(key)
         is_folded = name is not None and name in folding.changed
         expected = folding.expected(name) if name is not None and is_folded else None

@@ -25,7 +25,7 @@ from transformers.core_model_loading import WeightConverter
 from vlmtune.errors import VlmtuneError
 from vlmtune.models.load import build_on_meta
 from vlmtune.models.source import quiet_transformers
-from vlmtune.models.tensor_files import StoredTensor, read_tensor
+from vlmtune.models.tensor_files import StoredTensor, give_back_memory, read_tensor
 
 WRAPPERS = {"base_layer", "original_module"}
 """Path components that PEFT puts between a module and its base weights."""
@@ -50,8 +50,8 @@ class Placed:
     unused: frozenset[str]
 
     def read(self, name: str) -> Tensor:
-        """A weight in float32, read now."""
-        return read_tensor(self.stored[self.key_of[name]]).float()
+        """A weight in float32, read now, in memory of its own."""
+        return read_tensor(self.stored[self.key_of[name]]).to(torch.float32, copy=True)
 
 
 @dataclass(frozen=True)
@@ -158,13 +158,13 @@ def streaming(
 
 @contextlib.contextmanager
 def loaded(module: nn.Module, path: str, names: Collection[str], read: Reader) -> Iterator[None]:
-    """Within, the weights of the one `module` at `path` (in the base model) are copies in memory
-    that may be changed in place."""
+    """Within, the weights of the one `module` at `path` (in the base model) are in memory, as
+    `read` gives them: they may be changed in place, if they are nobody else's."""
     units: dict[nn.Module, list[_Slot]] = {}
     _collect(module, path, module, set(names), units)
     slots = units.get(module, [])
     for slot in slots:
-        slot.fill(read(slot.name).clone())
+        slot.fill(read(slot.name))
     try:
         yield
     finally:
@@ -217,6 +217,7 @@ def _emptying(slots: list[_Slot]) -> Callable[..., None]:
     def empty(*_: Any) -> None:
         for slot in slots:
             slot.fill(_absent(getattr(slot.owner, slot.attribute).shape))
+        give_back_memory()
 
     return empty
 

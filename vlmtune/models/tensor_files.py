@@ -7,8 +7,10 @@ write_tensors: model.safetensors, or shards and an index; a tensor is asked for 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +125,19 @@ def read_tensor(stored: StoredTensor) -> Tensor:
     return tensor
 
 
+def give_back_memory() -> None:
+    """Give memory that was freed back to the system, where the C library is glibc.
+
+    It keeps the holes that tensors of many sizes, one after the other, leave in its heap: they grew
+    to many times the live tensors.
+    """
+    if sys.platform != "linux":
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+
+
 def write_tensors(
     folder: Path,
     planned: Sequence[PlannedTensor],
@@ -202,6 +217,8 @@ def _write_file(
         stream.write(len(text).to_bytes(8, "little"))
         stream.write(text)
         for tensor in planned:
-            value = tensor_of(tensor.key)
+            value = tensor_of(tensor.key).detach()
             assert (tuple(value.shape), value.dtype) == (tensor.shape, tensor.dtype), tensor.key
-            stream.write(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+            stream.write(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+            del value
+            give_back_memory()

@@ -1,0 +1,330 @@
+"""A merge tensor by tensor is the merge of the whole model, at the memory of one tensor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from tests.models.adapted import METHODS, adapted, logits_of, open_base, recipe_for, write_run
+from tests.tiny_models import MODEL_TYPES, save_tiny_model
+from vlmtune.errors import VlmtuneError
+from vlmtune.models import merge as merging
+from vlmtune.models.adapters.wrapping import tuner_layers
+from vlmtune.models.merge import fold_and_write, merge, verify_written
+from vlmtune.models.merge_probes import build_probes
+from vlmtune.models.merge_source import Folding, open_on_disk
+from vlmtune.models.merge_verify import MergeFailed
+from vlmtune.models.merge_whole import merge_whole
+from vlmtune.models.source import read_config
+from vlmtune.models.streamed import place, streaming
+from vlmtune.models.tensor_files import (
+    PlannedTensor,
+    size_in_bytes,
+    stored_tensors,
+    weight_files,
+    write_tensors,
+)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return save_tiny_model("qwen2_5_vl", tmp_path_factory.mktemp("model"))
+
+
+def trained_run(model, folder, **changes):
+    return write_run(folder, adapted(model, **changes), recipe_for(model, **changes))
+
+
+def tensors_of(folder):
+    return {
+        key: value
+        for file in folder.glob("*.safetensors")
+        for key, value in load_file(file).items()
+    }
+
+
+def whole(run, folder, dtype=torch.float32):
+    return merge_whole(run, folder, dtype=dtype, shard_size="2GB", data=(), trust_remote_code=False)
+
+
+# The same as the whole model in memory
+
+
+@pytest.mark.parametrize(
+    ("model_type", "method"),
+    [("qwen2_5_vl", method) for method in METHODS]
+    + [(name, "dora") for name in MODEL_TYPES if name != "qwen2_5_vl"],
+)
+def test_tensor_by_tensor_writes_what_the_whole_model_gives(tmp_path, model_type, method):
+    model = save_tiny_model(model_type, tmp_path / "model")
+    run = trained_run(model, tmp_path / "run", **METHODS[method])
+    assert merge(run, tmp_path / "merged", dtype="float32").verified
+    assert whole(run, tmp_path / "whole").verified
+    merged, expected = tensors_of(tmp_path / "merged"), tensors_of(tmp_path / "whole")
+    assert merged.keys() == expected.keys() == tensors_of(model).keys()
+    for key, tensor in merged.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-6, atol=1e-6)
+    if method != "full":
+        base = tensors_of(model)
+        untouched = [key for key in merged if torch.equal(merged[key], base[key])]
+        assert 0 < len(untouched) < len(merged)
+
+
+def test_an_adapter_on_the_embeddings_of_other_tools_is_merged(model_folder, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"])
+    model = get_peft_model(open_base(model_folder).model, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    model.peft_config["default"].base_model_name_or_path = str(model_folder)
+    model.save_pretrained(tmp_path / "adapter")
+    assert merge(tmp_path / "adapter", tmp_path / "merged", dtype="float32").verified
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits_of(merged), logits_of(model), rtol=1e-5, atol=1e-5)
+    assert not merged.config.tie_word_embeddings
+
+
+# What the checkpoint holds
+
+
+def test_every_tensor_keeps_its_own_dtype_and_key_where_none_is_asked_for(model_folder, tmp_path):
+    """Norms in float32 within a bfloat16 checkpoint, and a tensor that no module wants."""
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    tensors = {
+        key: value if "norm" in key else value.bfloat16()
+        for key, value in tensors_of(model).items()
+    }
+    tensors["extra.unused.weight"] = torch.arange(5, dtype=torch.int64)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    run = trained_run(model, tmp_path / "run")
+    assert merge(run, tmp_path / "merged").verified
+    merged = tensors_of(tmp_path / "merged")
+    assert {key: t.dtype for key, t in merged.items()} == {k: t.dtype for k, t in tensors.items()}
+    changed = {key for key in tensors if not torch.equal(merged[key], tensors[key])}
+    assert changed and all("q_proj" in key or "mlp" in key for key in changed)
+
+
+def test_a_pair_that_the_files_hold_twice_stays_tied(model_folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    tensors = tensors_of(model)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    run = trained_run(model, tmp_path / "run", modules_to_save=["lm_head"])
+    assert merge(run, tmp_path / "merged").verified
+    merged = tensors_of(tmp_path / "merged")
+    assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
+    assert not torch.equal(merged["lm_head.weight"], tensors["lm_head.weight"])
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+
+
+def test_the_other_files_of_the_base_go_along_and_its_pixel_budget_does_not(model_folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    for name in ("LICENSE", "modeling_own.py", "optimizer.pt"):
+        (model / name).write_text("{}")
+    AutoProcessor.from_pretrained(model).image_processor.save_pretrained(model)
+    before = (model / "model.safetensors").read_bytes()
+    run = trained_run(model_folder, tmp_path / "run")
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(model)
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    assert (model / "preprocessor_config.json").is_file()
+    merge(run, tmp_path / "merged")
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert {"LICENSE", "modeling_own.py", "generation_config.json", "tokenizer.json"} <= names
+    assert "optimizer.pt" not in names and "preprocessor_config.json" not in names
+    assert (model / "model.safetensors").read_bytes() == before
+
+
+# A wrong checkpoint
+
+Q0 = "model.layers.0.self_attn.q_proj.weight"
+Q1 = "model.layers.1.self_attn.q_proj.weight"
+LAYER = "model.language_model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def written(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written")
+    run = trained_run(model_folder, folder / "run", use_dora=True)
+    on_disk = open_on_disk(run)
+    probes = build_probes(on_disk.opened.vlm, None, [])
+    result = fold_and_write(on_disk, folder / "merged", probes, dtype=None, shard_bytes=10**9)
+    assert verify_written(folder / "merged", result).verified
+    return folder / "merged", result, tuner_layers(on_disk.opened.vlm.model)[LAYER]
+
+
+def change_of(layer):
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return b @ a, layer.scaling["default"], layer.lora_magnitude_vector["default"].weight
+
+
+def without_scale(tensors, base, written, layer):
+    change, _, magnitude = change_of(layer)
+    changed = base[Q0] + change
+    tensors[Q0] = magnitude[:, None] * changed / changed.norm(dim=1, keepdim=True)
+
+
+def without_magnitude(tensors, base, written, layer):
+    change, scale, _ = change_of(layer)
+    tensors[Q0] = base[Q0] + scale * change
+
+
+def under_another_key(tensors, base, written, layer):
+    tensors[Q0], tensors[Q1] = tensors[Q1], tensors[Q0]
+
+
+def in_a_row_that_no_sample_reads(tensors, base, written, layer):
+    used = torch.cat([p.inputs["input_ids"].flatten() for p in written.reference.probes])
+    unused = next(i for i in range(300) if i not in used.tolist())
+    tensors["model.embed_tokens.weight"][unused, 0] += 1e-6
+
+
+def one_missing(tensors, base, written, layer):
+    del tensors["visual.blocks.0.norm1.weight"]
+
+
+def one_added(tensors, base, written, layer):
+    tensors["model.another.weight"] = torch.zeros(2)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (without_scale, r"position .*farthest from W.*layers\.0\.self_attn\.q_proj\.weight"),
+        (without_magnitude, r"position .*farthest from W.*layers\.0\.self_attn\.q_proj\.weight"),
+        (under_another_key, r"position .*farthest from W.*layers\.[01]\.self_attn\.q_proj"),
+        (in_a_row_that_no_sample_reads, r"1 tensors .*farthest from W.*embed_tokens\.weight"),
+        (one_missing, r"not whole: 1 tensors are missing and 0 .*visual\.blocks\.0\.norm1"),
+        (one_added, r"not whole: 0 tensors are missing and 1 .*model\.another\.weight"),
+    ],
+)
+def test_a_wrong_tensor_fails_and_is_named(model_folder, written, tmp_path, spoil, message):
+    folder, result, layer = written
+    shutil.copytree(folder, tmp_path / "copy")
+    tensors = load_file(folder / "model.safetensors")
+    spoil(tensors, load_file(model_folder / "model.safetensors"), result, layer)
+    tensors = {key: t.detach().clone().contiguous() for key, t in tensors.items()}
+    save_file(tensors, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MergeFailed, match=message) as failure:
+        verify_written(tmp_path / "copy", result)
+    assert not failure.value.report.verified and failure.value.exit_code == 1
+
+
+def test_a_fold_that_is_not_the_adapter_fails_before_anything_is_written(
+    model_folder, tmp_path, monkeypatch
+):
+    run = trained_run(model_folder, tmp_path / "run")
+    right = Folding.folded
+
+    def wrong(self, name):
+        return right(self, name) * (
+            1.01 if name.endswith("layers.1.self_attn.q_proj.weight") else 1
+        )
+
+    monkeypatch.setattr(Folding, "folded", wrong)
+    with pytest.raises(MergeFailed, match=r"before rounding.*layers\.1\.self_attn\.q_proj.*1\.00%"):
+        merge(run, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_full_disk_leaves_nothing(model_folder, tmp_path, monkeypatch):
+    run = trained_run(model_folder, tmp_path / "run")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(merging, "write_merged", full)
+    with pytest.raises(VlmtuneError, match="No space left on device"):
+        merge(run, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+# Memory
+
+
+def test_one_module_at_a_time_has_its_weights(model_folder):
+    files = weight_files(str(model_folder))
+    placed = place(read_config(str(model_folder)), stored_tensors(files), source="x")
+    parameters = list(placed.model.parameters())
+
+    def held():
+        return [p for p in parameters if p.untyped_storage().nbytes() > 4]
+
+    seen = []
+
+    def read(name):
+        seen.append((name, len(held())))
+        return placed.read(name)
+
+    assert held() == []
+    with streaming(placed.model, placed.key_of.keys(), read):
+        logits = logits_of(placed.model)
+    torch.testing.assert_close(logits, logits_of(open_base(model_folder).model), rtol=0, atol=0)
+    assert held() == []
+    assert len(seen) >= 20 and all(number == 0 for _, number in seen)
+    with streaming(placed.model, placed.key_of.keys(), placed.read, at_once=True):
+        assert torch.equal(logits_of(placed.model), logits)
+    assert logits_of(placed.model).isnan().all()  # no weight is left behind, and none is made up
+
+
+class Reaching(nn.Module):
+    """Uses its child's weight without running the child."""
+
+    def __init__(self):
+        super().__init__()
+        self.child = nn.Linear(3, 3, bias=False)
+
+    def forward(self, x):
+        return x @ self.child.weight
+
+
+def test_a_weight_that_was_not_read_is_nan_unless_all_are_read_at_once():
+    model = Reaching()
+    weight = model.child.weight.detach().clone()
+    x = torch.ones(1, 3)
+    with streaming(model, {"child.weight"}, lambda name: weight):
+        assert model(x).isnan().all()
+    with streaming(model, {"child.weight"}, lambda name: weight, at_once=True):
+        assert torch.equal(model(x), x @ weight)
+
+
+def test_a_tensor_is_gone_before_the_next_one_is_asked_for(tmp_path):
+    alive = []
+
+    def tensor_of(key):
+        assert all(reference() is None for reference in alive)
+        tensor = torch.full((4, 4), float(key))
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    planned = [PlannedTensor(str(number), (4, 4), torch.float32) for number in range(7)]
+    files = write_tensors(tmp_path, planned, tensor_of, shard_bytes=130)
+    assert [file.name for file in files][0] == "model-00001-of-00004.safetensors"
+    assert all(len(load_file(file)) <= 2 for file in files)
+    written = tensors_of(tmp_path)
+    assert all(torch.equal(t, torch.full((4, 4), float(key))) for key, t in written.items())
+    assert len(written) == 7
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 7 * 64
+    assert {tmp_path / name for name in index["weight_map"].values()} == set(files)
+
+
+def test_sizes_are_read_in_powers_of_1000():
+    assert size_in_bytes("2GB") == 2 * 10**9
+    assert size_in_bytes("1.5KB") == 1500
+    with pytest.raises(ValueError, match="not a size"):
+        size_in_bytes("2 gigs")
