@@ -18,13 +18,14 @@ from tests.train.training import adapter_of, copy_sample, metrics_of, train_once
 from vlmtune.data.types import Batch
 from vlmtune.errors import VlmtuneError
 from vlmtune.models import loss as losses
-from vlmtune.train import loop
+from vlmtune.train import loop, step
 from vlmtune.train.checkpoint import complete_checkpoints
 from vlmtune.train.feed import StepData
 from vlmtune.train.optim import build_optimizer
-from vlmtune.train.pending import PendingStep
+from vlmtune.train.pending import Counts, PendingStep
 from vlmtune.train.runtime import build_accelerator
 from vlmtune.train.step import NextToken, train_step
+from vlmtune.train.transfer import to_device_late
 
 
 class Scores(nn.Module):
@@ -138,6 +139,26 @@ def test_read_late_is_what_is_read_at_once():
     assert late.read() == expected
     assert expected.part_grad_norms == {"language": pytest.approx(expected.grad_norm)}
     assert (expected.num_terms, expected.weight, expected.stop) == (7, 7.0, False)
+
+
+def test_counts_that_stay_on_the_device_give_the_same_step(monkeypatch):
+    """As they do with several processes."""
+    one, two = Scores(), Scores()
+    expected = a_step(one, late=True)
+    monkeypatch.setattr(
+        step,
+        "counts_of",
+        lambda local, accelerator, late: Counts(to_device_late(local, accelerator.device)),
+    )
+    with counted_reads(monkeypatch) as reads:
+        found = a_step(two, late=True)
+        assert reads.count == 0
+    assert found.read() == expected.read()
+    assert torch.equal(one.weight, two.weight)
+    nothing = [0.0, 0, 0, False]
+    assert (
+        Counts(nothing).divisor == Counts(to_device_late(nothing, two.weight.device)).divisor == 1
+    )
 
 
 def test_a_step_that_is_not_finite_is_told_before_the_update_or_when_it_is_read():
