@@ -22,6 +22,7 @@ from vlmtune.data.types import Batch, Conversation, Skipped
 from vlmtune.data.work import WorkScale
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.models.adapters.base import Adapter
+from vlmtune.models.adapters.own_forward import needs_autocast
 from vlmtune.models.embedding import EmbeddingForward, write_embedding_record
 from vlmtune.models.family import part_of
 from vlmtune.models.forward import (
@@ -49,7 +50,7 @@ from vlmtune.train.feed import (
 from vlmtune.train.first_batch import TrainingData, first_batch
 from vlmtune.train.optim import build_optimizer, own_group, parameter_groups
 from vlmtune.train.probe import check_forward, freeze_unreached
-from vlmtune.train.runtime import DTYPES
+from vlmtune.train.runtime import DTYPES, leave_out_autocast
 from vlmtune.train.skips import SkipLedger
 from vlmtune.train.step import NextToken, Objective
 from vlmtune.train.stream_feed import stream_steps
@@ -262,6 +263,8 @@ def build_trainee(
     prompt = embedding_prompt_of(recipe)
     kind = SupervisedForward if prompt is None else EmbeddingForward
     adapter.model.to(accelerator.device)
+    if recipe.train.precision == "bf16" and not needs_autocast(adapter.model, dtype):
+        leave_out_autocast(accelerator)
     features = build_vision_features(recipe, vlm=vlm, accelerator=accelerator)
     forward = kind(adapter.model, vlm.family, features)
     layout = layout_of(recipe, vlm)
