@@ -8,11 +8,12 @@
     shrinking    sorted; rows whose answer has ended leave the batch
     refilled F   sorted; new prompts enter as soon as the fraction F of the batch is free
 
-On the embedded model, whose answers end by themselves, and on a random model of 60 M parameters
+On the embedded model, whose answers end by themselves, and on a random model of 46 M parameters
 with answers of given lengths: all alike, geometric (a long tail), and mostly short with a few long.
 Ways run in alternation; CPU seconds are counted, which a busy machine disturbs least. Prints each
 one's median of `sorted`'s time over its own in the same round, and how many answers differ from
-`sorted`'s.
+`sorted`'s. Then the same model on pictures of 320 x 280 pixels with several questions on each, or
+one: with features shared (`prompts.py`), and with pixels given to the model for each question.
 """
 
 from __future__ import annotations
@@ -20,28 +21,38 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, StoppingCriteria, StoppingCriteriaList
 
 from vlmtune.data.encode import Encoder
 from vlmtune.data.source import load_conversations
-from vlmtune.data.types import Sample
+from vlmtune.data.types import Conversation, Image, Sample, Source, Text, Turn
 from vlmtune.evaluation.decoding import ends_answer, greedy_config
-from vlmtune.evaluation.generate import evaluating
-from vlmtune.evaluation.prompts import prompt_inputs
+from vlmtune.evaluation.generate import evaluating, generate_answers
+from vlmtune.evaluation.prompts import SharedPictures, prompt_inputs
 from vlmtune.evaluation.running_batch import Row, RunningBatch, answer_rows
 from vlmtune.models.load import VLM, load_vlm
+from vlmtune.recipe.schema import ImageSection
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data" / "sample"
 BATCH = 16
 LONGEST = 96
+QUESTIONS = (
+    "what is it?",
+    "is it red?",
+    "what color is the shape on the left?",
+    "how many circles are there in the picture?",
+)
 
 Answers = dict[int, list[int]]
 Numbered = list[tuple[int, Sample]]
@@ -124,16 +135,68 @@ def ways(case: Case) -> dict[str, Callable[[], Answers]]:
 
 def main() -> None:
     arguments = parse()
-    vlm = load_vlm(str(SAMPLE / "tiny-vlm"), dtype=torch.float32)
+    image = ImageSection(min_pixels=3136, max_pixels=1_003_520)
+    vlm = load_vlm(str(SAMPLE / "tiny-vlm"), dtype=torch.float32, image=image)
     encoder = Encoder(vlm.processor, max_tokens=2048, over_length="error", max_image_pixels=10**8)
     prompts = questions(encoder, SAMPLE / "eval.jsonl", arguments.questions)
     cases = {"embedded model": Case(vlm, encoder, prompts, None)}
     large = random_model(vlm)
     for name, lengths in answer_lengths(len(prompts)).items():
-        cases[f"60 M random weights, {name}"] = Case(large, encoder, prompts, lengths)
+        cases[f"46 M random weights, {name}"] = Case(large, encoder, prompts, lengths)
     print(f"{len(prompts)} questions, {BATCH} rows, {torch.get_num_threads()} threads")
     for name, case in cases.items():
         measure(name, case, arguments.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        for num_pictures, num_questions in ((4, 4), (16, 1)):
+            asked = on_pictures(Path(folder), num_pictures, num_questions)
+            measure_sharing(large, encoder, asked, arguments.rounds)
+
+
+class PixelsEachTime(SharedPictures):
+    """The tower runs for each question."""
+
+    def inputs(self, prompts: Sequence[Sample]) -> dict[str, Any]:
+        return dict(prompt_inputs(self._vlm, prompts))
+
+
+def measure_sharing(vlm: VLM, encoder: Encoder, asked: Sequence[Conversation], rounds: int) -> None:
+    seconds: dict[str, list[float]] = {}
+    answers = []
+    for _ in range(rounds):
+        for kind in (PixelsEachTime, SharedPictures):
+            started = time.process_time()
+            answers.append(
+                generate_answers(
+                    vlm,
+                    asked,
+                    encoder=encoder,
+                    max_new_tokens=4,
+                    batch_size=BATCH,
+                    pictures=kind(vlm),
+                )
+            )
+            seconds.setdefault(kind.__name__, []).append(time.process_time() - started)
+    assert all(texts == answers[0] for texts in answers)
+    pixels, shared = seconds["PixelsEachTime"], seconds["SharedPictures"]
+    gain = statistics.median(p / s for p, s in zip(pixels, shared))
+    num_pictures = len({conversation.images for conversation in asked})
+    print(
+        f"\n{len(asked)} questions on {num_pictures} pictures: shared features give the same"
+        f" answers {gain:.2f} x as fast",
+        flush=True,
+    )
+
+
+def on_pictures(folder: Path, num_pictures: int, num_questions: int) -> list[Conversation]:
+    """So many questions on each of so many pictures of noise."""
+    asked = []
+    for number in range(num_pictures):
+        name = f"{number}.jpg"
+        PIL.Image.effect_noise((320, 280), 50 + number).convert("RGB").save(folder / name)
+        for words in QUESTIONS[:num_questions]:
+            turn = Turn("user", (Image(name, folder), Text(words)))
+            asked.append(Conversation(str(len(asked)), (turn,), Source("noise", len(asked) + 1)))
+    return asked
 
 
 def measure(name: str, case: Case, rounds: int) -> None:
@@ -180,7 +243,7 @@ def answer_lengths(num: int) -> dict[str, list[int]]:
 
 
 def random_model(tiny: VLM) -> VLM:
-    """A Qwen2.5-VL of some 60 M parameters with the embedded model's processor."""
+    """A Qwen2.5-VL of some 46 M parameters with the embedded model's processor."""
     config = copy.deepcopy(tiny.model.config)
     text, vision = config.text_config, config.vision_config
     text.hidden_size = vision.out_hidden_size = 640
