@@ -7,7 +7,7 @@ from typing import Any
 from vlmtune.data.source import access_of, cache_dir_of, content_hash
 from vlmtune.data.stream import stream_identity
 from vlmtune.recipe.data_section import DataSection, VideoSection
-from vlmtune.recipe.schema import Recipe
+from vlmtune.recipe.schema import Recipe, TrainSection
 
 # Changing these between a stop and its resume changes no step's result.
 FREE_KEYS = {"output_dir", "eval", "data.eval", "data.num_workers"} | {
@@ -22,6 +22,7 @@ LATER_KEYS: dict[str, object] = {
         ("data", DataSection, ("streaming", "shuffle_buffer", "train_on", "allow_outside_paths")),
         ("data", DataSection, ("allow_urls", "allow_private_addresses", "max_download_bytes")),
         ("video", VideoSection, VideoSection.model_fields),
+        ("train", TrainSection, ("packing", "micro_batch_supervised_tokens")),
     )
     for key in keys
 }
