@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import weakref
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from tests.models.adapted import METHODS, adapted, logits_of, open_base, recipe_for, write_run
-from tests.tiny_models import MODEL_TYPES, save_tiny_model
+from tests.models.adapted import (
+    METHODS,
+    adapted,
+    logits_of,
+    open_base,
+    randomise,
+    recipe_for,
+    write_run,
+)
+from tests.tiny_models import MODEL_TYPES, build_tiny_processor, save_tiny_model, tiny_config
 from vlmtune.errors import VlmtuneError
 from vlmtune.models import merge as merging
+from vlmtune.models.adapters.registry import build_adapter
 from vlmtune.models.adapters.wrapping import tuner_layers
 from vlmtune.models.merge import fold_and_write, merge, verify_written
 from vlmtune.models.merge_probes import build_probes
@@ -78,8 +89,6 @@ def test_tensor_by_tensor_writes_what_the_whole_model_gives(tmp_path, model_type
 
 
 def test_an_adapter_on_the_embeddings_of_other_tools_is_merged(model_folder, tmp_path):
-    from peft import LoraConfig, get_peft_model
-
     config = LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"])
     model = get_peft_model(open_base(model_folder).model, config)
     with torch.no_grad():
@@ -328,3 +337,71 @@ def test_sizes_are_read_in_powers_of_1000():
     assert size_in_bytes("1.5KB") == 1500
     with pytest.raises(ValueError, match="not a size"):
         size_in_bytes("2 gigs")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", b"no weights", "a weight file is damaged"),
+        ("model.safetensors.index.json", b"{", "index.json is damaged"),
+        ("model.safetensors.index.json", b"{}", "index.json is damaged: 'weight_map'"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "gone.safetensors"}}', "gone"),
+        ("pytorch_model.bin", b"", "needs model.safetensors, or the shards"),
+    ],
+)
+def test_weights_that_cannot_be_read_are_the_users_to_mend(tmp_path, name, content, message):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(VlmtuneError, match=message):
+        stored_tensors(weight_files(str(tmp_path)))
+
+
+def test_a_model_that_lacks_a_weight_is_refused(model_folder, tmp_path):
+    files = weight_files(str(model_folder))
+    stored = stored_tensors(files)
+    del stored[Q0]
+    with pytest.raises(VlmtuneError, match=r"1 weights of x are missing.*layers\.0.*q_proj"):
+        place(read_config(str(model_folder)), stored, source="x")
+
+
+# Weights that transformers makes out of others
+
+
+def test_a_model_whose_weights_are_converted_is_merged_whole(tmp_path, caplog):
+    """The experts of this architecture are transposed when they are loaded."""
+    model = experts_model(tmp_path / "model")
+    parts = {
+        "vision": ["model.visual"],
+        "connector": ["model.visual.merger"],
+        "language": ["model.language_model"],
+        "lm_head": ["lm_head"],
+    }
+    recipe = recipe_for(model, lora_target=["q_proj"], parts=parts)
+    adapter = build_adapter(open_base(model, parts=parts), recipe, total_steps=4)
+    randomise(adapter.model)
+    run = write_run(tmp_path / "run", adapter, recipe)
+    with caplog.at_level(logging.INFO, logger="vlmtune"):
+        assert merge(run, tmp_path / "merged").verified
+    assert "merged whole, in memory" in caplog.text
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits_of(merged), logits_of(adapter.model), rtol=1e-5, atol=1e-5)
+    assert tensors_of(tmp_path / "merged").keys() == tensors_of(model).keys()
+
+
+def experts_model(folder):
+    processor = build_tiny_processor("qwen3_vl")
+    dense = tiny_config("qwen3_vl", processor=processor).to_dict()
+    text = {k: v for k, v in dense["text_config"].items() if k != "model_type"}
+    vision = {k: v for k, v in dense["vision_config"].items() if k != "model_type"}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    config = AutoConfig.for_model(
+        "qwen3_vl_moe",
+        text_config=text | experts,
+        vision_config=vision,
+        **{key: value for key, value in dense.items() if key.endswith("_token_id")},
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

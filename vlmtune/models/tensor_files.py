@@ -82,6 +82,10 @@ def weight_files(source: str, *, revision: str | None = None) -> list[Path]:
         index = json.loads(_located(source, INDEX_FILE, revision).read_text(encoding="utf-8"))
         names = sorted(set(index["weight_map"].values()))
         return [_located(source, name, revision) for name in names]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise VlmtuneError(
+            f"{INDEX_FILE} is damaged: {error}", file=source, do="copy or download it again"
+        ) from error
     except OSError as error:
         raise explained(
             error,
