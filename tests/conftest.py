@@ -1,8 +1,9 @@
-"""Fixtures that every test may use: the embedded default, and one thread per process."""
+"""Fixtures that every test may use: the embedded default, and a cache folder of their own."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +12,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+CACHE = tempfile.TemporaryDirectory(prefix="vlmtune-tests-", ignore_cleanup_errors=True)
+"""Of the tests and the processes that they start, which leave the user's caches alone."""
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 
 @pytest.fixture(scope="session")
