@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlavaConfig, MistralConfig, Qwen2Config
 
 from tests.models.test_forward import FAMILIES, conversation
 from tests.tiny_models import save_tiny_model
@@ -13,6 +16,7 @@ from vlmtune.data.collate import collate, pack
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Batch, Sample
 from vlmtune.models import packed as module
+from vlmtune.models.families.llava_idefics import LLAVA
 from vlmtune.models.family import part_of
 from vlmtune.models.forward import SupervisedForward, set_gradient_checkpointing
 from vlmtune.models.load import VLM, load_vlm
@@ -63,6 +67,24 @@ def loss_and_gradients(forward, batches: list[Batch]) -> tuple[float, list[torch
 
 def distance(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "packs"),
+    [
+        (MistralConfig(sliding_window=4096), False),
+        (MistralConfig(sliding_window=None), True),
+        (Qwen2Config(num_hidden_layers=2, use_sliding_window=True, max_window_layers=1), False),
+        (Qwen2Config(num_hidden_layers=2, use_sliding_window=False), True),
+        (LlamaConfig(), True),
+    ],
+    ids=["mistral-window", "mistral", "qwen2-window", "qwen2", "llama"],
+)
+def test_layers_with_a_window_are_not_packed(text, packs: bool):
+    """A pack's attention goes back to the sample's first token, a window does not."""
+    model = SimpleNamespace(config=LlavaConfig(text_config=text))
+    assert can_pack(model, LLAVA) is packs
+    assert not can_pack(model, replace(LLAVA, positions=None))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -31,8 +31,12 @@ def can_pack(model: Any, family: Family) -> bool:
     every layer is one of full causal attention."""
     if family.positions is None:
         return False
-    kinds = getattr(model.config.get_text_config(), "layer_types", None)
-    return kinds is None or set(kinds) <= {"full_attention"}
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        # Mistral's layers have no kinds: all of them slide where it has a window.
+        return getattr(config, "sliding_window", None) is None
+    return set(kinds) <= {"full_attention"}
 
 
 def use_packed_attention(model: Any) -> None:
