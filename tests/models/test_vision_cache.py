@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,27 @@ def test_features_of_a_tower_used_long_ago_give_way(tmp_path):
     assert not (tmp_path / "features" / "oldest").exists()
     assert (tmp_path / "features" / "newer").is_dir()
     assert folder_bytes(tmp_path / "features") <= bound
+
+
+def test_what_gives_way_makes_room_for_one_process_only(tmp_path, monkeypatch):
+    old = store_in(tmp_path, tower="old")
+    assert all(old.put(key_of(n), features(n)) for n in range(10))
+    bound = folder_bytes(tmp_path)
+    stores = [store_in(tmp_path, max_bytes=bound, tower="mine") for _ in range(2)]
+    # The other process wants room, too, while the first removes.
+    removed = shutil.rmtree
+    others = [lambda: stores[1].put(key_of(99), features(99))]
+
+    def meanwhile(folder, ignore_errors):
+        if others:
+            others.pop()()
+        removed(folder, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr("vlmtune.models.vision_cache.shutil.rmtree", meanwhile)
+    for number in range(40):
+        for start, store in zip((100, 200), stores):
+            store.put(key_of(start + number), features(start + number))
+    assert 0 < folder_bytes(tmp_path) <= bound
 
 
 def test_a_bound_lower_than_what_is_there_holds_too(tmp_path):

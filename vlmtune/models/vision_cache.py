@@ -31,6 +31,8 @@ logger = logging.getLogger("vlmtune")
 
 CHECKSUM = "checksum"
 """In a file's metadata."""
+GOING = ".going-"
+"""How the name of a folder starts that is being removed; after a kill, that of one to remove."""
 
 
 class FeatureStore(Protocol):
@@ -165,8 +167,7 @@ class DiskStore:
     def _make_room(self, size: int) -> bool:
         while self.num_bytes + size > self.max_bytes and self.others:
             oldest, freed = self.others.pop(0)
-            if oldest.is_dir():  # another process may have been faster
-                shutil.rmtree(oldest, ignore_errors=True)
+            if _remove(oldest):
                 self.max_bytes += freed
         return self.num_bytes + size <= self.max_bytes
 
@@ -216,6 +217,18 @@ def folder_bytes(folder: Path) -> int:
             continue
         total += 0 if path.is_dir() else status.st_size
     return total
+
+
+def _remove(folder: Path) -> bool:
+    """Whether this process did: of several only one may use the room. A folder cannot be moved
+    twice, whereas two may see it while one of them removes it."""
+    going = folder.with_name(f"{GOING}{folder.name}")
+    try:
+        folder.rename(going)
+    except OSError:  # another was faster, or it is not ours to remove
+        return False
+    shutil.rmtree(going, ignore_errors=True)
+    return True
 
 
 def size_of(tensors: Mapping[str, Tensor]) -> int:
