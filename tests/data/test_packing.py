@@ -15,6 +15,7 @@ from vlmtune.data.packing import (
     num_steps,
     plan_packs,
     plan_padded,
+    share_mark,
     step_samples,
 )
 
@@ -137,6 +138,25 @@ def test_shares_of_about_the_same_work_partition_the_step(work, world_size):
         heaviest = max(sum(work[at] for at in share) for share in shares)
         # The bound that holds for any such split: the mean, and one sample more.
         assert heaviest <= sum(work) / world_size + max(work) + 1e-6
+
+
+@few
+@given(st.lists(st.floats(0.1, 1000), min_size=2, max_size=40), st.integers(2, 5), st.data())
+def test_marks_tell_shares_of_processes_that_do_not_agree(work, world_size, data):
+    """Process 0 cannot read one of the samples, and takes it for no work."""
+    whole = share_mark(range(len(work)))
+    agreed = balanced_shares(work, world_size)
+    assert sum(share_mark(share) for share in agreed) == whole
+    unread = data.draw(st.integers(0, len(work) - 1))
+    other = balanced_shares([0 if at == unread else w for at, w in enumerate(work)], world_size)
+    shares = [other[0], *agreed[1:]]
+    each_once = sorted(p for share in shares for p in share) == list(range(len(work)))
+    assert (sum(share_mark(share) for share in shares) == whole) == each_once
+
+
+def test_a_mark_is_not_the_number_or_the_sum_of_positions():
+    assert share_mark([0, 3]) != share_mark([1, 2])
+    assert share_mark([0]) != 0
 
 
 def test_balanced_shares_by_hand():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,13 +62,16 @@ def data_of(*sizes: int) -> StepData:
         )
         for number, size in enumerate(sizes)
     ]
-    return StepData(batches, [], [], num_step_samples=len(sizes), epoch=0.0)
+    return StepData(
+        batches, [], [], num_step_samples=len(sizes), positions=range(len(sizes)), epoch=0.0
+    )
 
 
 def a_step(
     model: Scores,
     *,
     late: bool,
+    data: StepData | None = None,
     log_parts: bool = False,
     accelerator: Accelerator | None = None,
 ) -> PendingStep:
@@ -77,7 +81,7 @@ def a_step(
     return train_step(
         model,
         step=3,
-        data=data_of(5, 2),
+        data=data or data_of(5, 2),
         objective=NextToken(),
         method=NoMethod(),
         parameters={"weight": model.weight},
@@ -155,7 +159,7 @@ def test_counts_that_stay_on_the_device_give_the_same_step(monkeypatch):
         assert reads.count == 0
     assert found.read() == expected.read()
     assert torch.equal(one.weight, two.weight)
-    nothing = [0.0, 0, 0, False]
+    nothing = [0.0, 0, 0, False, 0]
     assert (
         Counts(nothing).divisor == Counts(to_device_late(nothing, two.weight.device)).divisor == 1
     )
@@ -169,6 +173,19 @@ def test_a_step_that_is_not_finite_is_told_before_the_update_or_when_it_is_read(
     pending = a_step(model, late=True)
     assert not torch.equal(model.weight, Scores().weight)
     with pytest.raises(VlmtuneError, match="step 3: the loss is not finite.*sample-0, sample-1"):
+        pending.read()
+
+
+@pytest.mark.parametrize("positions", [(0,), (0, 0), (0, 1, 1)])
+def test_samples_shared_out_otherwise_than_one_by_one_end_the_run(positions: tuple[int, ...]):
+    """As processes would that cannot read the same files; here the only process does."""
+    model = Scores()
+    data = replace(data_of(5, 2), positions=positions)
+    with pytest.raises(VlmtuneError, match="step 3: the processes do not agree"):
+        a_step(model, late=False, data=data)
+    assert torch.equal(model.weight, Scores().weight)
+    pending = a_step(model, late=True, data=data)
+    with pytest.raises(VlmtuneError, match="step 3: the processes do not agree"):
         pending.read()
 
 

@@ -71,6 +71,7 @@ def step_of(vlm: VLM, groups: list[list[Sample]]) -> tuple[float, dict[str, torc
         left_out=[],
         notes=[],
         num_step_samples=sum(len(g) for g in groups),
+        positions=range(sum(len(g) for g in groups)),
         epoch=0.0,
     )
     objective = NextToken()

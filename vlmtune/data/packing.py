@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from vlmtune.data.order import Order
@@ -66,6 +67,12 @@ def balanced_shares(work: Sequence[float], world_size: int) -> list[list[int]]:
         shares[rank].append(position)
         heapq.heappush(heap, (done + work[position], count + 1, rank))
     return [sorted(share) for share in shares]
+
+
+def share_mark(positions: Iterable[int]) -> int:
+    """Of a share. The marks of all shares of a step add up to that of the whole step; those of
+    shares in which a position is missing, or there twice, do not."""
+    return sum(zlib.crc32(position.to_bytes(8, "big")) for position in positions)
 
 
 def plan_packs(

@@ -57,14 +57,16 @@ class StepData:
     `pair_keys` are, of contrastive training, the picture's and the text's key of each pair.
     `notes` are what was done to samples to fit them in (a note, and the sample's file
     and line: ids need not be unique).
-    `num_step_samples` counts the samples of the step over all processes, left out or not; `epoch`
-    is the share of training data seen after it; `cursor`: where a stream stands after it.
+    `num_step_samples` counts the samples of the step over all processes, left out or not;
+    `positions` are, of these, the places of this process's; `epoch` is the share of training data
+    seen after the step; `cursor`: where a stream stands after it.
     """
 
     micro_batches: Sequence[Batch | SideBatch]
     left_out: list[LeftOut]
     notes: list[tuple[str, str, int]]
     num_step_samples: int
+    positions: Sequence[int]
     epoch: float
     pair_keys: Sequence[tuple[int, int]] = ()
     cursor: StreamCursor | None = None
@@ -118,9 +120,10 @@ class StepBuilder:
         """
         s = self.settings
         read = [_read(unread) for unread in whole] if s.world_size > 1 else []
+        share = self._share(read) if read else range(len(whole))
         samples: list[Sample | Pair] = []
         left_out: list[LeftOut] = []
-        for number in self._share(read) if read else range(len(whole)):
+        for number in share:
             name, source = None, None
             try:
                 conversation = _or_raise(read[number] if read else _read(whole[number]))
@@ -145,13 +148,15 @@ class StepBuilder:
                 for note in sample.notes
             ],
             num_step_samples=len(whole),
+            positions=share,
             epoch=epoch,
             pair_keys=[(pair.picture_key, pair.text_key) for pair in pairs],
             cursor=cursor,
         )
 
     def _share(self, read: Sequence[Conversation | SampleError]) -> list[int]:
-        """This process's samples, by number: the same split on every process."""
+        """This process's samples, by number: the same split on every process that can read the
+        same files. Where they cannot, the step finds out (`PendingStep.check_shares`)."""
         s = self.settings
         work = [0.0 if isinstance(x, SampleError) else s.work.tokens(x) for x in read]
         return balanced_shares(work, s.world_size)[s.rank]

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from vlmtune.data.packing import share_mark
 from vlmtune.errors import VlmtuneError
 from vlmtune.train.feed import LeftOut, StepData
 from vlmtune.train.transfer import Arrival, to_device_late, to_host
@@ -48,7 +49,7 @@ def reads_late(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Counts:
-    """A step's, over all processes: numbers, or (4,) on the device where they are read late."""
+    """A step's, over all processes: numbers, or (5,) on the device where they are read late."""
 
     values: Sequence[float] | Tensor
 
@@ -62,7 +63,8 @@ class Counts:
 
 
 def counts_of(local: Sequence[float], accelerator: Accelerator, *, late: bool) -> Counts:
-    """The sums of `local` over all processes: weight, terms, left out, stops. A collective."""
+    """The sums of `local` over all processes: weight, terms, left out, stops, and the shares'
+    marks. A collective."""
     if accelerator.num_processes == 1:
         return Counts(local)
     sums = accelerator.reduce(to_device_late(local, accelerator.device), "sum")
@@ -82,6 +84,7 @@ class PendingStep:
         self.step = step
         self.left_out: list[LeftOut] = data.left_out
         self.method_log: dict[str, object] = {}
+        self._mark = share_mark(range(data.num_step_samples))
         self._sample_ids = [batch.sample_ids for batch in data.micro_batches]
         self._counts = counts.values
         self._losses = losses
@@ -112,16 +115,16 @@ class PendingStep:
         """The figures, once they are there.
 
         Raises `VlmtuneError` where the loss or the gradient is not finite, naming the step and its
-        samples, on all processes alike.
+        samples, or where the samples were not shared out one by one; on all processes alike.
         """
         assert self._arrival is not None, "sent before it is read"
         self._arrival.wait()
+        self.check_shares()
         self.check("loss", self._figures["total"])
         has_scaler = self._accelerator.scaler is not None
         if not has_scaler:
             self.check("gradient", self._figures["grad_norm"])
-        counts = self._counts.tolist() if isinstance(self._counts, Tensor) else self._counts
-        weight, num_terms, num_left_out, stops = counts
+        weight, num_terms, num_left_out, stops, _ = self._read_counts()
         values = {name: value.item() for name, value in self._figures.items()}
         return StepResult(
             loss=values["total"] / (weight or 1.0),
@@ -135,6 +138,23 @@ class PendingStep:
             stop=bool(stops),
             part_grad_norms={part: norm.item() for part, norm in self._part_norms.items()},
         )
+
+    def check_shares(self) -> None:
+        """Raise `VlmtuneError` where some sample of the step was trained on twice, or never: the
+        processes split it by what they could read."""
+        if self._read_counts()[-1] != self._mark:
+            raise VlmtuneError(
+                f"step {self.step}: the processes do not agree on who trains on which sample; "
+                "no checkpoint holds this step",
+                expected="the same data and picture files, readable for every process",
+                do="look for files that one machine lacks, and go on with --resume auto",
+            )
+
+    def _read_counts(self) -> Sequence[float]:
+        if isinstance(self._counts, Tensor):
+            counts: list[float] = self._counts.tolist()
+            return counts
+        return self._counts
 
     def check(self, what: str, value: Tensor) -> None:
         """Raise `VlmtuneError` where `value` is not finite. Every process gets here in the same

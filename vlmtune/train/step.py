@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
+from vlmtune.data.packing import share_mark
 from vlmtune.data.types import Batch
 from vlmtune.models.loss import total_weight
 from vlmtune.train.feed import StepData
@@ -86,9 +87,16 @@ def train_step(
     contains two collectives (counts, losses) besides DDP's and the objective's own.
 
     Raises `VlmtuneError` on all processes, before the update, when the loss or the gradient is not
-    finite on any of them. With `late`, no figure is read here and `PendingStep.read` raises it.
+    finite on any of them, or the step's samples are not shared out one by one. With `late`, no
+    figure is read here and `PendingStep.read` raises it.
     """
-    local = [objective.weight(data), objective.num_terms(data), len(data.left_out), stop_requested]
+    local = [
+        objective.weight(data),
+        objective.num_terms(data),
+        len(data.left_out),
+        stop_requested,
+        share_mark(data.positions),
+    ]
     counts = counts_of(local, accelerator, late=late)
     losses = objective.backward(forward, data, accelerator, counts.divisor)
     penalty = method.penalty()
@@ -98,6 +106,7 @@ def train_step(
     total = accelerator.reduce(losses.sum(), "sum")
     pending = PendingStep(step, data=data, counts=counts, losses=losses, accelerator=accelerator)
     if not late:
+        pending.check_shares()
         pending.check("loss", total)
     if accelerator.scaler is not None:
         accelerator.unscale_gradients(optimizer)
