@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,24 @@ def test_quantised_weights_with_their_constants():
     assert weight_bytes(int8, trained)["language"] == 6_000_000
 
 
+def test_dequantised_weights_that_are_kept_count_once_for_each_dtype(meta):
+    meta, trained = replace(meta, largest_quantized=30_000), trained_of(quantized=4_000_000)
+
+    def kept(precision: str, **quantization: Any) -> tuple[int, int]:
+        recipe = recipe_of(
+            quantization_bit=4, quantization=quantization, train={"precision": precision}
+        )
+        found = estimate(recipe, meta, trained)
+        return found.dequantized, found.unpacking
+
+    assert kept("bf16") == (0, 60_000)
+    assert kept("bf16", cache_dequantized=True) == (8_000_000, 0)
+    assert kept("fp32", cache_dequantized=True) == (8_000_000 + 16_000_000, 0)
+    float32 = {"cache_dequantized": True, "compute_dtype": "float32"}
+    assert kept("fp32", **float32) == (16_000_000, 0)
+    assert kept("fp16", cache_dequantized=True) == (16_000_000, 0)
+
+
 def test_8_bit_state_but_for_small_tensors():
     recipe = recipe_of(train={"optimizer": "paged_adamw_8bit"})
     assert optimizer_bytes(recipe, trained_of(vision=4_095, language=4_096)) == 4_095 * 8 + 8_192
@@ -116,10 +135,10 @@ def test_8_bit_state_but_for_small_tensors():
 
 def test_the_estimate_follows_the_memory_knob(tiny_vlm: Path, sample_data: Path, tmp_path: Path):
     data = sample_data / "train.jsonl"
-    path = write_recipe(tmp_path, tiny_vlm=tiny_vlm, data=data, train__batch_size=32)
+    path = write_recipe(tmp_path, tiny_vlm=tiny_vlm, data=data, train__batch_size=128)
     few, many = (
         check_summary(path, f"train.micro_batch_tokens={tokens}")["memory"]["activations"]
         for tokens in (256, 1024)
     )
-    # 7 rows of 36 tokens, or 28.
+    # Full packs, of samples of 36 tokens at most.
     assert many / few == pytest.approx(4, rel=0.1)
