@@ -14,7 +14,7 @@ from tests.models.test_forward import FAMILIES, conversation
 from tests.tiny_models import save_tiny_model
 from vlmtune.data.collate import collate, pack
 from vlmtune.data.encode import Encoder
-from vlmtune.data.types import Batch, Sample
+from vlmtune.data.types import IGNORED, Batch, Sample, Source
 from vlmtune.models import packed as module
 from vlmtune.models.families.llava_idefics import LLAVA
 from vlmtune.models.family import part_of
@@ -109,6 +109,28 @@ def test_logits_of_a_pack_are_those_of_its_samples(vlm: VLM, samples, forward):
         together = forward.logits(packed(vlm, samples))
         separate = torch.cat([forward.logits(packed(vlm, [s])) for s in samples])
     assert torch.allclose(together, separate, atol=2e-5)
+
+
+def test_a_sample_without_token_fields_adds_nothing(vlm: VLM, forward):
+    """The one that a process gets which has nothing to train on."""
+    ids = torch.zeros(2, dtype=torch.int64)
+    empty = Sample("", Source("", 0), ids, torch.full_like(ids, IGNORED))
+    loss, gradients = loss_and_gradients(forward, [packed(vlm, [empty])])
+    assert loss == 0.0
+    assert all(torch.count_nonzero(gradient) == 0 for gradient in gradients)
+
+
+def test_positions_of_text_are_those_of_the_model(vlm: VLM, samples, forward):
+    if vlm.family.positions != "mrope":
+        return
+    text = packed(vlm, [samples[1], samples[1]])
+    lengths = text.lengths or ()
+    by_model, _ = vlm.model.model.get_rope_index(
+        text.inputs["input_ids"].reshape(2, -1),
+        mm_token_type_ids=text.inputs["mm_token_type_ids"].reshape(2, -1),
+    )
+    ours = module.pack_arguments(vlm.model.model, text.inputs, lengths, vlm.family)
+    assert torch.equal(ours["position_ids"][1:, 0], by_model.reshape(3, -1))
 
 
 def test_a_sample_in_front_is_not_seen(vlm: VLM, samples, forward, monkeypatch):

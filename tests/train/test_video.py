@@ -11,11 +11,12 @@ import torch
 from tests.data.clips import write_clip, write_frames
 from tests.tiny_models import save_tiny_model
 from tests.train.training import adapter_of, copy_sample, metrics_of, train_once, write_recipe
-from vlmtune.data.collate import collate
+from vlmtune.data.collate import collate, pack
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation, Sample, Source, Text, Turn, Video
 from vlmtune.models.forward import SupervisedForward, full_logits
 from vlmtune.models.load import load_vlm
+from vlmtune.models.packed import use_packed_attention
 
 
 def sample_of(encoder: Encoder, video: Video, name: str, *, answer: str) -> Sample:
@@ -50,6 +51,10 @@ def test_logits_of_a_video_are_the_models_own_alone_and_in_a_batch(model_type, t
     together, reference = logits_of(samples)
     assert torch.allclose(together, reference, atol=1e-5)
     assert torch.allclose(together, torch.cat(alone), atol=1e-4)
+    use_packed_attention(vlm.model)
+    with torch.no_grad():
+        in_one_row = forward.logits(pack(samples, media_layout=vlm.family.media_layout))
+    assert torch.allclose(in_one_row, torch.cat(alone), atol=1e-4)
     # The video is looked at: another one gives other logits.
     other = Video(write_clip(tmp_path / "other.mp4", num_frames=12, fps=6).name, tmp_path)
     ours, _ = logits_of([sample_of(encoder, other, "other", answer="a clip")])

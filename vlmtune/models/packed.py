@@ -25,6 +25,9 @@ from vlmtune.models.family import Family
 ATTENTION = "vlmtune_packed"
 """The name by which transformers finds the attention below."""
 
+GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+"""What besides the tokens says where pictures and videos are in M-RoPE."""
+
 
 def can_pack(model: Any, family: Family) -> bool:
     """Whether the language part keeps the samples of a row apart: its family is known to, and
@@ -66,18 +69,21 @@ def _text_positions(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 def _grid_positions(model: Any, inputs: Mapping[str, Tensor], lengths: Sequence[int]) -> Tensor:
     """M-RoPE (Wang et al. 2024, arXiv 2409.12191, section 2.1): a row of plain positions, from
-    which transformers tells the samples apart, then those in time, height and width."""
+    which transformers tells the samples apart, then those in time, height and width. Without a
+    picture all four are the same."""
+    plain = _text_positions(lengths, inputs["input_ids"].device)  # (N,)
+    given = [name for name in GRIDS if name in inputs]
+    if not given:
+        return plain.expand(4, 1, -1)
     ids = _rows(inputs["input_ids"][0], lengths)  # (B, T)
     is_token = _rows(torch.ones_like(inputs["input_ids"][0]), lengths)  # (B, T)
-    given = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     positions, _ = model.get_rope_index(
         ids,
         mm_token_type_ids=_rows(inputs["mm_token_type_ids"][0], lengths),
         attention_mask=is_token,
-        **{name: inputs[name] for name in given if name in inputs},
+        **{name: inputs[name] for name in given},
     )  # (3, B, T)
-    plain = _text_positions(lengths, ids.device)[None]  # (1, N)
-    return torch.cat([plain, positions[:, is_token.bool()]])[:, None]
+    return torch.cat([plain[None], positions[:, is_token.bool()]])[:, None]
 
 
 def _rows(values: Tensor, lengths: Sequence[int]) -> Tensor:
