@@ -13,9 +13,11 @@ from vlmtune.data.collate import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Batch, Conversation, Image, Source, Text, Turn
 from vlmtune.errors import VlmtuneError
+from vlmtune.models import packed
 from vlmtune.models.forward import SupervisedForward, full_logits
 from vlmtune.models.load import VLM, load_vlm
-from vlmtune.train.probe import check_forward, freeze_unreached, own_logits
+from vlmtune.models.packed import use_packed_attention
+from vlmtune.train.probe import check_forward, check_packs, freeze_unreached, own_logits
 
 
 @pytest.fixture
@@ -66,6 +68,24 @@ def test_logits_changed_after_the_head_are_refused(llava: VLM, batch: Batch):
     llava.model.register_forward_hook(soft_cap)
     with pytest.raises(VlmtuneError, match="changes its logits after lm_head"):
         check_forward(forward, batch, torch.float32)
+
+
+def test_a_model_that_does_not_keep_packed_samples_apart_is_refused(
+    llava: VLM, batch: Batch, monkeypatch
+):
+    """One whose attention never gets the lengths."""
+    use_packed_attention(llava.model)
+    del batch.inputs["attention_mask"]
+    forward = SupervisedForward(llava.model, llava.family)
+    check_packs(forward, batch, torch.float32)
+    right = packed.pack_arguments
+
+    def without_lengths(*args):
+        return {"position_ids": right(*args)["position_ids"]}
+
+    monkeypatch.setattr("vlmtune.models.forward.pack_arguments", without_lengths)
+    with pytest.raises(VlmtuneError, match="does not keep packed samples apart"):
+        check_packs(forward, batch, torch.float32)
 
 
 @pytest.mark.parametrize("has_argument", [True, False])

@@ -49,7 +49,7 @@ from vlmtune.train.feed import (
 )
 from vlmtune.train.first_batch import TrainingData, first_batch
 from vlmtune.train.optim import build_optimizer, own_group, parameter_groups
-from vlmtune.train.probe import check_forward, freeze_unreached
+from vlmtune.train.probe import check_forward, check_packs, freeze_unreached
 from vlmtune.train.runtime import DTYPES, leave_out_autocast
 from vlmtune.train.skips import SkipLedger
 from vlmtune.train.step import NextToken, Objective
@@ -283,6 +283,8 @@ def build_trainee(
     with accelerator.autocast():
         if isinstance(forward, SupervisedForward) and isinstance(batch, Batch):
             check_forward(forward, batch, dtype)
+            if layout.packs:
+                check_packs(forward, batch, dtype)
         unreached = set(freeze_unreached(forward, batch, trained))
     trained = {n: p for n, p in trained.items() if n not in unreached}
     if recipe.train.gradient_checkpointing:

@@ -23,6 +23,9 @@ log = logging.getLogger("vlmtune")
 
 RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
+IN_FRONT, PROBED = range(8, 20), range(1, 8)
+"""Token ids of two made-up samples."""
+
 
 def check_forward(forward: SupervisedForward, batch: Batch, dtype: torch.dtype) -> float:
     """Compare logits at supervised positions with the model's own; the largest difference relative
@@ -43,6 +46,47 @@ def check_forward(forward: SupervisedForward, batch: Batch, dtype: torch.dtype) 
             do="report the model's class; it needs a family of its own",
         )
     return difference
+
+
+def check_packs(forward: SupervisedForward, batch: Batch, dtype: torch.dtype) -> None:
+    """Raise `VlmtuneError` where a sample's logits change with the one packed in front of it.
+
+    A language model that does not hand `pack_lengths` or positions on to its attention, of which
+    no config tells, would train on wrong ones. `batch`, a pack, tells what the model is given
+    besides token ids; the samples are made up.
+    """
+    names = [n for n, t in batch.inputs.items() if t.shape == batch.inputs["input_ids"].shape]
+    device = batch.targets.device
+
+    def made_up(*ids: range) -> Batch:
+        together = torch.tensor([token for some in ids for token in some], device=device)
+        fields = {name: torch.zeros_like(together)[None] for name in names}
+        supervised = torch.zeros_like(together, dtype=torch.bool)
+        supervised[-len(ids[-1]) :] = True
+        return Batch(
+            inputs=fields | {"input_ids": together[None]},
+            supervised=supervised[None],
+            targets=together[supervised],
+            sample_ids=("",) * len(ids),
+            num_tokens=len(together),
+            num_images=0,
+            lengths=tuple(len(some) for some in ids),
+        )
+
+    was_training = forward.training
+    forward.eval()
+    with torch.no_grad():
+        alone = forward.logits(made_up(PROBED))
+        behind = forward.logits(made_up(IN_FRONT, PROBED))
+    forward.train(was_training)
+    difference = float((behind - alone).abs().max() / alone.abs().max().clamp_min(1e-6))
+    if not difference <= RELATIVE_TOLERANCE[dtype]:
+        raise VlmtuneError(
+            "this model does not keep packed samples apart",
+            got=f"logits that the sample in front changes by {difference:.2g} of the largest",
+            expected=f"at most {RELATIVE_TOLERANCE[dtype]:.0e}",
+            do="set train.packing: false",
+        )
 
 
 def own_logits(model: nn.Module, batch: Batch) -> Tensor:
