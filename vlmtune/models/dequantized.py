@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
-from pathlib import Path
 from typing import Any, cast
 
 import bitsandbytes as bnb
+import psutil
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_dequant
 from torch import Tensor, nn
@@ -26,8 +25,6 @@ from torch.nn import functional
 from vlmtune.errors import VlmtuneError
 
 logger = logging.getLogger("vlmtune")
-
-MEMINFO = Path("/proc/meminfo")
 
 
 class DequantizedLinear4bit(bnb.nn.Linear4bit):
@@ -123,23 +120,17 @@ def base_weight(layer: nn.Linear) -> Tensor:
     return layer.weight
 
 
-def free_memory_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had on `device`; None where the system does not say."""
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that can still be had on `device`."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    if MEMINFO.is_file():
-        for line in MEMINFO.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    if "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+    return int(psutil.virtual_memory().available)
 
 
 def _check_memory(needed: int, model: nn.Module) -> None:
     device = next(model.parameters()).device
     free = free_memory_bytes(device)
-    if free is not None and needed > free:
+    if needed > free:
         raise VlmtuneError(
             "quantization.cache_dequantized: the memory has no room for the dequantised weights",
             got=f"{free / 1e9:.3g} GB free on {device}",
