@@ -218,6 +218,17 @@ def test_the_precision_of_the_products_is_part_of_the_key(vlm, samples):
     assert (features.cache.misses, features.cache.hits) == (2 * seen, 0)
 
 
+def test_what_the_tower_gives_is_not_taken_for_features(vlm, samples):
+    let_train(vlm, "connector")
+    tower = in_memory(vlm)
+    assert tower.level == "tower" and tower.cache is not None
+    batch = batches_of(vlm, samples)[1]
+    tower.outputs(batch.inputs)
+    seen = tower.cache.misses
+    VisionFeatures(vlm.model, vlm.family, tower.cache, level="features").outputs(batch.inputs)
+    assert (tower.cache.misses, tower.cache.hits) == (2 * seen, 0)
+
+
 def test_another_towers_features_on_the_disk_are_not_taken(tmp_path):
     """The wrong variant: a folder whose name says nothing about the weights."""
     folder = save_tiny_model("qwen3_vl", tmp_path / "model")
