@@ -154,6 +154,30 @@ def test_a_sample_in_front_is_not_seen(vlm: VLM, samples, forward, monkeypatch):
         assert abs(loss - reference[0]) > 1e-3 or distance(gradients, reference[1]) > 1e-3
 
 
+def test_no_saved_config_names_the_attention(vlm: VLM, forward):
+    assert vlm.model.config.get_text_config()._attn_implementation == module.ATTENTION
+    assert vlm.model.config.vision_config._attn_implementation == "sdpa"
+    assert module.ATTENTION not in vlm.model.config.to_json_string(use_diff=False)
+
+
+def test_attention_scales_and_drops_as_the_layer_says():
+    """The models tested above have the usual scale and no dropout."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 7, 4).unbind()
+    layer = torch.nn.Module()
+    output, _ = module._attention(layer, q, k, v, None, scaling=0.1, pack_lengths=(3, 4))
+    for rows in (slice(0, 3), slice(3, 7)):
+        scores = 0.1 * q[:, :, rows] @ k[:, :, rows].transpose(2, 3)
+        seen = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
+        expected = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v[:, :, rows]
+        torch.testing.assert_close(output[:, rows], expected.transpose(1, 2))
+    dropped, _ = module._attention(layer, q, k, v, None, dropout=0.9, pack_lengths=(3, 4))
+    # A token that sees only itself loses its value whole, or has it ten times.
+    first = dropped[0, 0] / v[0, :, 0]
+    assert all(bool((row - row[0]).abs().max() < 1e-5) for row in first)
+    assert {round(float(row[0])) for row in first} <= {0, 10}
+
+
 def test_padded_rows_and_generation_are_as_with_the_stock_attention(vlm: VLM, samples, forward):
     forward.eval()
     layout = vlm.family.media_layout

@@ -8,6 +8,8 @@ import pytest
 
 from tests.train.training import adapter_of, copy_sample, metrics_of, train_once, write_recipe
 from vlmtune.data.types import Batch
+from vlmtune.errors import VlmtuneError
+from vlmtune.models import packed
 from vlmtune.models.forward import SupervisedForward
 
 
@@ -51,3 +53,16 @@ def test_packed_and_padded_runs_have_the_same_losses_and_adapter(make_recipe, mo
     packed, padded = (adapter_of(run) for run in runs)
     for name, tensor in packed.items():
         assert float((tensor - padded[name]).abs().max()) < 1e-5, name
+
+
+def test_a_run_whose_model_sees_across_samples_does_not_start(make_recipe, monkeypatch):
+    right = packed.pack_arguments
+
+    def without_lengths(*args):
+        return {"position_ids": right(*args)["position_ids"]}
+
+    monkeypatch.setattr("vlmtune.models.forward.pack_arguments", without_lengths)
+    recipe = make_recipe("run")
+    with pytest.raises(VlmtuneError, match="does not keep packed samples apart"):
+        train_once(recipe)
+    assert not (recipe.parent / "run" / "metrics.jsonl").exists()

@@ -285,6 +285,8 @@ def build_trainee(
             check_forward(forward, batch, dtype)
             if layout.packs:
                 check_packs(forward, batch, dtype)
+    # Anew: autocast may remember weights that were cast without a graph.
+    with accelerator.autocast():
         unreached = set(freeze_unreached(forward, batch, trained))
     trained = {n: p for n, p in trained.items() if n not in unreached}
     if recipe.train.gradient_checkpointing:
