@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from vlmtune.models.vision_cache import (
     FeatureCache,
     MemoryStore,
     folder_bytes,
+    open_disk_store,
     size_of,
 )
 from vlmtune.models.vision_digest import tower_digest
@@ -114,6 +116,14 @@ def test_what_gives_way_makes_room_for_one_process_only(tmp_path, monkeypatch):
         for start, store in zip((100, 200), stores):
             store.put(key_of(start + number), features(start + number))
     assert 0 < folder_bytes(tmp_path) <= bound
+
+
+def test_features_take_half_of_what_the_disk_has_free_at_most(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "vlmtune.models.vision_cache.shutil.disk_usage", lambda _: SimpleNamespace(free=1000)
+    )
+    store = open_disk_store(tmp_path, "mine", max_bytes=10**6, num_processes=2)
+    assert store.max_bytes == 250
 
 
 def test_a_bound_lower_than_what_is_there_holds_too(tmp_path):

@@ -141,6 +141,17 @@ def test_where_features_are_kept(recipe, tiny_vlm, tmp_path, caplog, mode, proce
     assert f"vision cache: pictures' features kept {expected}" in caplog.text
 
 
+def test_memory_takes_half_of_what_is_free_at_most(recipe, tiny_vlm, monkeypatch):
+    vlm = load_vlm(str(tiny_vlm), dtype=torch.float32)
+    vlm.model.requires_grad_(False)
+    loaded = load_recipe(recipe, ["train.vision_cache=memory"]).recipe
+    free = SimpleNamespace(available=100_000)
+    monkeypatch.setattr("vlmtune.train.vision.psutil.virtual_memory", lambda: free)
+    accelerator = SimpleNamespace(num_processes=2)
+    features = build_vision_features(loaded, vlm=vlm, accelerator=accelerator)
+    assert features.cache.stores[0].max_bytes == 25_000  # of each process
+
+
 def test_samples_have_keys_where_features_are_kept(recipe, tiny_vlm):
     vlm = load_vlm(str(tiny_vlm), dtype=torch.float32)
     loaded = load_recipe(recipe).recipe

@@ -24,12 +24,10 @@ from torch.nn import functional as F
 from vlmtune.models.family import Family
 from vlmtune.models.forward import base_of
 from vlmtune.models.likelihood import CACHE
-from vlmtune.models.packed import can_pack
+from vlmtune.models.packed import GRIDS, can_pack
 
 REFILL_FRACTION = 0.25
 """Prompts enter once so much of the batch is free: a prompt alone makes a poor forward pass."""
-
-GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 
 Prompt = TypeVar("Prompt")
 
