@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: finish the step, save, leave. A second one leaves at once."""
+"""Ctrl-C and SIGTERM: finish the step, save, leave. A second one leaves at once, but for the
+checkpoint that is being written, if there is one."""
 
 from __future__ import annotations
 
