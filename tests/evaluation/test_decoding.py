@@ -12,11 +12,13 @@ from vlmtune.evaluation.decoding import (
     StopTexts,
     cut_before,
     decoding_config,
+    ends_answer,
     gumbel_noise,
     sampling_processors,
 )
 from vlmtune.evaluation.generate import evaluating, generate_answers
 from vlmtune.evaluation.prompts import prompt_inputs
+from vlmtune.evaluation.running_batch import Row
 from vlmtune.models.forward import SupervisedForward
 from vlmtune.models.load import VLM
 from vlmtune.recipe.schema import DecodingSection
@@ -221,6 +223,26 @@ def test_generation_ends_where_the_stop_text_does(
     assert num_new(tokenizer.decode(ids[:1]).strip()) == 1
     prompt_end = tokenizer.decode(inputs["input_ids"][0, -2:])
     assert num_new(prompt_end) == NUM_NEW  # the prompt's text stops nothing
+
+
+def test_a_row_ends_at_its_length_a_stop_token_or_a_stop_text(vlm: VLM, encoder: Encoder) -> None:
+    ids = vlm.processor.tokenizer("red blue red", add_special_tokens=False).input_ids
+    assert len(ids) >= 3
+
+    def length_of(ids: list[int], *, stops: Sequence[str] = (), max_new_tokens: int = 10) -> int:
+        """After how many tokens an answer of `ids` ends."""
+        has_ended = ends_answer(vlm, encoder=encoder, stops=stops, max_new_tokens=max_new_tokens)
+        ended = (n for n in range(1, len(ids) + 1) if has_ended(Row(0, ids[:n])))
+        return next(ended, -1)
+
+    assert length_of(ids) == -1
+    assert length_of(ids, max_new_tokens=2) == 2
+    assert length_of([ids[0], encoder.end_token_id, *ids]) == 2
+    decoded = [vlm.processor.tokenizer.decode(ids[:n]) for n in range(1, len(ids) + 1)]
+    expected = next(n for n, text in enumerate(decoded, start=1) if "blue" in text)
+    assert 1 < expected < len(ids)
+    assert length_of(ids, stops=["green", "blue"]) == expected
+    assert length_of(ids, stops=["green"]) == -1
 
 
 def test_the_earliest_stop_counts() -> None:

@@ -176,6 +176,23 @@ def test_a_row_among_others_can_go_wrong(
     assert (found - whole_logits(vlm, prompts)).abs().max() > 1e-4
 
 
+def test_columns_that_are_padding_in_every_row_leave_the_cache(
+    vlm: VLM, prompts: list[Sample]
+) -> None:
+    lengths = []
+
+    class Watched(RunningBatch):
+        def enter(self, inputs: Mapping[str, Any], rows: Sequence[Row]) -> Tensor:
+            logits = super().enter(inputs, rows)
+            assert self._mask.any(dim=0).all()
+            lengths.append(self._mask.shape[1])
+            assert all(layer.keys.shape[2] == lengths[-1] for layer in self._cache.layers)
+            return logits
+
+    running_logits(vlm, prompts, size=3, batch_kind=Watched)
+    assert any(later < sooner for sooner, later in zip(lengths, lengths[1:]))
+
+
 def test_sampled_answers_are_those_of_generate(vlm: VLM, prompts: list[Sample]) -> None:
     decoding = DecodingSection(method="sample", temperature=0.7, top_k=40)
     encoder = Encoder(vlm.processor, max_tokens=1024, over_length="error", max_image_pixels=10)
