@@ -45,11 +45,13 @@ from vlmtune.models.open import (
 from vlmtune.models.processor import load_processor
 from vlmtune.models.source import commit_of, read_config
 from vlmtune.models.streamed import Placed, loaded, make_real, place, weights_at
-from vlmtune.models.tensor_files import stored_tensors, weight_files
+from vlmtune.models.tensor_files import HeapKeeper, stored_tensors, weight_files
 
 logger = logging.getLogger("vlmtune")
 
 CONFIG_FILE = "config.json"
+FOLD_TENSORS = 4
+"""Tensors of a weight's size that folding it makes: W, the change, the scaled change, the sum."""
 
 
 def open_on_disk(target: str | Path, *, trust_remote_code: bool = False) -> OnDisk:
@@ -134,6 +136,7 @@ class Folding:
     def __init__(self, on_disk: OnDisk) -> None:
         self.placed = on_disk.placed
         self.carried = on_disk.carried
+        self._heap = HeapKeeper()
         model: Any = on_disk.opened.vlm.model
         self._layers: dict[str, tuple[str, Any]] = {}
         # An alias: the model's own tensor is emptied after each use.
@@ -156,7 +159,9 @@ class Folding:
         if name in self._layers:
             path, layer = self._layers[name]
             with loaded(layer, path, self.placed.key_of, self.base):
-                return merge_layer(layer)[name.removeprefix(f"{path}.")]
+                value = merge_layer(layer)[name.removeprefix(f"{path}.")]
+            self._heap.passed(FOLD_TENSORS * value.nbytes)
+            return value
         return self._saved[name].float() if name in self._saved else self.base(name)
 
     @torch.no_grad()
@@ -168,7 +173,9 @@ class Folding:
         if not has_formula(layer) or not name.endswith(".weight"):
             return None
         with loaded(layer, path, self.placed.key_of, self.base):
-            return folded_weight(layer)
+            value = folded_weight(layer)
+        self._heap.passed(FOLD_TENSORS * value.nbytes)
+        return value
 
     def is_saved(self, name: str) -> bool:
         """Whether the weight is written as the adapter holds it: trained in full, or carried."""

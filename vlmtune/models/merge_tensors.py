@@ -23,7 +23,13 @@ from vlmtune.models.merge_shards import OutputPlan
 from vlmtune.models.merge_source import Folding
 from vlmtune.models.source import quiet_transformers
 from vlmtune.models.streamed import Placed
-from vlmtune.models.tensor_files import StoredTensor, read_tensor, stored_tensors, weight_files
+from vlmtune.models.tensor_files import (
+    HeapKeeper,
+    StoredTensor,
+    read_tensor,
+    stored_tensors,
+    weight_files,
+)
 
 FORMULA_ERROR = 1e-5
 """Between two ways to fold in float32, relative to the largest number of the weight."""
@@ -45,6 +51,7 @@ def keys_error(folder: Path, plan: OutputPlan) -> str | None:
 def tensor_errors(folder: Path, folding: Folding, plan: OutputPlan) -> Iterator[TensorError]:
     """One for each tensor in `folder`, named as in the model where that has it."""
     written = stored_tensors(weight_files(str(folder)))
+    heap = HeapKeeper()
     for key in plan.tensors:
         if key not in written:
             continue
@@ -57,6 +64,7 @@ def tensor_errors(folder: Path, folding: Folding, plan: OutputPlan) -> Iterator[
             expected = read_tensor(plan.stored_of[key])
         is_exact = not is_folded or folding.is_saved(str(name))
         yield error_of(name or key, read_tensor(written[key]), expected, is_exact=is_exact)
+        heap.passed(expected.nbytes)
 
 
 def loads_as_written(folder: Path, placed: Placed, dtype: torch.dtype, trust: bool) -> str | None:

@@ -25,7 +25,7 @@ from transformers.core_model_loading import WeightConverter
 from vlmtune.errors import VlmtuneError
 from vlmtune.models.load import build_on_meta
 from vlmtune.models.source import quiet_transformers
-from vlmtune.models.tensor_files import StoredTensor, give_back_memory, read_tensor
+from vlmtune.models.tensor_files import HeapKeeper, StoredTensor, read_tensor
 
 WRAPPERS = {"base_layer", "original_module"}
 """Path components that PEFT puts between a module and its base weights."""
@@ -145,10 +145,17 @@ def streaming(
     units: dict[nn.Module, list[_Slot]] = {}
     _collect(model, "", model if at_once else None, set(names), units)
     handles = []
+    heap = HeapKeeper()
+
+    def counted(name: str) -> Tensor:
+        value = read(name)
+        heap.passed(value.nbytes)
+        return value
+
     try:
         for unit, slots in units.items():
             _emptying(slots)()
-            handles.append(unit.register_forward_pre_hook(_filling(slots, read)))
+            handles.append(unit.register_forward_pre_hook(_filling(slots, counted)))
             handles.append(unit.register_forward_hook(_emptying(slots), always_call=True))
         yield
     finally:
@@ -217,7 +224,6 @@ def _emptying(slots: list[_Slot]) -> Callable[..., None]:
     def empty(*_: Any) -> None:
         for slot in slots:
             slot.fill(_absent(getattr(slot.owner, slot.attribute).shape))
-        give_back_memory()
 
     return empty
 

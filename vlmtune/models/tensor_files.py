@@ -27,6 +27,7 @@ from vlmtune.models.source import explained, quiet_transformers
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 HEADER_ALIGNMENT = 8
+BYTES_PER_TRIM = 64 * 10**6
 
 DTYPES = {
     "F64": torch.float64,
@@ -129,19 +130,6 @@ def read_tensor(stored: StoredTensor) -> Tensor:
     return tensor
 
 
-def give_back_memory() -> None:
-    """Give memory that was freed back to the system, where the C library is glibc.
-
-    It keeps the holes that tensors of many sizes, one after the other, leave in its heap: they grew
-    to many times the live tensors.
-    """
-    if sys.platform != "linux":
-        return
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
-
-
 def write_tensors(
     folder: Path,
     planned: Sequence[PlannedTensor],
@@ -161,8 +149,9 @@ def write_tensors(
             f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             for number in range(1, len(shards) + 1)
         ]
+    heap = HeapKeeper()
     for name, shard in zip(names, shards, strict=True):
-        _write_file(folder / name, shard, tensor_of)
+        _write_file(folder / name, shard, tensor_of, heap)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(p.num_bytes for p in planned)},
@@ -203,7 +192,10 @@ def _shards(planned: Sequence[PlannedTensor], limit: int) -> Iterator[list[Plann
 
 
 def _write_file(
-    path: Path, planned: Sequence[PlannedTensor], tensor_of: Callable[[str], Tensor]
+    path: Path,
+    planned: Sequence[PlannedTensor],
+    tensor_of: Callable[[str], Tensor],
+    heap: HeapKeeper,
 ) -> None:
     """The safetensors format: the header's length, the header as JSON, the tensors' bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -225,4 +217,24 @@ def _write_file(
             assert (tuple(value.shape), value.dtype) == (tensor.shape, tensor.dtype), tensor.key
             stream.write(value.contiguous().reshape(-1).view(torch.uint8).numpy())
             del value
-            give_back_memory()
+            heap.passed(tensor.num_bytes)
+
+
+class HeapKeeper:
+    """Gives memory that was freed back to the system, where the C library is glibc.
+
+    It keeps the holes that tensors of many sizes, one after the other, leave in its heap: they grew
+    to many times the live tensors. After every tensor, that would double the time of reading.
+    """
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL(None) if sys.platform == "linux" else None
+        self._num_bytes = 0
+
+    def passed(self, num_bytes: int) -> None:
+        """Count tensors of `num_bytes` that were made and dropped."""
+        self._num_bytes += num_bytes
+        if self._num_bytes >= BYTES_PER_TRIM:
+            self._num_bytes = 0
+            if self._library is not None and hasattr(self._library, "malloc_trim"):
+                self._library.malloc_trim(0)
