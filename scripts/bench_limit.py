@@ -58,12 +58,13 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Product:
-    """(rows, inner) x (inner, columns), `count` of them at once."""
+    """(rows, inner) x (inner, columns), `count` of them at once where it is batched."""
 
     rows: int
     inner: int
     columns: int
     count: int = 1
+    is_batched: bool = False
 
     @property
     def operations(self) -> int:
@@ -127,8 +128,9 @@ def _recorded(func: Any, args: Sequence[Any], kwargs: Any) -> Product | Attentio
         )
     else:
         return None
-    count = a.shape[0] if a.dim() == 3 else 1
-    return Product(a.shape[-2], a.shape[-1], b.shape[-1], count)
+    is_batched = a.dim() == 3
+    count = a.shape[0] if is_batched else 1
+    return Product(a.shape[-2], a.shape[-1], b.shape[-1], count, is_batched)
 
 
 def seconds_alone(work: Product | Attention, dtype: torch.dtype) -> float:
@@ -272,7 +274,14 @@ def main() -> None:
     bench = Bench(recipe, arguments.steps)
     samples = bench.samples(1)
     layout = build.layout_of(recipe, bench.vlm)
-    data = StepData(make_batches(samples, layout), [], [], len(samples), 0.0)
+    data = StepData(
+        micro_batches=make_batches(samples, layout),
+        left_out=[],
+        notes=[],
+        num_step_samples=len(samples),
+        positions=range(len(samples)),
+        epoch=0.0,
+    )
     first = record(lambda: bench.run(1, data))
     plain = record(lambda: plain_step(bench, samples, rows=arguments.plain_rows))
     language = base_of(bench.adapter.model)
@@ -282,8 +291,9 @@ def main() -> None:
         language.activation_checkpointing_enable({"use_reentrant": False})
         language.disable_input_require_grads()
     executed = record(lambda: bench.run(3, data))
-    speeds = {kind: speed_of(necessary, kind, bench.dtype) for kind in (Product, Attention)}
-    least = necessary.operations / speeds[Product]
+    linear, attending = by_kind(necessary)
+    speed = speed_of(linear, bench.dtype)
+    least = necessary.operations / speed
     taken = []
     bench.run(4, data)
     for step in range(5, 5 + arguments.steps):
@@ -305,8 +315,8 @@ def main() -> None:
             "later epochs": executed.operations,
             "necessary": necessary.operations,
         },
-        "products_per_second": speeds[Product],
-        "attention_per_second": speeds[Attention],
+        "products_per_second": speed,
+        "attention_per_second": speed_of(attending, bench.dtype),
         "least_seconds": least,
         "step_seconds": seconds,
         "fraction_reached": least / seconds,
@@ -318,11 +328,23 @@ def main() -> None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def speed_of(recorder: Recorder, kind: type, dtype: torch.dtype) -> float:
-    """Operations a second of all of one kind, each timed alone."""
-    found = {work: n for work, n in recorder.seen.items() if isinstance(work, kind)}
-    seconds = sum(seconds_alone(work, dtype) * n for work, n in found.items())
-    return sum(work.operations * n for work, n in found.items()) / seconds
+Seen = dict[Product | Attention, int]
+
+
+def by_kind(recorder: Recorder) -> tuple[Seen, Seen]:
+    """The products of linear layers, and attention: its kernels or the batched products of it."""
+    linear: Seen = {}
+    attending: Seen = {}
+    for work, count in recorder.seen.items():
+        is_linear = isinstance(work, Product) and not work.is_batched
+        (linear if is_linear else attending)[work] = count
+    return linear, attending
+
+
+def speed_of(seen: Seen, dtype: torch.dtype) -> float:
+    """Operations a second, each kind of work timed alone."""
+    seconds = sum(seconds_alone(work, dtype) * n for work, n in seen.items())
+    return sum(work.operations * n for work, n in seen.items()) / seconds
 
 
 def _largest(recorder: Recorder) -> list[tuple[Product | Attention, int]]:

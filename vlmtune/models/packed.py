@@ -21,7 +21,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vlmtune.models.family import Family
+from vlmtune.models.pack_attention import pack_attention
 
+HALF = (torch.bfloat16, torch.float16)
 ATTENTION = "vlmtune_packed"
 """The name by which transformers finds the attention below."""
 
@@ -111,6 +113,11 @@ def _attention(
         return output
     assert attention_mask is None, "a pack has no mask"
     lengths = list(pack_lengths)
+    if query.device.type == "cpu" and query.dtype in HALF and not dropout:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        # (H, N, D) -> (1, N, H, D)
+        by_head = pack_attention(query[0], key[0], value[0], lengths=lengths, scale=scale)
+        return by_head.transpose(0, 1)[None], None
     samples = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2))
     outputs = [
         F.scaled_dot_product_attention(
