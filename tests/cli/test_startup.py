@@ -101,8 +101,9 @@ def test_preload_leaves_garbage_collection_and_compilation_as_they_were() -> Non
     python("""
 import gc, os
 before = gc.get_threshold(), dict(os.environ)
-from vlmtune.cli.preload import preload
+from vlmtune.cli.preload import KERNEL_CACHES, KEPT_KERNELS, preload
 preload("bitsandbytes")
+assert [os.environ.pop(name) for name in KERNEL_CACHES] == [KEPT_KERNELS] * 2
 import sys, torch
 assert "torch._inductor.compile_fx" not in sys.modules
 assert (gc.get_threshold(), dict(os.environ)) == before and gc.isenabled()

@@ -9,18 +9,31 @@ theirs by need:
 - PEFT imports bitsandbytes in every case, which has torch compile a function as it is imported,
   and for that the whole of torch's inductor is loaded. The function belongs to devices for which
   bitsandbytes has no kernels of its own; there it runs uncompiled instead.
+
+It also bounds what the process keeps without use:
+
+- For 16-bit products on a CPU, torch and oneDNN compile a kernel for each new shape and keep the
+  last 1,024 of them each. Packs and pictures have ever new shapes, and a run's memory would grow
+  for hundreds of steps; fewer are kept (docs/performance.md has the figures).
+- glibc gives each thread an arena of its own, whose free memory no other thread gets; one is kept.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import os
+import platform
 import sys
 from collections.abc import Iterator
 
 NO_COMPILE = "TORCHDYNAMO_DISABLE"
+KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+KEPT_KERNELS = "64"
+M_ARENA_MAX = -8
+"""glibc's number of the setting (malloc.h)."""
 YOUNG, MIDDLE, NEVER = 10_000, 10, 1_000_000
 """Thresholds of the garbage collector: short-lived garbage goes, full collections do not run."""
 
@@ -30,6 +43,10 @@ def preload(*modules: str) -> None:
 
     Where torch is imported already there is nothing to save: a plain import then.
     """
+    for name in KERNEL_CACHES:
+        os.environ.setdefault(name, KEPT_KERNELS)
+    if platform.libc_ver()[0] == "glibc" and "MALLOC_ARENA_MAX" not in os.environ:
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
     with contextlib.nullcontext() if "torch" in sys.modules else _cheap_imports():
         for module in modules:
             importlib.import_module(module)
