@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from vlmtune.cli.preload import KERNEL_CACHES
+
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "configs" / "quickstart.yaml")
 
@@ -37,7 +39,8 @@ finally:
 
 def python(code: str, *arguments: str, path: Path | None = None) -> str:
     """What `code` prints on stderr; `path` is where Python looks for packages first."""
-    environment = dict(os.environ)
+    # Other tests in this process may have called `preload`, which sets them.
+    environment = {k: v for k, v in os.environ.items() if k not in KERNEL_CACHES}
     if path is not None:
         environment["PYTHONPATH"] = str(path)
     done = subprocess.run(

@@ -129,7 +129,6 @@ def test_a_state_too_large_to_copy_is_written_at_once_and_said_once(
         available = 161
 
     monkeypatch.setattr(background.psutil, "virtual_memory", lambda: Memory)
-    monkeypatch.setattr(background.log, "propagate", True)
     assert state_bytes(a_checkpoint(5)) == 3 * 3 * 4 + 4  # the tensor, two moments, the step
     with caplog.at_level("INFO", logger="vlmtune"), CheckpointWriter(tmp_path, keep=5) as writer:
         writer.save(a_checkpoint(5))
