@@ -92,3 +92,26 @@ def test_bf16_rows_get_bf16_gradients(given):
     summed_cross_entropy(head(whole), targets).backward()
     assert rows.grad is not None and rows.grad.dtype == torch.bfloat16
     assert torch.allclose(rows.grad, whole.grad, atol=1e-2)
+
+
+def test_a_cpu_does_not_ask_for_the_fused_kernel(given):
+    hidden, targets, weights = given
+    head = nn.Linear(WIDTH, VOCABULARY)
+    assert not module._takes_liger(head, hidden, targets, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_fused_kernel_gives_the_same_loss_and_gradients(given):
+    pytest.importorskip("liger_kernel")
+    hidden, targets, weights = given
+    head = nn.Linear(WIDTH, VOCABULARY).cuda()
+    rows = hidden.detach().cuda().requires_grad_()
+    assert module._takes_liger(head, rows, targets.cuda(), None)
+    assert not module._takes_liger(head, rows, targets.cuda(), weights.cuda())
+    fused = chunked_cross_entropy(head, rows, targets.cuda(), chunk_rows=10)
+    whole = summed_cross_entropy(head(rows), targets.cuda())
+    assert torch.allclose(fused, whole, rtol=1e-4)
+    expected, found = (gradients(x, rows, head.weight) for x in (whole, fused))
+    for one, other in zip(expected, found, strict=True):
+        assert torch.allclose(one, other, atol=1e-3)

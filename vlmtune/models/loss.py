@@ -9,6 +9,7 @@ S supervised tokens, C of a chunk, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -47,6 +48,8 @@ def chunked_cross_entropy(
     `hidden` (S, D). The gradients are computed with the loss, chunk by chunk, and only scaled in
     the backward pass: nothing is computed twice.
     """
+    if _takes_liger(head, hidden, targets, weights):
+        return _liger_loss(head, hidden, targets)
     if len(targets) <= chunk_rows:
         return summed_cross_entropy(head(hidden), targets, weights)
     trained = [p for p in head.parameters() if p.requires_grad]
@@ -61,6 +64,27 @@ def chunked_cross_entropy(
 def chunk_rows_of(vocabulary: int) -> int:
     """Rows of logits at once for an output layer of so many tokens."""
     return max(16, CHUNK_NUMBERS // vocabulary)
+
+
+def _takes_liger(head: nn.Module, hidden: Tensor, targets: Tensor, weights: Tensor | None) -> bool:
+    """Whether Liger's fused kernel computes this loss: CUDA, a plain output layer, tokens that
+    all count 1, and the package is installed."""
+    return (
+        hidden.device.type == "cuda"
+        and type(head) is nn.Linear
+        and weights is None
+        and targets.numel() > 0
+        and find_spec("liger_kernel") is not None
+    )
+
+
+def _liger_loss(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    """The same sum by Liger (Hsu et al. 2024, arXiv 2410.10989). Not run on a GPU yet."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    fused = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    loss: Tensor = fused(head.weight, hidden.to(head.weight.dtype), targets, head.bias)
+    return loss.float()
 
 
 class _Chunked(torch.autograd.Function):

@@ -10,7 +10,7 @@ is made. N tokens of a pack, T of the longest sample, B samples, H heads, D widt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 from vlmtune.models.family import Family
 from vlmtune.models.pack_attention import pack_attention
+from vlmtune.models.varlen_attention import can_use_varlen, varlen_attention
 
 HALF = (torch.bfloat16, torch.float16)
 ATTENTION = "vlmtune_packed"
@@ -113,19 +114,26 @@ def _attention(
         return output
     assert attention_mask is None, "a pack has no mask"
     lengths = list(pack_lengths)
-    if query.device.type == "cpu" and query.dtype in HALF and not dropout:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        # (H, N, D) -> (1, N, H, D)
-        by_head = pack_attention(query[0], key[0], value[0], lengths=lengths, scale=scale)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    kernel = None if dropout else _kernel_for(query[0])
+    if kernel is not None:
+        by_head = kernel(query[0], key[0], value[0], lengths=lengths, scale=scale)  # (H, N, D)
         return by_head.transpose(0, 1)[None], None
     samples = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2))
     outputs = [
         F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=True
         ).transpose(1, 2)
         for q, k, v in samples
     ]
     return torch.cat(outputs, dim=1), None
+
+
+def _kernel_for(query: Tensor) -> Callable[..., Tensor] | None:
+    """What attends over a whole pack at once, for a query (H, N, D); None: sample by sample."""
+    if query.device.type == "cpu" and query.dtype in HALF:
+        return pack_attention
+    return varlen_attention if can_use_varlen(query) else None
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
