@@ -85,7 +85,7 @@ def test_padding_does_not_change_a_samples_logits(vlm: VLM, encoded):
     inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
     with torch.no_grad():
         wrong = forward.logits(
-            replace(together, inputs=inputs, supervised=moved(together.supervised))
+            replace(together, inputs=inputs, supervised=moved(together.supervised), positions=None)
         )
     assert not torch.allclose(wrong, separate, atol=1e-3)
 

@@ -180,7 +180,8 @@ class Batch:
     `targets` (S,) are the ids to predict there, in row-major order of `supervised`; `weights` (S,)
     are what they count in the loss, or None where each counts 1. `lengths` are the tokens of a
     pack's samples, in order (B is 1, their sum is T); None: padded rows. `media_keys` are the
-    samples' own, in the order of the media.
+    samples' own, in the order of the media. `positions` are those of `supervised` in the flattened
+    rows: a device that is given them need not look for them, which its host would wait for.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -192,6 +193,11 @@ class Batch:
     weights: torch.Tensor | None = None  # (S,) float32
     lengths: tuple[int, ...] | None = None
     media_keys: tuple[str, ...] = ()
+    positions: torch.Tensor | None = None  # (S,) int64; found where not given
+
+    def __post_init__(self) -> None:
+        if self.positions is None:
+            self.positions = self.supervised.flatten().nonzero().squeeze(1)
 
 
 @dataclass

@@ -95,7 +95,8 @@ class SupervisedForward(nn.Module):
             arguments |= pack_arguments(base.model, batch.inputs, batch.lengths, self.family)
         # use_cache=False: with a cache, packed or padded rows are not isolated (and it costs).
         hidden = base.model(**arguments, use_cache=False).last_hidden_state  # (B, T, D)
-        return hidden[batch.supervised]
+        assert batch.positions is not None
+        return hidden.flatten(0, 1).index_select(0, batch.positions)
 
 
 def trained_media_names(base: nn.Module, family: Family) -> list[str]:
