@@ -65,7 +65,7 @@ class SupervisedForward(nn.Module):
                     expected="a transformers …ForConditionalGeneration with `model` and `lm_head`",
                 )
         self._media_names = trained_media_names(base, family)
-        self._chunk_rows = chunk_rows_of(base.config.get_text_config().vocab_size)
+        self._vocabulary = int(base.config.get_text_config().vocab_size)
 
     def forward(self, batch: Batch) -> Tensor:
         base = base_of(self.model)
@@ -74,7 +74,7 @@ class SupervisedForward(nn.Module):
             self._hidden(batch),
             batch.targets,
             batch.weights,
-            chunk_rows=self._chunk_rows,
+            chunk_rows=chunk_rows_of(self._vocabulary, batch.targets.device.type),
         )
         if self._media_names and not has_media(batch.inputs):
             loss = loss + media_zero(base, self._media_names)

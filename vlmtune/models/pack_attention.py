@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK = 256
-KEPT_TOKENS = 512
+KEPT_TOKENS = 1024
 """Samples up to this long keep their probabilities, H x T x T numbers."""
 
 

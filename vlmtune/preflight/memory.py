@@ -30,6 +30,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
+import torch
+
 from vlmtune.models.loss import chunk_rows_of
 from vlmtune.preflight.epoch import MicroBatch
 from vlmtune.preflight.model import MetaModel, Tower, Trained
@@ -114,13 +116,14 @@ def memory_of(
     # A connector comes after the tower: trained alone, it sends no gradient back into it.
     vision_trains = "vision" in trained.parts and trained.parts["vision"].trainable_parameters > 0
     activations, logits = 0, 0
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
     for batch in batches:
         patches = round(batch.media * patches_per_media_token)
         taken = _kept_numbers(
             [(language, batch.tokens, True), (vision, patches, vision_trains)],
             checkpointing=recipe.train.gradient_checkpointing,
         )
-        rows = min(batch.supervised, chunk_rows_of(meta.vocabulary))
+        rows = min(batch.supervised, chunk_rows_of(meta.vocabulary, device_type))
         head = rows * meta.vocabulary * (12 + number)
         if taken * number + head > activations + logits:
             activations, logits = taken * number, head
