@@ -1,7 +1,7 @@
 """A tool's process, watched from outside: wall time, memory of the tree, when each step ended.
 
-command -> started in a session of its own -> every 0.02 s: new lines of the steps file?
-        -> every 0.5 s: memory of the process and its children -> exit code, last error line
+command -> started in a session of its own -> every 0.05 s: new lines of the steps file?
+        -> every 5 s: memory of the process and its children -> exit code, last error line
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import psutil
 
 from peers.environments import last_line
 
-LOOK_EVERY, WEIGH_EVERY = 0.02, 0.5
+LOOK_EVERY, WEIGH_EVERY = 0.05, 5.0
+"""Weighing walks the pages of a process, which waits meanwhile: more often, it slows every tool."""
 
 
 @dataclass
