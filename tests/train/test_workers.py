@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,22 @@ def test_one_that_is_killed_is_an_error_that_says_what_to_do_and_the_run_goes_on
 def test_other_errors_of_torch_stay_as_they_are():
     with pytest.raises(RuntimeError, match="shapes do not match"), lost_workers_told():
         raise RuntimeError("shapes do not match")
+
+
+MANY_TENSORS = """
+import resource, torch
+from torch.utils.data import Dataset
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+from vlmtune.train.feed import loaded
+class Steps(Dataset):
+    def __getitem__(self, step):
+        return [torch.ones(1) for _ in range(200)]
+kept = list(loaded(Steps(), sampler=range(3), num_workers=1))
+assert sum(len(step) for step in kept) == 600
+"""
+
+
+def test_a_step_may_hold_more_tensors_than_files_may_be_open_at_first():
+    done = subprocess.run([sys.executable, "-c", MANY_TENSORS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

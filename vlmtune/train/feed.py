@@ -12,6 +12,7 @@ from front to back have a feed of their own, in `stream_feed.py`.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -292,11 +293,24 @@ def steps_from(
     return loaded(dataset, sampler=range(first, last + 1), num_workers=num_workers)
 
 
+def _allow_many_files() -> None:
+    """Raise the limit of open files as far as it goes without special rights.
+
+    Every tensor that comes from another process holds one open; a large step of many micro-batches
+    has thousands, and the usual limit is 1,024.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def loaded(
     dataset: Dataset[StepData | VlmtuneError], *, sampler: range | None, num_workers: int
 ) -> Iterator[StepData]:
     """The items of `dataset`, made ahead by `num_workers` processes; the same, in the same order,
     for any number of them."""
+    if num_workers:
+        _allow_many_files()
     loader = DataLoader(
         dataset,
         batch_size=None,
