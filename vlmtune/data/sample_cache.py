@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -29,6 +28,7 @@ from safetensors.torch import load, save
 
 from vlmtune.data.media import locate_image, locate_video
 from vlmtune.data.types import Conversation, Image, Media, Sample, Source, Text
+from vlmtune.data.whole_file import write_shared
 from vlmtune.errors import VlmtuneError
 
 logger = logging.getLogger("vlmtune")
@@ -93,16 +93,7 @@ class SampleCache:
     def _store(self, key: str, sample: Sample) -> None:
         place = self._place(key)
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=place.parent, prefix=".part-")
-            try:
-                with os.fdopen(handle, "wb") as stream:
-                    stream.write(_to_bytes(sample))
-                    # A temporary file is its maker's alone; a cache may be shared.
-                    os.fchmod(stream.fileno(), 0o644)
-                os.replace(name, place)
-            finally:
-                Path(name).unlink(missing_ok=True)
+            write_shared(place, _to_bytes(sample))
         except OSError as error:
             self._is_writable = False
             logger.warning(

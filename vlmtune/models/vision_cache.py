@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from vlmtune.data.whole_file import write_shared
 
 logger = logging.getLogger("vlmtune")
 
@@ -143,16 +144,7 @@ class DiskStore:
         place = self._place(key)
         content = _to_bytes(tensors)
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=place.parent, prefix=".part-")
-            try:
-                with os.fdopen(handle, "wb") as stream:
-                    stream.write(content)
-                    # A temporary file is its maker's alone; a cache may be shared.
-                    os.fchmod(stream.fileno(), 0o644)
-                os.replace(name, place)
-            finally:
-                Path(name).unlink(missing_ok=True)
+            write_shared(place, content)
         except OSError as error:
             self._is_writable = False
             logger.warning(
