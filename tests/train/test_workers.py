@@ -62,5 +62,16 @@ assert sum(len(step) for step in kept) == 600
 
 
 def test_a_step_may_hold_more_tensors_than_files_may_be_open_at_first():
-    done = subprocess.run([sys.executable, "-c", MANY_TENSORS], capture_output=True, text=True)
+    # Where the limit is not raised it waits for ever.
+    done = subprocess.run(
+        [sys.executable, "-c", MANY_TENSORS], capture_output=True, text=True, timeout=90
+    )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_too_many_open_files_are_told_as_such():
+    told = "too many files are open.*ulimit -n"
+    with pytest.raises(VlmtuneError, match=told), lost_workers_told():
+        raise RuntimeError("received 0 items of ancdata")
+    with pytest.raises(RuntimeError, match="something else"), lost_workers_told():
+        raise RuntimeError("something else")

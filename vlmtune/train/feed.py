@@ -35,6 +35,9 @@ from vlmtune.data.work import WorkScale
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.train.transfer import pinned
 
+OPEN_FILES = 10_240
+"""As many as macOS lets a process have."""
+
 
 @dataclass(frozen=True)
 class LeftOut:
@@ -277,6 +280,12 @@ def lost_workers_told() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "ancdata" in str(error):
+            raise VlmtuneError(
+                "too many files are open: each tensor of a step made ahead holds one",
+                got=f"a limit of {resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,} (ulimit -n)",
+                do="raise it, raise train.micro_batch_tokens, or set data.num_workers: 0",
+            ) from error
         if "DataLoader worker" not in str(error):
             raise
         raise VlmtuneError(
@@ -294,14 +303,15 @@ def steps_from(
 
 
 def _allow_many_files() -> None:
-    """Raise the limit of open files as far as it goes without special rights.
+    """Raise the limit of open files to `OPEN_FILES`, or as far as it goes without special rights.
 
     Every tensor that comes from another process holds one open; a large step of many micro-batches
     has thousands, and the usual limit is 1,024.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def loaded(
