@@ -7,10 +7,11 @@ import torch
 from torch.nn import functional as F
 
 from vlmtune.models import pack_attention as module
-from vlmtune.models.pack_attention import BLOCK, KEPT_TOKENS, pack_attention
+from vlmtune.models import packed
+from vlmtune.models.pack_attention import BLOCK, LONGEST, pack_attention
 
 HEADS, KEY_HEADS, WIDTH = 6, 2, 8
-LENGTHS = [1, 5, BLOCK + 3, KEPT_TOKENS + BLOCK + 9, 17]
+LENGTHS = [1, 5, BLOCK + 3, 3 * BLOCK, LONGEST, 17]
 
 
 def inputs(lengths, dtype=torch.float64):
@@ -49,15 +50,16 @@ def test_output_and_gradients_are_the_formulas():
     found = with_gradients(pack_attention(*given, lengths=LENGTHS, scale=0.3), given)
     expected = with_gradients(by_formula(*given, LENGTHS), given)
     assert largest_difference(found, expected) < 2e-5
-    # The wrong variants: one sample of all, the scale left out.
-    as_one = with_gradients(pack_attention(*given, lengths=[sum(LENGTHS)], scale=0.3), given)
+    # The wrong variants: two samples as one, the scale left out.
+    merged = [LENGTHS[0] + LENGTHS[1], *LENGTHS[2:]]
+    as_one = with_gradients(pack_attention(*given, lengths=merged, scale=0.3), given)
     assert largest_difference(as_one, expected) > 0.1
     unscaled = with_gradients(pack_attention(*given, lengths=LENGTHS, scale=1.0), given)
     assert largest_difference(unscaled, expected) > 0.1
 
 
 def test_in_bf16_it_is_as_close_to_the_formula_as_torchs_kernel():
-    lengths = [40, BLOCK + 30, KEPT_TOKENS + 40]
+    lengths = [40, BLOCK + 30, LONGEST - 40]
     exact = inputs(lengths)
     expected = with_gradients(by_formula(*exact, lengths), exact)
     given = [x.detach().bfloat16().requires_grad_() for x in exact]
@@ -85,24 +87,26 @@ def test_under_autocast_scores_stay_in_float32():
         assert torch.equal(pack_attention(*given, lengths=[50], scale=0.3), plain)
 
 
-@pytest.mark.parametrize("tokens", [KEPT_TOKENS, 4 * KEPT_TOKENS])
-def test_what_is_kept_grows_linearly_with_the_tokens(tokens):
-    given = [x.detach().bfloat16().requires_grad_() for x in inputs([tokens])]
-    kept: list[int] = []
-    hooks = torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.append(t.numel()) or t, lambda t: t
+def test_longer_samples_are_left_to_torch_and_say_the_same():
+    """At the bound the two ways meet."""
+    for tokens in (LONGEST, LONGEST + 1):
+        given = [x.detach().bfloat16() for x in inputs([tokens])]
+        output, _ = attend(*(x[None] for x in given), tokens)
+        expected = by_formula(*(x.float() for x in given), [tokens])
+        assert torch.allclose(output[0].transpose(0, 1).float(), expected, atol=2e-2)
+    with pytest.raises(AssertionError):
+        pack_attention(*given, lengths=[LONGEST + 1], scale=0.3)
+
+
+def attend(query, key, value, tokens):
+    """As a layer of a packed model does."""
+    return packed._attention(
+        torch.nn.Identity(), query, key, value, None, scaling=0.3, pack_lengths=(tokens,)
     )
-    with hooks:
-        pack_attention(*given, lengths=[tokens], scale=0.3)
-    numbers_per_token = sum(kept) / tokens
-    assert numbers_per_token <= (HEADS + 2 * KEY_HEADS) * WIDTH + HEADS * KEPT_TOKENS
-    # Kept whole, the probabilities of the longer one would be four times as many a token.
-    assert 2 * numbers_per_token < HEADS * 4 * KEPT_TOKENS
 
 
 def test_a_sample_of_the_future_is_not_seen_before_the_block_either(monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 4)
-    monkeypatch.setattr(module, "KEPT_TOKENS", 6)
     module._future.cache_clear()
     lengths = [3, 4, 5, 11]
     given = inputs(lengths, torch.float32)

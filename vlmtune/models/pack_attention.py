@@ -4,9 +4,9 @@
       scores (float32) = s q k^T, of the keys up to the block  ->  P = softmax  ->  P v
 
 torch's own kernel for a CPU takes most of its time in the backward pass, several times that of the
-matrix products it consists of (scripts/bench_attention.py). Scores and softmax are float32, as in
-that kernel. P is kept for the backward pass where a sample is short, and made again where it is
-long: what is kept grows linearly with the tokens.
+matrix products it consists of: for samples of up to about `LONGEST` tokens these are faster
+(scripts/bench_attention.py). Scores and softmax are float32, as in that kernel. P is kept for the
+backward pass, H x T numbers a token.
 
 Letters: H heads, K key heads, G = H / K, N tokens of the pack, T of a sample, B of a block, D width
 of a head, s the scale.
@@ -23,14 +23,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK = 256
-KEPT_TOKENS = 1024
-"""Samples up to this long keep their probabilities, H x T x T numbers."""
+LONGEST = 1024
+"""Tokens of a sample up to which this is the faster way, and P is kept."""
 
 
 def pack_attention(
     query: Tensor, key: Tensor, value: Tensor, *, lengths: Sequence[int], scale: float
 ) -> Tensor:
-    """Of `query` (H, N, D), `key` and `value` (K, N, D): the output (H, N, D), in their dtype."""
+    """Of `query` (H, N, D), `key` and `value` (K, N, D): the output (H, N, D), in their dtype.
+
+    No sample has more than `LONGEST` tokens.
+    """
+    assert max(lengths) <= LONGEST
     output: Tensor = _PackAttention.apply(query, key, value, tuple(lengths), scale)
     return output
 
@@ -50,7 +54,7 @@ class _PackAttention(torch.autograd.Function):
                 for block in _blocks(tokens):
                     p = _probabilities(q[:, block], wide, block, scale)
                     output[:, tokens][:, block] = _by_head(p @ v[:, : block.stop], len(q))
-                    if keeps and len(k[0]) <= KEPT_TOKENS:
+                    if keeps:
                         kept.append(p)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.lengths, ctx.scale = lengths, scale
@@ -66,14 +70,9 @@ class _PackAttention(torch.autograd.Function):
         with torch.autocast(query.device.type, enabled=False):
             for tokens in _samples(ctx.lengths):
                 q, k, v = query[:, tokens], key[:, tokens], value[:, tokens]
-                is_kept = len(k[0]) <= KEPT_TOKENS
-                wide = None if is_kept else _wide(k)
                 sums = torch.zeros(2, *k.shape, dtype=torch.float32, device=k.device)
                 for block in _blocks(tokens):
-                    if wide is None:
-                        p = next(probabilities)
-                    else:
-                        p = _probabilities(q[:, block], wide, block, ctx.scale)
+                    p = next(probabilities)
                     g = _by_key_head(gradient[:, tokens][:, block], len(k))  # (K, G B, D)
                     seen = slice(block.stop)
                     of_p = g @ v[:, seen].transpose(1, 2)

@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vlmtune.models.family import Family
-from vlmtune.models.pack_attention import pack_attention
+from vlmtune.models.pack_attention import LONGEST, pack_attention
 from vlmtune.models.varlen_attention import can_use_varlen, varlen_attention
 
 HALF = (torch.bfloat16, torch.float16)
@@ -115,7 +115,7 @@ def _attention(
     assert attention_mask is None, "a pack has no mask"
     lengths = list(pack_lengths)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kernel = None if dropout else _kernel_for(query[0])
+    kernel = None if dropout else _kernel_for(query[0], longest=max(lengths))
     if kernel is not None:
         by_head = kernel(query[0], key[0], value[0], lengths=lengths, scale=scale)  # (H, N, D)
         return by_head.transpose(0, 1)[None], None
@@ -129,9 +129,9 @@ def _attention(
     return torch.cat(outputs, dim=1), None
 
 
-def _kernel_for(query: Tensor) -> Callable[..., Tensor] | None:
+def _kernel_for(query: Tensor, *, longest: int) -> Callable[..., Tensor] | None:
     """What attends over a whole pack at once, for a query (H, N, D); None: sample by sample."""
-    if query.device.type == "cpu" and query.dtype in HALF:
+    if query.device.type == "cpu" and query.dtype in HALF and longest <= LONGEST:
         return pack_attention
     return varlen_attention if can_use_varlen(query) else None
 
