@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vlmtune.models.autocast import without_autocast
+
 BLOCK = 256
 LONGEST = 1024
 """Tokens of a sample up to which this is the faster way, and P is kept."""
@@ -47,7 +49,7 @@ class _PackAttention(torch.autograd.Function):
         keeps = any(ctx.needs_input_grad)
         output = _rows_first(query)
         kept: list[Tensor] = []
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query.device):
             for tokens in _samples(lengths):
                 q, k, v = query[:, tokens], key[:, tokens], value[:, tokens]
                 wide = _wide(k)
@@ -67,7 +69,7 @@ class _PackAttention(torch.autograd.Function):
         query, key, value, *kept = ctx.saved_tensors
         of_query, of_key, of_value = _rows_first(query), _rows_first(key), _rows_first(value)
         probabilities = iter(kept)
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query.device):
             for tokens in _samples(ctx.lengths):
                 q, k, v = query[:, tokens], key[:, tokens], value[:, tokens]
                 sums = torch.zeros(2, *k.shape, dtype=torch.float32, device=k.device)

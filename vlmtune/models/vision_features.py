@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmtune.data.media_units import Kind, Unit, kind_of_key, split_units, without_pixels
+from vlmtune.models.autocast import autocast_dtype
 from vlmtune.models.family import Family, part_of
 from vlmtune.models.forward import trained_media_names
 from vlmtune.models.vision_cache import FeatureCache
@@ -214,23 +216,18 @@ def _in_eval(modules: Sequence[nn.Module]) -> Iterator[None]:
             module.training = True
 
 
-@contextlib.contextmanager
-def _uncached_autocast(device: torch.device) -> Iterator[None]:
+def _uncached_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Autocast as it is, but for its memory of cast weights: torch 2.6 would give one that was
     cast here, without a graph, to the forward pass around this, and it would get no gradient."""
-    with torch.autocast(
-        device.type,
-        dtype=torch.get_autocast_dtype(device.type),
-        enabled=torch.is_autocast_enabled(device.type),
-        cache_enabled=False,
-    ):
-        yield
+    dtype = autocast_dtype(device)
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
 def _precision(device: torch.device) -> str:
-    if not torch.is_autocast_enabled(device.type):
-        return "as the weights"
-    return str(torch.get_autocast_dtype(device.type))
+    dtype = autocast_dtype(device)
+    return "as the weights" if dtype is None else str(dtype)
 
 
 def _digest(content: bytes) -> str:

@@ -47,6 +47,7 @@ from vlmtune.models.adapters.wrapping import (
     wrap,
     write_adapter,
 )
+from vlmtune.models.autocast import without_autocast
 from vlmtune.models.load import VLM
 from vlmtune.recipe.schema import AdaLoraSection, Recipe
 
@@ -83,7 +84,7 @@ class AdaLoraAdapter:
         if self._orthogonal_weight == 0:
             return None
         norms: list[Tensor] = []
-        with torch.autocast(device_type=self._device_type(), enabled=False):
+        with without_autocast(self._device()):
             for t in self.allocator.triplets.values():
                 for gram in (t.a @ t.a.T, t.b.T @ t.b):  # (r, r)
                     identity = torch.eye(gram.shape[0], device=gram.device)
@@ -123,8 +124,8 @@ class AdaLoraAdapter:
         write_adapter(self.model, folder / LORA_FOLDER, config=config, tensors=tensors)
         self._processor.save_pretrained(folder)
 
-    def _device_type(self) -> str:
-        return next(iter(self.allocator.triplets.values())).e.device.type
+    def _device(self) -> torch.device:
+        return next(iter(self.allocator.triplets.values())).e.device
 
     def _pruned_config(self) -> AdaLoraConfig:
         """PEFT shapes A, E and B by `rank_pattern`: the kept entries out of `init_r`."""

@@ -31,6 +31,7 @@ from vlmtune.models.adapters.fused import (
     rows,
 )
 from vlmtune.models.adapters.wrapping import ADAPTER, tuner_layers
+from vlmtune.models.autocast import without_autocast
 from vlmtune.models.dequantized import base_weight
 
 BLOCK_ELEMENTS = {"cpu": 2**19}
@@ -56,7 +57,7 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, *, scale: float) -> Tensor:
     elements = BLOCK_ELEMENTS.get(weight.device.type, DEFAULT_BLOCK_ELEMENTS)
     step = max(1, elements // width)
     blocks = []
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device):
         for start in range(0, num_rows, step):
             block = weight[start : start + step].to(b.dtype)
             changed = torch.addmm(block, b[start : start + step], a, alpha=scale)
@@ -132,7 +133,7 @@ def _change(
     """What DoRA adds to the base output, where dropout gave the adapter an input of its own:
     `(m / norm - 1) W x + (m / norm) s B A x` of the dropped `x`, whose `base` is W x."""
     ratio = magnitude / norm
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         h = functional.linear(x.to(dtype), a.to(dtype))
         lora = functional.linear(h, b.to(dtype) * scale).to(base.dtype)
         return (ratio - 1).to(base.dtype) * base + ratio.to(base.dtype) * lora
@@ -159,7 +160,7 @@ class DoraProduct(torch.autograd.Function):
         scale: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             base = rows(result)  # (T, O)
             h = rows(x).to(dtype) @ a.to(dtype).T  # (T, r)
             ratio = magnitude / norm  # (O,)
@@ -177,7 +178,7 @@ class DoraProduct(torch.autograd.Function):
         (grad,) = grads
         x, h, base, a, b, magnitude, norm, bias = ctx.saved_tensors
         needs_x, _, needs_a, needs_b, needs_m = ctx.needs_input_grad[:5]
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             g = rows(grad)  # (T, O)
             product = g.to(h.dtype)
             ratio = magnitude / norm

@@ -23,13 +23,13 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vlmtune.models.autocast import autocast_dtype, without_autocast
+
 
 def compute_dtype(result: Tensor) -> torch.dtype:
     """The dtype of an adapter's products: autocast's where it is on, else the base output's."""
-    device = result.device.type
-    if torch.is_autocast_enabled(device) and result.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return result.dtype
+    dtype = autocast_dtype(result.device)
+    return result.dtype if dtype is None or result.dtype == torch.float64 else dtype
 
 
 class FusedLora(LoraVariant):
@@ -77,7 +77,7 @@ class LoraProduct(torch.autograd.Function):
         scale: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             h = rows(x).to(dtype) @ a.to(dtype).T  # (T, r)
             ctx.save_for_backward(x, h, a, b)
             ctx.scale = scale
@@ -96,7 +96,7 @@ class LoraProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, h, a, b = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             g = rows(grad).to(h.dtype)  # (T, O)
             needs_x, _, needs_a, needs_b = ctx.needs_input_grad[:4]
             dx, da = input_grads(g, x, a, b * ctx.scale, needs_x=needs_x, needs_a=needs_a)
