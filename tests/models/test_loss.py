@@ -95,6 +95,36 @@ def test_bf16_rows_get_bf16_gradients(given):
     assert torch.allclose(rows.grad, whole.grad, atol=1e-2)
 
 
+@pytest.mark.parametrize("scale", [1 / 3, 1 / 1000, 65536 / 7, 65536.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_the_scale_of_a_16_bit_gradient_is_not_rounded(given, dtype, scale, is_weighted):
+    hidden, targets, weights = given
+    weights = weights if is_weighted else None
+    head = nn.Linear(WIDTH, VOCABULARY).to(dtype)
+    head.weight.data.mul_(0.1)  # the largest scale leaves the rows' gradients finite in fp16
+
+    def scaled(by: float, chunk_rows: int) -> list[torch.Tensor]:
+        rows = hidden.detach().to(dtype).requires_grad_()
+        loss = chunked_cross_entropy(head, rows, targets, weights, chunk_rows=chunk_rows)
+        return list(torch.autograd.grad(loss * by, (rows, head.weight, head.bias)))
+
+    whole = scaled(scale, ROWS)[0].double()
+    for chunk_rows in (1, 10, ROWS - 1):
+        found, unscaled = scaled(scale, chunk_rows), scaled(1.0, chunk_rows)
+        assert all(g.dtype == dtype for g in found)
+        for gradient, one in zip(found, unscaled, strict=True):
+            assert torch.equal(gradient, (one.float() * scale).to(dtype))
+        # The wrong variant: the scale rounded to the gradient's dtype.
+        rounded = torch.tensor(scale).to(dtype)
+        if float(rounded) != float(torch.tensor(scale)):
+            assert not torch.equal(found[0], unscaled[0] * rounded)
+        if whole.isfinite().all():
+            # On average the same as without chunks: roundings of single numbers cancel.
+            ratio = (found[0].double() * whole).sum() / (whole * whole).sum()
+            assert float(ratio) == pytest.approx(1.0, abs=1e-3)
+
+
 def test_a_cpu_does_not_ask_for_the_fused_kernel(given):
     hidden, targets, weights = given
     head = nn.Linear(WIDTH, VOCABULARY)
@@ -116,3 +146,20 @@ def test_the_fused_kernel_gives_the_same_loss_and_gradients(given):
     expected, found = (gradients(x, rows, head.weight) for x in (whole, fused))
     for one, other in zip(expected, found, strict=True):
         assert torch.allclose(one, other, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_fused_kernel_does_not_round_the_scale_either(given, dtype):
+    pytest.importorskip("liger_kernel")
+    hidden, targets, _ = given
+    head = nn.Linear(WIDTH, VOCABULARY).to("cuda", dtype)
+
+    def scaled(by: float) -> list[torch.Tensor]:
+        rows = hidden.detach().to("cuda", dtype).requires_grad_()
+        loss = chunked_cross_entropy(head, rows, targets.cuda(), chunk_rows=10)
+        return list(torch.autograd.grad(loss * by, (rows, head.weight)))
+
+    for gradient, one in zip(scaled(65536 / 7), scaled(1.0), strict=True):
+        assert torch.equal(gradient, (one.float() * (65536 / 7)).to(dtype))
