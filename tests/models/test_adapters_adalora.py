@@ -158,6 +158,59 @@ def test_a_module_that_the_data_did_not_reach_keeps_its_importance(gradient):
     assert not torch.equal(allocator.scores("language"), before["language"])
 
 
+def averages(allocator: RankAllocator) -> dict[str, torch.Tensor]:
+    kinds = ("importance", "uncertainty")
+    return {n: t.clone() for n, t in allocator.state_dict().items() if n.startswith(kinds)}
+
+
+def all_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e38])
+@pytest.mark.parametrize("kind", ["a", "e", "b"])
+def test_a_gradient_that_is_not_finite_never_enters_the_averages(kind, value):
+    modules = {"broken": one_module(), "sound": one_module()}
+    allocator = RankAllocator(modules, schedule(), beta1=0.85, beta2=0.85)
+    for step in (1, 2):
+        for module in modules.values():
+            set_gradients(module)
+        if step == 2:
+            broken = modules["broken"].tensors()[kind]
+            broken.grad[0, 0] = value
+            with torch.no_grad():
+                broken[0, 0] = 10.0  # 1e38 times it is no float32 either
+        before = averages(allocator)
+        allocator.update(step)
+    after = averages(allocator)
+    of_broken = [name for name in after if ".broken." in name]
+    assert len(of_broken) == 6 and all(torch.equal(after[n], before[n]) for n in of_broken)
+    assert not any(torch.equal(after[n], before[n]) for n in after if ".sound." in n)
+
+
+def test_a_skipped_step_counts_for_the_schedule_and_not_for_the_importance():
+    allocator, wrong = (
+        RankAllocator({"m": one_module(), "n": one_module()}, schedule(), beta1=0.85, beta2=0.85)
+        for _ in range(2)
+    )
+    for step in range(1, 9):
+        skips = step in (4, 8)  # 8 is the last choice of the masks
+        # Somewhere else is an infinity: what is finite in a skipped step says nothing either.
+        larger = "m" if skips else "n"
+        for one in (allocator, wrong):
+            for path, module in one.triplets.items():
+                set_gradients(module)
+                for p in module.tensors().values():
+                    p.grad *= 1000.0 if path == larger else 1.0
+        before = averages(allocator)
+        allocator.update(step, skipped=torch.tensor(skips))
+        assert all_equal(averages(allocator), before) == skips
+        wrong.update(step)
+    assert allocator.ranks() == {"m": 0, "n": 2} != wrong.ranks()
+    for path, module in allocator.triplets.items():
+        assert torch.equal(module.e.squeeze(1) != 0, allocator.masks[path])
+
+
 def test_exactly_the_budget_is_kept_also_among_equals():
     modules = {"m": one_module(), "n": one_module()}
     allocator = RankAllocator(modules, schedule(), beta1=0.85, beta2=0.85)

@@ -46,7 +46,7 @@ class NoMethod:
     def penalty(self) -> Tensor | None:
         return None
 
-    def after_step(self, step: int) -> dict[str, object]:
+    def after_step(self, step: int, *, skipped: Tensor | None = None) -> dict[str, object]:
         return {}
 
 

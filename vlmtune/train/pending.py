@@ -100,11 +100,15 @@ class PendingStep:
         grad_norm: Tensor,
         penalty: Tensor | None,
         part_norms: Mapping[str, Tensor],
+        skipped: Tensor | None,
     ) -> None:
-        """Start to copy the figures to the host."""
+        """Start to copy the figures to the host. `skipped`: whether fp16's loss scaler throws the
+        step away; None without one."""
         figures = {"total": total, "grad_norm": grad_norm}
         if penalty is not None:
             figures["penalty"] = penalty
+        if skipped is not None:
+            figures["skipped"] = skipped
         if isinstance(self._counts, Tensor):
             self._counts = to_host(self._counts)
         self._figures = {name: to_host(value) for name, value in figures.items()}
@@ -121,8 +125,7 @@ class PendingStep:
         self._arrival.wait()
         self.check_shares()
         self.check("loss", self._figures["total"])
-        has_scaler = self._accelerator.scaler is not None
-        if not has_scaler:
+        if "skipped" not in self._figures:
             self.check("gradient", self._figures["grad_norm"])
         weight, num_terms, num_left_out, stops, _ = self._read_counts()
         values = {name: value.item() for name, value in self._figures.items()}
@@ -133,8 +136,7 @@ class PendingStep:
             num_terms=int(num_terms),
             weight=weight,
             num_left_out=int(num_left_out),
-            # The scaler throws a step away exactly where a gradient is not finite.
-            was_skipped=has_scaler and not bool(torch.isfinite(self._figures["grad_norm"])),
+            was_skipped=bool(values.get("skipped", False)),
             stop=bool(stops),
             part_grad_norms={part: norm.item() for part, norm in self._part_norms.items()},
         )

@@ -33,7 +33,7 @@ class Method(Protocol):
 
     def penalty(self) -> Tensor | None: ...
 
-    def after_step(self, step: int) -> dict[str, object]: ...
+    def after_step(self, step: int, *, skipped: Tensor | None = None) -> dict[str, object]: ...
 
 
 class Objective(Protocol):
@@ -108,15 +108,19 @@ def train_step(
     if not late:
         pending.check_shares()
         pending.check("loss", total)
+    skipped = None
     if accelerator.scaler is not None:
-        accelerator.unscale_gradients(optimizer)
+        accelerator.scaler.unscale_(optimizer.optimizer)
+        skipped = ~_all_finite(optimizer)
     part_norms = _part_norms(parameters, part_of_name) if log_parts else {}
     grad_norm = clip_gradients(list(parameters.values()), max_grad_norm)
     if not late and accelerator.scaler is None:
         pending.check("gradient", grad_norm)
-    pending.send(total=total, grad_norm=grad_norm, penalty=penalty, part_norms=part_norms)
+    pending.send(
+        total=total, grad_norm=grad_norm, penalty=penalty, part_norms=part_norms, skipped=skipped
+    )
     optimizer.step()
-    pending.method_log = method.after_step(step)
+    pending.method_log = method.after_step(step, skipped=skipped)
     optimizer.zero_grad()
     return pending
 
@@ -173,6 +177,14 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+def _all_finite(optimizer: AcceleratedOptimizer) -> Tensor:
+    """Whether every gradient of `optimizer` is finite, those of the objective's tensors too; where
+    one is not, the loss scaler throws the step away. Not read here."""
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    grads = [p.grad for p in tensors if p.grad is not None]
+    return torch.isfinite(torch.nn.utils.get_total_norm(grads, norm_type=float("inf")))
 
 
 def _part_norms(

@@ -6,7 +6,8 @@ importance and the masks are ours (`rank_budget.py`), because nothing in the usu
 calls PEFT's, and its own update fails for a module without a gradient.
 
     after every optimizer step t:
-        t < T - t_f     update the importance of the modules that the data reached
+        t <= T - t_f    update the importance of the modules that the data reached, unless fp16's
+                        loss scaler threw the step away
         t a multiple of the interval and t_i < t < T - t_f, or t = T - t_f
                         keep the b(t) best triplets of all modules, set E of the others to 0
         t > T - t_f     the mask is final: E of the pruned triplets is set to 0 again
@@ -91,9 +92,10 @@ class AdaLoraAdapter:
                     norms.append(torch.linalg.norm(gram - identity))
             return self._orthogonal_weight * torch.stack(norms).mean()
 
-    def after_step(self, step: int) -> dict[str, object]:
-        """Update importance and masks; `ranks` and `total_rank` where the masks changed."""
-        if not self.allocator.update(step):
+    def after_step(self, step: int, *, skipped: Tensor | None = None) -> dict[str, object]:
+        """Update importance and masks; `ranks` and `total_rank` where the masks changed. A skipped
+        step counts for the schedule, not for the importance."""
+        if not self.allocator.update(step, skipped=skipped):
             return {}
         ranks = self.allocator.ranks()
         return {"ranks": ranks, "total_rank": sum(ranks.values())}

@@ -49,10 +49,12 @@ class Adapter(Protocol):
     def penalty(self) -> Tensor | None:
         """A term added to the loss once per optimizer step, already weighted: float32, scalar."""
 
-    def after_step(self, step: int) -> dict[str, object]:
+    def after_step(self, step: int, *, skipped: Tensor | None = None) -> dict[str, object]:
         """Called after `optimizer.step()` and before `zero_grad()`, once for every step from 1.
 
-        Returns fields for the log; empty where nothing changed.
+        `skipped` (bool, on the device): whether fp16's loss scaler threw the step away, with
+        gradients that say nothing; None without one. Returns fields for the log; empty where
+        nothing changed.
         """
 
     def no_decay_names(self) -> set[str]:

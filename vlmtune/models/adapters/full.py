@@ -33,7 +33,7 @@ class FullAdapter:
     def penalty(self) -> Tensor | None:
         return None
 
-    def after_step(self, step: int) -> dict[str, object]:
+    def after_step(self, step: int, *, skipped: Tensor | None = None) -> dict[str, object]:
         return {}
 
     def no_decay_names(self) -> set[str]:

@@ -8,7 +8,7 @@ eq. 12. Shapes: r rank of a module at the start, I its inputs, O its outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -56,10 +56,6 @@ class Triplets:
     def rank(self) -> int:
         return self.e.shape[0]
 
-    def reached(self) -> bool:
-        """Whether the step's data reached the module: only the loss, not the penalty, moves E."""
-        return self.e.grad is not None and bool((self.e.grad != 0).any())
-
     def tensors(self) -> dict[str, Tensor]:
         return {"a": self.a, "e": self.e, "b": self.b}
 
@@ -68,7 +64,8 @@ class RankAllocator:
     """Running importance of every entry, and the mask of the kept triplets of every module.
 
     A module that a step's data did not reach (a vision module in a step of text) keeps its
-    importance: its zero gradient says nothing about it.
+    importance: its zero gradient says nothing about it. So does one whose gradient is not finite:
+    one infinity would stay in its averages for ever.
     """
 
     def __init__(
@@ -94,13 +91,16 @@ class RankAllocator:
     def ranks(self) -> dict[str, int]:
         return {path: int(mask.sum()) for path, mask in self.masks.items()}
 
-    def update(self, step: int) -> bool:
-        """Take in optimizer step `step` (from 1, none left out); whether the masks changed."""
+    def update(self, step: int, *, skipped: Tensor | None = None) -> bool:
+        """Take in optimizer step `step` (from 1, none left out); whether the masks changed.
+
+        `skipped` (bool): whether the step was thrown away, its gradients with it.
+        """
         expected = int(self._step) + 1
         assert step == expected, f"after_step({step}) called, step {expected} is due"
         self._step.fill_(step)
         schedule = self.schedule
-        if step <= schedule.last_pruning:
+        if step <= schedule.last_pruning and not (skipped is not None and bool(skipped)):
             self._update_importance()
         changed = False
         if schedule.prunes_at(step):
@@ -134,12 +134,14 @@ class RankAllocator:
     def _update_importance(self) -> None:
         """Eq. 8 to 10: I = |w g|, its average, and the average of |I - average|."""
         for path, triplets in self.triplets.items():
-            if not triplets.reached():
+            sensitivities = {
+                kind: (parameter * parameter.grad).abs()
+                for kind, parameter in triplets.tensors().items()
+                if parameter.grad is not None
+            }
+            if not _is_told(triplets, sensitivities.values()):
                 continue
-            for kind, parameter in triplets.tensors().items():
-                if parameter.grad is None:
-                    continue
-                sensitivity = (parameter * parameter.grad).abs()
+            for kind, sensitivity in sensitivities.items():
                 average = self._importance[path][kind]
                 average.mul_(self._beta1).add_(sensitivity, alpha=1 - self._beta1)
                 deviation = (sensitivity - average).abs()
@@ -168,3 +170,12 @@ class RankAllocator:
     def _apply_masks(self) -> None:
         for path, triplets in self.triplets.items():
             triplets.e.masked_fill_(~self.masks[path].unsqueeze(1), 0.0)
+
+
+def _is_told(triplets: Triplets, sensitivities: Iterable[Tensor]) -> bool:
+    """Whether the step says something of the module: its data reached it (only the loss, not the
+    penalty, moves E), and every number is finite."""
+    if triplets.e.grad is None:
+        return False
+    finite = [torch.isfinite(s).all() for s in sensitivities]
+    return bool(torch.stack([(triplets.e.grad != 0).any(), *finite]).all())  # read once
