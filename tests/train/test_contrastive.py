@@ -137,11 +137,14 @@ def step_of(
     return forward, data, trained
 
 
-def cached(recipe: Path, budget: int) -> tuple[float, dict[str, Tensor], Contrastive]:
-    """Loss and gradients as training computes them."""
+def cached(
+    recipe: Path, budget: int, *, scaler: torch.amp.GradScaler | None = None
+) -> tuple[float, dict[str, Tensor], Contrastive]:
+    """Loss and gradients as training computes them, before fp16's scaler unscales them."""
     forward, data, trained = step_of(recipe, budget)
     objective = Contrastive(0.1, torch.device("cpu"))
     accelerator = build_accelerator("fp32")
+    accelerator.scaler = scaler
     torch.manual_seed(1)
     losses = objective.backward(forward, data, accelerator, objective.num_terms(data))
     assert len(losses) == len(data.micro_batches)
@@ -183,6 +186,27 @@ def test_cached_gradients_equal_those_of_one_graph(make_recipe, budget: int):
     largest = max(float(g.abs().max()) for g in expected.values())
     for name, gradient in expected.items():
         assert torch.allclose(gradients[name], gradient, atol=1e-5 * largest), name
+
+
+@pytest.mark.parametrize("budget", [60, 100_000])
+def test_under_a_loss_scaler_every_gradient_is_scaled_once(make_recipe, budget: int):
+    recipe = make_recipe("run")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    loss, gradients, objective = cached(recipe, budget, scaler=scaler)
+    expected_loss, expected = plain(recipe)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    unscaled = {name: gradient / 1024.0 for name, gradient in gradients.items()}
+    for name, gradient in expected.items():
+        largest = float(gradient.abs().max())
+        assert torch.allclose(unscaled[name], gradient, atol=1e-5 * max(largest, 1e-3)), name
+    # What the optimizer is given, by the scaler itself.
+    (log_scale,) = objective.tensors.values()
+    optimizer = torch.optim.SGD([log_scale], 0.1)
+    scaler.unscale_(optimizer)
+    assert log_scale.grad is not None and expected["log_scale"].abs() > 1e-3
+    assert torch.allclose(log_scale.grad, expected["log_scale"], rtol=1e-5)
+    # The wrong variant: a temperature whose gradient was not scaled, and is unscaled.
+    assert not torch.allclose(log_scale.grad, expected["log_scale"] / 1024.0, rtol=0.1)
 
 
 def test_a_process_without_a_pair_takes_part_with_zeros(make_recipe, monkeypatch):
@@ -353,8 +377,6 @@ def test_a_sample_without_a_picture_is_an_error_with_its_place(make_recipe, capt
 
 
 def test_what_does_not_go_with_it_is_refused(make_recipe):
-    with pytest.raises(ErrorGroup, match="fp16 is not supported"):
-        load_recipe(make_recipe("a", train__precision="fp16"))
     with pytest.raises(ErrorGroup, match="adalora is not supported with objective: contrastive"):
         load_recipe(make_recipe("b", adalora={"initial_rank": 4, "target_rank": 2}))
     with pytest.raises(ErrorGroup, match="train.batch_size 1 there are none"):

@@ -144,11 +144,6 @@ def _exclusive(recipe: Recipe) -> Iterator[Conflict]:
             ("adalora", "objective"),
             "adalora is not supported with objective: contrastive",
         )
-    if recipe.objective == "contrastive" and recipe.train.precision == "fp16":
-        yield Conflict(
-            ("train.precision", "objective"),
-            "fp16 is not supported with objective: contrastive; set bf16 or fp32",
-        )
     if recipe.objective == "contrastive" and recipe.train.batch_size == 1:
         yield Conflict(
             ("train.batch_size", "objective"),

@@ -114,7 +114,8 @@ class Contrastive:
         everyone, start = gathered(own, accelerator)
         keys = _gathered_keys(data.pair_keys, accelerator)
         result = info_nce(everyone[0], everyone[1], keys, self.scale())
-        (result.losses.sum() / weight).backward()
+        # By accelerate: in fp16 the temperature's gradient and that of each embedding are scaled.
+        accelerator.backward(result.losses.sum() / weight)
         self._keep_alike(accelerator)
         self._accuracy = result.num_right / (2 * weight)  # read where it is logged
         assert own.grad is not None
@@ -126,8 +127,9 @@ class Contrastive:
                 wanted = torch.zeros_like(embeddings)
                 if batch.pairs:
                     wanted = own.grad[batch.side, list(batch.pairs)]
-                # Every process has the whole loss; DDP takes the mean over processes.
-                accelerator.backward((embeddings * wanted).sum() * accelerator.num_processes)
+                # Every process has the whole loss; DDP takes the mean over processes. `wanted`
+                # holds fp16's loss scale already.
+                ((embeddings * wanted).sum() * accelerator.num_processes).backward()
         restore_random_state(after)
         losses = result.losses.detach()[start : start + num_pairs]
         return _by_micro_batch(losses, batches)
