@@ -121,6 +121,26 @@ def test_every_precision_is_checked_to_the_end(precision, tmp_path: Path, tiny_v
     assert checked(recipe)["verdict"] == "ready"
 
 
+def test_a_gpu_without_bfloat16_makes_its_use_an_error_with_its_line(
+    tmp_path: Path, tiny_vlm: Path, data, monkeypatch
+):
+    keys = NF4 | {"train__precision": "bf16", "quantization": {"compute_dtype": "bfloat16"}}
+    recipe = method_recipe(tmp_path, tiny_vlm, data[False], keys)
+    monkeypatch.setattr("vlmtune.preflight.run.capability_of", lambda: (7, 5))
+    code, stdout, _ = run_check(recipe, "--json", "--workers", 0)
+    assert code == 1
+    lines = recipe.read_text().splitlines()
+    problems = json.loads(stdout)["problems"]
+    at = [(p["file"], lines[p["line"] - 1].strip()) for p in problems]
+    assert at == [
+        (str(recipe), "precision: bf16"),
+        (str(recipe), "compute_dtype: bfloat16"),
+    ]
+    assert "set train.precision=fp16" in problems[0]["message"]
+    found = checked(recipe, "train.precision=fp16", "quantization.compute_dtype=float16")
+    assert found["verdict"] == "ready"
+
+
 def test_of_dora_the_magnitudes_are_counted_too(tmp_path: Path, tiny_vlm: Path, data):
     lora, dora = (
         checked(method_recipe(tmp_path, tiny_vlm, data[False], METHODS[method]))

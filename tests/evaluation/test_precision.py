@@ -21,10 +21,13 @@ def test_a_cpu_runs_in_bfloat16_only_where_it_has_the_instructions(
     assert inference_dtype("auto") == expected
 
 
-@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)],
+)
 def test_a_gpu_without_bfloat16_runs_in_float16(
-    monkeypatch: pytest.MonkeyPatch, native: bool, expected: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert inference_dtype("auto") == expected

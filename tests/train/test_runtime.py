@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from vlmtune.errors import VlmtuneError
+from tests.train.training import train_once, write_recipe
+from vlmtune.cli.train import Session
+from vlmtune.errors import ErrorGroup, VlmtuneError
+from vlmtune.models import bfloat16
 from vlmtune.train.runtime import build_accelerator, check_environment, leave_out_autocast
 
 
@@ -49,3 +53,28 @@ def test_a_model_that_needs_no_autocast_computes_in_its_own_dtypes(left_out: boo
     for found in (prepared(rows), inside.float()):
         assert (inside.dtype == torch.float32) == left_out
         assert torch.allclose(found, exact if left_out else rounded, atol=1e-5)
+
+
+def test_bf16_on_a_gpu_without_it_is_refused_before_the_model_loads(
+    tmp_path: Path, tiny_vlm: Path, sample_data: Path, monkeypatch
+):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    data = sample_data / "train.jsonl"
+    recipe = write_recipe(
+        tmp_path, tiny_vlm=tiny_vlm, data=data, rank=4, quantization_bit=4, train__precision="bf16"
+    )
+    loaded: list[object] = []
+    monkeypatch.setattr(Session, "load_model", lambda self: loaded.append(self))
+    monkeypatch.setattr(bfloat16, "capability_of", lambda device: (7, 5))
+    with pytest.raises(ErrorGroup) as refused:
+        train_once(recipe)
+    told = str(refused.value).splitlines()
+    assert len(told) == 2 and not loaded
+    assert "set train.precision=fp16" in told[0]
+    assert "set quantization.compute_dtype=float16" in told[1]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(bfloat16, "capability_of", lambda device: (8, 0))
+    with pytest.raises(AttributeError):  # no model: this far it comes
+        train_once(recipe)
+    assert loaded
+    AcceleratorState._reset_state(reset_partial_state=True)

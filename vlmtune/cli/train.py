@@ -24,7 +24,7 @@ from vlmtune.cli.common import (
 from vlmtune.cli.preload import preload
 from vlmtune.cli.train_evaluation import build_evaluation, load_held_out, verdict_of_run
 from vlmtune.cli.train_summary import NOT_RUN, print_model, print_plan, print_summary, summary_of
-from vlmtune.errors import CheckFailed
+from vlmtune.errors import CheckFailed, ErrorGroup
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -106,6 +106,7 @@ class Session:
     def run(self, start: Checkpoint | None) -> dict[str, Any]:
         """Load, build, train, save; what `--json` prints. Contains collectives."""
         from vlmtune.models.adapters.registry import build_adapter
+        from vlmtune.models.bfloat16 import bfloat16_errors, capability_of
         from vlmtune.models.quantize import quantization_report
         from vlmtune.models.summary import trained_rows
         from vlmtune.train import build, checkpoint, run_folder
@@ -114,6 +115,8 @@ class Session:
         from vlmtune.train.loop import is_finished
 
         recipe = self.recipe
+        if errors := bfloat16_errors(recipe, capability_of(self.accelerator.device)):
+            raise ErrorGroup(errors)
         hashes = data_hashes_of(recipe)
         fingerprint = fingerprint_of(recipe, hashes)
         if start is not None:

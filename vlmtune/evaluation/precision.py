@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from vlmtune.models.bfloat16 import capability_of, has_bfloat16
+
 
 def inference_dtype(name: str) -> torch.dtype:
     """The dtype called `name`, float32, bfloat16 or float16.
@@ -18,8 +20,9 @@ def inference_dtype(name: str) -> torch.dtype:
             "float16": torch.float16,
         }[name]
     if torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
+        capability = capability_of()
+        has_it = capability is None or has_bfloat16(capability)
+        return torch.bfloat16 if has_it else torch.float16
     return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
 
 

@@ -18,6 +18,7 @@ from vlmtune.data.encode import Encoder
 from vlmtune.data.source import access_of, cache_dir_of
 from vlmtune.data.stream import Stream
 from vlmtune.errors import VlmtuneError
+from vlmtune.models.bfloat16 import bfloat16_errors, capability_of
 from vlmtune.models.load import VLM
 from vlmtune.models.packed import can_pack
 from vlmtune.models.processor import load_processor
@@ -87,6 +88,8 @@ class Preflight:
         places = Places(self.loaded)
         with _collected_warnings(report.problems):
             self._check_folder(report)
+            for error in bfloat16_errors(self.recipe, capability_of()):
+                places.add_error(report.problems, error)
             processor, meta = self._open_model(report.problems, places)
             encoder = self._encoder(report.problems, places, processor, meta)
             self._check_sets(report, places, encoder)

@@ -86,7 +86,7 @@ class QuantizationSection(Section):
     compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16",
         description="4-bit only: dtype of the matrix products. `float32` is faster on a CPU "
-        "without bf16 instructions.",
+        "without bf16 instructions; a GPU of compute capability below 8.0 takes `float16`.",
     )
     cache_dequantized: bool = Field(
         default=False,
@@ -183,7 +183,8 @@ class TrainSection(Section):
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         default="bf16",
         description="Compute dtype of the 16-bit parts. Adapters are kept in float32 in all three. "
-        "`fp32` is the fastest on a CPU without bf16 instructions.",
+        "`fp32` is the fastest on a CPU without bf16 instructions; a GPU of compute capability "
+        "below 8.0 (T4, V100) takes `fp16`.",
     )
     log_every: int = Field(
         default=10, ge=1, description="Optimizer steps between two logged lines."
