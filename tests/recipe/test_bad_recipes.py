@@ -57,6 +57,7 @@ ADDED = {  # lines added to GOOD -> (line, every part that the message must have
     "adalora: {}\nrank: 8": (6, "rank has no effect with adalora; set adalora.initial_rank"),
     "adalora: {}\nuse_dora: true": (6, "use_dora and adalora exclude each other"),
     "adalora:\n  target_rank: 16": (6, "adalora.target_rank (16) must be below"),
+    "video:\n  fps: 1\n  max_frames: 3": (7, "video.min_frames (4) must not exceed"),
     "adalora:\n  warmup: 0.6\n  final: 0.5": (7, "leave no steps between them"),
     "quantization: {double_quant: false}": (5, "no effect with quantization_bit: 16"),
     "quantization: {cache_dequantized: true}": (5, "no effect with quantization_bit: 16"),

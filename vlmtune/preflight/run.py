@@ -165,7 +165,7 @@ class Preflight:
             if name == "data.train":
                 add_limit(checked, report.problems, recipe=recipe)
             elif chosen is not None:
-                with _noted(report.problems, places):
+                with _noted(report.problems, places, about=_scored_by(name)):
                     check_scorable(checked, chosen, recipe, encoder=encoder)
             if checked.is_partial:
                 report.problems.add(
@@ -291,16 +291,25 @@ def _check_pictures(
         )
 
 
+def _scored_by(name: SetName) -> tuple[str, ...]:
+    """The keys that say what is measured on a set."""
+    section, metrics = ("eval.guard", "metric") if "guard" in name else ("eval", "metrics")
+    return f"{section}.{metrics}", f"{section}.task", name
+
+
 @contextlib.contextmanager
-def _noted(problems: Problems, places: Places | None = None) -> Iterator[None]:
-    """Errors of the body become problems; of those without a file, `places` knows where."""
+def _noted(
+    problems: Problems, places: Places | None = None, *, about: Sequence[str] = ("model",)
+) -> Iterator[None]:
+    """Errors of the body become problems; of those without a file, `places` knows where: at the
+    key that they name, or else at one they are `about`."""
     try:
         yield
     except VlmtuneError as error:
         if places is None:
             problems.add_error(error)
         else:
-            places.add_error(problems, error)
+            places.add_error(problems, error, about=about)
 
 
 class _WarningsToProblems(logging.Handler):

@@ -174,7 +174,9 @@ def _conflicts(detail: ErrorDetails) -> tuple[Conflict, ...]:
 
 
 def _explain_conflict(conflict: Conflict, settings: Settings) -> VlmtuneError:
-    place = settings.place(tuple(conflict.keys[0].split(".")))
+    paths: list[Path] = [tuple(key.split(".")) for key in conflict.keys]
+    written = (path for path in paths if path in settings.places)
+    place = settings.place(next(written, paths[0]))
     return VlmtuneError(conflict.message, file=place.file, line=place.line)
 
 

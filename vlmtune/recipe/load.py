@@ -5,7 +5,7 @@ text -> YAML 1.2 values and lines -> overrides -> paths made absolute -> strict 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ from vlmtune.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A checked recipe with absolute paths, the file it came from and that file's text."""
+    """A checked recipe with absolute paths, the file it came from, that file's text, and where
+    each of its keys was written: there or in an override."""
 
     recipe: Recipe
     path: Path
     text: str
+    places: Mapping[yaml12.Path, Place]
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -44,7 +46,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
         errors += _apply_override(override, settings)
     errors += resolve_paths(settings, folder=path.parent)
     files = [str(path), *map(_override_name, overrides)]
-    return LoadedRecipe(_checked(settings, errors, files), path, text)
+    return LoadedRecipe(_checked(settings, errors, files), path, text, settings.places)
 
 
 def load_resolved(path: Path) -> Recipe:
