@@ -46,6 +46,7 @@ def load_held_out(recipe: Recipe) -> HeldOut:
     from vlmtune.data.source import access_of, load_conversations
     from vlmtune.evaluation.guard import guard_section
     from vlmtune.evaluation.subset import check_some_left, fixed_subset
+    from vlmtune.recipe.rules import keys_without_data_eval
 
     def load(key: str, entries: list[DataEntry] | None, num: int | None) -> list[Conversation]:
         found, bad = load_conversations(
@@ -58,7 +59,8 @@ def load_held_out(recipe: Recipe) -> HeldOut:
         check_some_left(key, num_left=len(found), num_given=len(found) + len(bad))
         return fixed_subset(found, num, seed=recipe.seed)
 
-    _say_without_effect(recipe)
+    if unused := keys_without_data_eval(recipe):
+        logger.info("without effect, as data.eval is not given: %s", ", ".join(unused))
     guard = recipe.eval.guard
     samples = load("data.eval", recipe.data.eval, recipe.eval.max_samples)
     _check_scorable(samples, recipe.eval)
@@ -67,20 +69,6 @@ def load_held_out(recipe: Recipe) -> HeldOut:
     guarded = load("eval.guard.data", guard.data, guard.max_samples)
     _check_scorable(guarded, guard_section(recipe.eval))
     return HeldOut(samples, guarded)
-
-
-def _say_without_effect(recipe: Recipe) -> None:
-    """Said, not refused: `data.eval=null` on the command line turns evaluation off for once."""
-    from vlmtune.recipe.rules import given_keys
-
-    if recipe.data.eval is not None:
-        return
-    about_data = {"eval.max_samples", "eval.before"}
-    if recipe.eval.guard is None:
-        about_data |= {"train.eval_every"}
-    given = sorted(about_data & given_keys(recipe))
-    if given:
-        logger.info("without effect, as data.eval is not given: %s", ", ".join(given))
 
 
 def _check_scorable(samples: Sequence[Conversation], section: EvalSection) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from vlmtune.errors import VlmtuneError
-from vlmtune.preflight.problems import Problems
+from vlmtune.preflight.problems import Problems, Severity
 from vlmtune.recipe.explain import Place
 from vlmtune.recipe.load import LoadedRecipe
 from vlmtune.recipe.yaml12 import dotted
@@ -23,14 +23,19 @@ class Places:
         self._places = {dotted(path): place for path, place in loaded.places.items()}
 
     def add_error(
-        self, problems: Problems, error: VlmtuneError, *, about: Sequence[str] = ("model",)
+        self,
+        problems: Problems,
+        error: VlmtuneError,
+        *,
+        about: Sequence[str] = ("model",),
+        severity: Severity = "error",
     ) -> None:
         """Note `error`; one that names no file gets the place of the key that it names, or else
         of the first of the keys `about` that is written."""
         if error.file is None:
             place = self._place(error, about)
             error.file, error.line = place.file, place.line
-        problems.add_error(error)
+        problems.add_error(error, severity=severity)
 
     def _place(self, error: VlmtuneError, about: Sequence[str]) -> Place:
         named = [key for text in (error.message, error.do or "") for key in self._named(text)]

@@ -47,6 +47,7 @@ from vlmtune.preflight.sets import (
 from vlmtune.preflight.table import GOOD
 from vlmtune.recipe.data_section import DataEntry
 from vlmtune.recipe.load import LoadedRecipe
+from vlmtune.recipe.rules import keys_without_data_eval
 from vlmtune.recipe.schema import Recipe
 from vlmtune.train.build import build_encoder, embedding_prompt_of
 from vlmtune.train.run_folder import choose_start
@@ -90,6 +91,9 @@ class Preflight:
             self._check_folder(report)
             for error in bfloat16_errors(self.recipe, capability_of()):
                 places.add_error(report.problems, error)
+            for key in keys_without_data_eval(self.recipe):
+                unused = VlmtuneError(f"{key} has no effect, as data.eval is not given")
+                places.add_error(report.problems, unused, severity="warning")
             processor, meta = self._open_model(report.problems, places)
             encoder = self._encoder(report.problems, places, processor, meta)
             self._check_sets(report, places, encoder)

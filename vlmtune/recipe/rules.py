@@ -102,6 +102,17 @@ def _unused_in_eval(recipe: Recipe) -> dict[str, tuple[str, str]]:
     return unused
 
 
+def keys_without_data_eval(recipe: Recipe) -> list[str]:
+    """Keys that were written and have no effect as `data.eval` is not given. Said, not refused:
+    `data.eval=null` on the command line turns evaluation off for once."""
+    if recipe.data.eval is not None:
+        return []
+    about_data = {"eval.max_samples", "eval.before"}
+    if recipe.eval.guard is None:
+        about_data |= {"train.eval_every"}
+    return sorted(about_data & given_keys(recipe))
+
+
 def given_keys(section: BaseModel, prefix: str = "") -> set[str]:
     """Dotted keys that were written rather than filled in from the defaults."""
     keys: set[str] = set()
