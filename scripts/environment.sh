@@ -4,8 +4,8 @@
 make_environment() {
     local extras=$1
     PYTHON=${PYTHON:-python3}
-    if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-        echo "vlmtune needs Python 3.10 or newer; set PYTHON=/path/to/python3" >&2
+    if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        echo "vlmtune needs Python 3.11 or newer; set PYTHON=/path/to/python3" >&2
         exit 2
     fi
     if [ ! -x "$VENV/bin/python" ]; then

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import tomllib
+from importlib.metadata import metadata
 from pathlib import Path
 
+from packaging.specifiers import SpecifierSet
 from typer.testing import CliRunner
 
 from vlmtune.cli.app import app
@@ -37,3 +40,15 @@ def test_the_commands_it_names_exist(root: Path):
     known = set(re.findall(r"^  (\w+)  ", CliRunner().invoke(app, ["--help"]).stdout, re.MULTILINE))
     assert named >= {"train", "eval", "merge", "chat", "recipe"}
     assert named <= known
+
+
+def test_the_oldest_python_is_the_same_everywhere_and_one_that_transformers_takes(root: Path):
+    settings = tomllib.loads((root / "pyproject.toml").read_text())
+    oldest = settings["project"]["requires-python"].removeprefix(">=")
+    assert settings["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
+    assert settings["tool"]["mypy"]["python_version"] == oldest
+    for file in ("README.md", "scripts/environment.sh"):
+        assert re.findall(r"Python (\S+) or newer", (root / file).read_text()) == [oldest], file
+    assert f"({oldest.replace('.', ', ')})" in (root / "scripts/environment.sh").read_text()
+    assert oldest in SpecifierSet(metadata("transformers")["Requires-Python"])
+    assert "3.10" not in SpecifierSet(metadata("transformers")["Requires-Python"])
