@@ -6,14 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch.utils.data import get_worker_info
 
 from tests.train.training import copy_sample, metrics_of, train_once, write_recipe
-from vlmtune.errors import VlmtuneError
-from vlmtune.train.feed import StepBuilder, lost_workers_told
+from vlmtune.data.order import Order
+from vlmtune.data.types import Source
+from vlmtune.errors import SampleError, VlmtuneError
+from vlmtune.preflight.rows import RowSettings, check_rows
+from vlmtune.train.feed import StepBuilder, StepDataset, lost_workers_told, steps_from
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -40,6 +45,93 @@ def test_one_that_is_killed_is_an_error_that_says_what_to_do_and_the_run_goes_on
             train_once(recipe)
     assert train_once(recipe, resume="auto")["steps"] == 6
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(1, 7))
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def left() -> None:
+    os._exit(3)
+
+
+def raises(error: Exception):
+    def fails() -> None:
+        raise error
+
+    return fails
+
+
+RAISED = [
+    RuntimeError("the DataLoader worker has a wrong shape: received 0 items of ancdata, as it were"),
+    RuntimeError("DataLoader worker (pid 7) is killed by signal, says the row"),
+    ValueError("not a picture"),
+    KeyError("image"),
+    MemoryError("no room for the picture"),
+]
+
+
+def told_in_training(fails) -> None:
+    """Make a step in a worker process that `fails`."""
+
+    class Builder:
+        settings = SimpleNamespace(batch_size=1)
+
+        def build(self, *_, **__):
+            fails()
+
+    dataset = StepDataset([], Builder(), order=Order.uniform(0, 4), epochs=None)
+    with lost_workers_told():
+        list(steps_from(dataset, 1, 2, num_workers=1))
+
+
+def told_in_the_check(fails) -> None:
+    """Look at a row in a worker process that `fails`."""
+
+    class Row:
+        id, source = "a", Source("a.jsonl", 1)
+
+        def conversation(self):
+            fails()
+
+    list(check_rows(lambda: [Row()], RowSettings(None, 100), num_workers=1))
+
+
+WHERE = pytest.mark.parametrize("told", [told_in_training, told_in_the_check])
+
+
+@WHERE
+@pytest.mark.parametrize("fails", [killed, left])
+def test_only_a_worker_that_is_gone_was_ended_from_outside(told, fails):
+    with pytest.raises(VlmtuneError, match=r"from outside.*worker \(pid.*memory may have run out"):
+        told(fails)
+
+
+@WHERE
+@pytest.mark.parametrize("error", RAISED, ids=lambda error: str(error)[:20])
+def test_what_a_worker_raises_keeps_its_kind_its_words_and_its_traceback(told, error: Exception):
+    with pytest.raises(type(error)) as raised:
+        told(raises(error))
+    text = str(raised.value)
+    assert f"Caught {type(error).__name__} in DataLoader worker process 0" in text
+    assert str(error) in text and "in fails\n" in text
+    assert "memory may have run out" not in text
+
+
+@WHERE
+def test_an_error_of_the_users_comes_as_it_was_raised_with_its_traceback_as_a_note(told):
+    error = VlmtuneError("the shard is damaged", file="a.tar", line=7, do="copy it again")
+    with pytest.raises(VlmtuneError) as raised:
+        told(raises(error))
+    assert str(raised.value) == str(error) == "a.tar:7: the shard is damaged; do: copy it again"
+    shown = "".join(traceback.format_exception(raised.value))
+    assert "in fails\n" in shown, "--debug prints this"
+
+
+def test_a_bad_sample_of_training_stays_one():
+    with pytest.raises(SampleError) as raised:
+        told_in_training(raises(SampleError("no picture", file="a.jsonl", line=3)))
+    assert str(raised.value) == "a.jsonl:3: no picture"
 
 
 def test_other_errors_of_torch_stay_as_they_are():
@@ -73,5 +165,7 @@ def test_too_many_open_files_are_told_as_such():
     told = "too many files are open.*ulimit -n"
     with pytest.raises(VlmtuneError, match=told), lost_workers_told():
         raise RuntimeError("received 0 items of ancdata")
+    with pytest.raises(VlmtuneError, match=told), lost_workers_told():
+        raise RuntimeError("Too many open files. Communication with the workers is no longer …")
     with pytest.raises(RuntimeError, match="something else"), lost_workers_told():
         raise RuntimeError("something else")

@@ -28,7 +28,7 @@ from vlmtune.data.stream import Stream
 from vlmtune.data.types import Conversation, Source
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.preflight.answers import odd_answers
-from vlmtune.train.feed import Unread, start_worker
+from vlmtune.train.feed import Unread, is_lost_worker, start_worker, with_traceback
 
 CHUNK = 64
 ROWS_PER_WORKER = 400
@@ -160,15 +160,22 @@ class RowChecker:
         return measure or asked
 
 
-class ChunkSet(IterableDataset[ChunkOutcome]):
+class ChunkSet(IterableDataset[ChunkOutcome | VlmtuneError]):
     """The chunks of a set of rows; worker w of W does the chunks w, w + W, …, so that the loader,
-    which asks the workers in turn, gives them in order."""
+    which asks the workers in turn, gives them in order. An error ends them and comes as a value,
+    as in training (`train/feed.py`)."""
 
     def __init__(self, rows: Callable[[], Iterable[Unread]], settings: RowSettings) -> None:
         self._rows = rows
         self._settings = settings
 
-    def __iter__(self) -> Iterator[ChunkOutcome]:
+    def __iter__(self) -> Iterator[ChunkOutcome | VlmtuneError]:
+        try:
+            yield from self._chunks()
+        except VlmtuneError as error:
+            yield with_traceback(error)
+
+    def _chunks(self) -> Iterator[ChunkOutcome]:
         worker = get_worker_info()
         mine, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         checker = RowChecker(self._settings)
@@ -234,11 +241,13 @@ def check_rows(
     )
     try:
         for chunk in loader:
+            if isinstance(chunk, VlmtuneError):
+                raise chunk
             if chunk.was_wrong:
                 raise Inexact
             yield from chunk.rows
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not is_lost_worker(error):
             raise
         raise VlmtuneError(
             "a process that checks rows was ended from outside",

@@ -12,15 +12,17 @@ from front to back have a feed of their own, in `stream_feed.py`.
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vlmtune.data.batches import BatchLayout, make_batches
 from vlmtune.data.dataset import ConversationSet
@@ -37,6 +39,8 @@ from vlmtune.train.transfer import pinned
 
 OPEN_FILES = 10_240
 """As many as macOS lets a process have."""
+
+_TOO_MANY_FILES = re.compile(r"received \d+ items of ancdata\s*\Z|\AToo many open files\.")
 
 
 @dataclass(frozen=True)
@@ -263,7 +267,15 @@ class StepDataset(Dataset[StepData | VlmtuneError]):
                 [_Numbered(self.conversations, row) for row in rows], epoch=epoch
             )
         except VlmtuneError as error:
-            return error
+            return with_traceback(error)
+
+
+def with_traceback(error: VlmtuneError) -> VlmtuneError:
+    """`error`, to be handed on as a value; from a worker process its traceback, which does not
+    pickle, goes along as a note, for `--debug`."""
+    if get_worker_info() is not None:
+        error.add_note(traceback.format_exc())
+    return error
 
 
 def start_worker(_: int) -> None:
@@ -273,6 +285,12 @@ def start_worker(_: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+def is_lost_worker(error: RuntimeError) -> bool:
+    """Whether torch says that a worker process is gone: killed, or over without an exception. One
+    that a worker raises comes as `Caught … in DataLoader worker process …`, with its traceback."""
+    return str(error).startswith("DataLoader worker (pid")
+
+
 @contextmanager
 def lost_workers_told() -> Iterator[None]:
     """What torch raises, at any moment, where a process that makes steps ahead is gone, as a
@@ -280,13 +298,13 @@ def lost_workers_told() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "ancdata" in str(error):
+        if _TOO_MANY_FILES.search(str(error)):
             raise VlmtuneError(
                 "too many files are open: each tensor of a step made ahead holds one",
                 got=f"a limit of {resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,} (ulimit -n)",
                 do="raise it, raise train.micro_batch_tokens, or set data.num_workers: 0",
             ) from error
-        if "DataLoader worker" not in str(error):
+        if not is_lost_worker(error):
             raise
         raise VlmtuneError(
             "a process that makes steps ahead was ended from outside",

@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vlmtune.data.stream import OpenStream, Stream, StreamCursor
 from vlmtune.errors import VlmtuneError
-from vlmtune.train.feed import StepBuilder, StepData, loaded
+from vlmtune.train.feed import StepBuilder, StepData, loaded, with_traceback
 
 
 class StreamDataset(IterableDataset[StepData | VlmtuneError]):
@@ -50,7 +50,7 @@ class StreamDataset(IterableDataset[StepData | VlmtuneError]):
                         rows, epoch=float(cursor.entries[0].epoch), cursor=cursor
                     )
         except VlmtuneError as error:
-            yield error
+            yield with_traceback(error)
 
 
 def stream_steps(
