@@ -171,7 +171,7 @@ def test_a_frame_too_large_is_refused_before_it_is_decoded(clip):
 @pytest.mark.parametrize("package", ["av", "qwen_vl_utils"])
 def test_without_the_extra_the_error_says_how_to_install_it(clip, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(VlmtuneError, match=rf"{package}.*pip install 'vlmtune\[video\]'"):
+    with pytest.raises(VlmtuneError, match=rf"{package}.*pip install -e '\.\[video\]'"):
         frames_of(clip)
 
 

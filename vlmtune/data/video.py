@@ -150,7 +150,7 @@ def _av() -> Any:
 def _extra_missing(error: ImportError) -> VlmtuneError:
     return VlmtuneError(
         f"videos need a package that is not installed ({error.name})",
-        do="pip install 'vlmtune[video]'",
+        do="in the checkout of vlmtune: pip install -e '.[video]'",
     )
 
 
