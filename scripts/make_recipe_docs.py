@@ -12,8 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from vlmtune.recipe.data_section import DataEntry
-from vlmtune.recipe.keys import describe, section_of
+from vlmtune.recipe.keys import describe, entry_section_of, section_of, walk_keys
 from vlmtune.recipe.schema import Recipe
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"
@@ -51,31 +50,36 @@ def main(arguments: list[str]) -> int:
 
 
 def recipe_docs() -> str:
-    """The whole page."""
+    """The whole page: every section, whatever it lies in, and what lists are of at the end."""
     sections = [_section("Top level", Recipe)]
-    for name, info in Recipe.model_fields.items():
-        below = section_of(info.annotation)
+    lists: dict[type[BaseModel], list[str]] = {}
+    for key, info in walk_keys():
+        below, entry = section_of(info.annotation), entry_section_of(info.annotation)
         if below is not None:
-            sections.append(_section(f"`{name}`", below))
-        if name == "data":
-            sections.append(_section("An entry of `data.train`, `data.eval`", DataEntry))
+            sections.append(_section(f"`{key}`", below, key=key))
+        if entry is not None:
+            lists.setdefault(entry, []).append(f"`{key}`")
+    for entry, keys in lists.items():
+        sections.append(_section(f"An entry of {', '.join(keys)}", entry))
     return "\n".join([INTRODUCTION, *sections])
 
 
-def _section(title: str, section: type[BaseModel]) -> str:
-    rows = [_row(name, info) for name, info in section.model_fields.items()]
+def _section(title: str, section: type[BaseModel], *, key: str = "") -> str:
+    """The table of `section`, which is at `key`."""
+    rows = [_row(name, info, above=key) for name, info in section.model_fields.items()]
     head = ["| key | value | default | |", "|---|---|---|---|"]
     return "\n".join([f"## {title}", "", str(section.__doc__), "", *head, *rows, ""])
 
 
-def _row(name: str, info: FieldInfo) -> str:
+def _row(name: str, info: FieldInfo, *, above: str) -> str:
     below = section_of(info.annotation)
     if below is not None:
         default = "not present" if info.default is None else ""
         if info.is_required():
             default = "**required**"
         words = info.description or str(below.__doc__)
-        return f"| `{name}` | a section, [below](#{name}) | {default} | {_cell(words)} |"
+        anchor = f"{above}{name}".replace(".", "")  # a link leaves dots of a title out
+        return f"| `{name}` | a section, [below](#{anchor}) | {default} | {_cell(words)} |"
     default = "**required**" if info.is_required() else f"`{_plain(info.default)}`"
     value = describe(info.annotation, info.metadata)
     return f"| `{name}` | {_cell(value)} | {default} | {_cell(info.description or '')} |"

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from vlmtune.cli.app import app
-from vlmtune.recipe.load import load_recipe
+from vlmtune.recipe.load import load_recipe, recipe_json_schema
 
 
 @pytest.fixture
@@ -57,6 +60,40 @@ def test_reference_is_current(root: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(script), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
+
+
+def keys_of(schema: dict[str, Any], node: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every (section, key) of a JSON schema, however deep, optional, or in a list."""
+    if isinstance(node, list):
+        for each in node:
+            yield from keys_of(schema, each, path)
+    elif isinstance(node, dict):
+        yield from keys_of(schema, [node.get(name, []) for name in ("anyOf", "items")], path)
+        if "$ref" in node:
+            yield from keys_of(schema, schema["$defs"][node["$ref"].rsplit("/", 1)[1]], path)
+        for key, below in node.get("properties", {}).items():
+            yield path, key
+            yield from keys_of(schema, below, f"{path}.{key}".strip("."))
+
+
+def keys_on(page: str) -> set[tuple[str, str]]:
+    """Every (section, key) of the page's tables."""
+    found = set()
+    for part in page.split("\n## ")[1:]:
+        title, text = part.split("\n", 1)
+        keys = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+        found |= {(above, key) for above in re.findall(r"`(.+?)`", title) or [""] for key in keys}
+    return found
+
+
+def test_every_key_of_the_schema_is_on_the_page_and_every_link_leads_somewhere(root: Path) -> None:
+    page, schema = (root / "docs" / "recipe.md").read_text(), recipe_json_schema()
+    expected = set(keys_of(schema, schema))
+    assert {("eval.guard", "max_drop"), ("eval.guard.data", "path"), ("", "rank")} <= expected
+    assert keys_on(page) == expected
+    titles = re.findall(r"^## (.*)$", page, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+    assert set(re.findall(r"\]\(#([\w-]+)\)", page)) <= anchors
 
 
 def test_check_finds_a_reference_that_is_not_current(root: Path, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def raises(error: Exception):
 
 
 RAISED = [
-    RuntimeError("the DataLoader worker has a wrong shape: received 0 items of ancdata, as it were"),
+    RuntimeError("the DataLoader worker has a wrong shape, 0 items of ancdata in it"),
     RuntimeError("DataLoader worker (pid 7) is killed by signal, says the row"),
     ValueError("not a picture"),
     KeyError("image"),
