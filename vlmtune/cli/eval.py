@@ -64,7 +64,8 @@ def eval_command(
         bool | None,
         _option(
             "--subtract-prior/--no-subtract-prior",
-            "Retrieval by likelihood: whether log p(text) without a picture is subtracted.",
+            "Retrieval by likelihood: whether log p(text) without a picture is subtracted where "
+            "a picture's texts are ranked. Default: the run's, else not.",
         ),
     ] = None,
     embedding_prompt: Annotated[

@@ -285,9 +285,10 @@ class EvalSection(Section):
         "states after `embedding_prompt`.",
     )
     subtract_prior: bool = Field(
-        default=True,
+        default=False,
         description="Retrieval by likelihood, picture to text: minus log p(text) without a "
-        "picture, so that a text is not ranked first for being common.",
+        "picture. It can help a model that was not trained on such texts and ranks common ones "
+        "first; a trained model usually ranks worse with it.",
     )
     embedding_prompt: Name = Field(
         default="Summarize the above in one word:",

@@ -3,11 +3,13 @@
     picture + its row's turns (P tokens, run once) -> log p of every text / its number of tokens
     prior: the same turns without pictures         -> the same, once per question
 
-The mean over tokens, the end of turn included, keeps short texts from winning by being short. A
-picture's ranking of texts subtracts the prior, so that it is not led by texts that are likely
-whatever the picture (pointwise mutual information per token); a text's ranking of pictures does
-not need it where all pictures are asked the same question. Where they are not, a question under
-which every text is likely favours its picture: give all rows one question.
+The mean over tokens, the end of turn included, keeps short texts from winning by being short. With
+`subtract_prior` a picture's ranking of texts is by pointwise mutual information per token, so that
+it is not led by texts that are likely whatever the picture. That is for models that were not
+trained on such texts; of a trained model's score it takes away what the model has learned
+(docs/methods.md has both). A text's ranking of pictures does not need it where all pictures are
+asked the same question. Where they are not, a question under which every text is likely favours its
+picture: give all rows one question.
 
 A row of scores is written to a file as soon as it is there, since ranking passes over the rows
 twice and the matrix does not belong in memory.
