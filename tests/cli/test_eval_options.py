@@ -118,6 +118,7 @@ def test_retrieval_is_a_task_with_figures_of_its_own(
     assert "pictures scored 3 of 3" in stderr
     written = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert written["scorer"] == scorer
+    assert written.get("subtract_prior") == (False if scorer == "likelihood" else None)
     assert "decoding" not in written
     r1 = evaluated(*command, "--metrics", "text_to_picture_r1", "--output", tmp_path / "one")
     assert set(r1["metrics"]) == {"text_to_picture_r1"}

@@ -142,7 +142,10 @@ class Asked:
             "seed": plan.seed,
         }
         if plan.section.task == "retrieval":
-            return about | {"scorer": plan.section.scorer}
+            about["scorer"] = plan.section.scorer
+            if plan.section.scorer == "likelihood":
+                about["subtract_prior"] = plan.section.subtract_prior
+            return about
         return about | {
             "max_new_tokens": plan.section.max_new_tokens,
             "decoding": decoding_in_effect(plan.section.decoding),

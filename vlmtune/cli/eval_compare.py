@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vlmtune")
 
-HOW = ("pixel_budget", "scorer", "max_new_tokens", "decoding")
+HOW = ("pixel_budget", "scorer", "subtract_prior", "max_new_tokens", "decoding")
 """What a report says of how its target was asked."""
 
 
