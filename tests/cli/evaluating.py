@@ -38,9 +38,9 @@ def write_with_pictures(file: Path, rows: str, sample_data: Path) -> Path:
     return file
 
 
-def write_run(folder: Path, tiny_vlm: Path, data: Path, evaluation: str) -> Path:
-    """A finished run as training leaves it, with an untrained adapter; `evaluation` is the value of
-    `eval` in its recipe."""
+def write_run(folder: Path, tiny_vlm: Path, data: Path | str, evaluation: str) -> Path:
+    """A finished run as training leaves it, with an untrained adapter; `data` is the value of
+    `data.train` in its recipe, `evaluation` that of `eval`."""
     folder.mkdir(parents=True)
     recipe_file = folder / "recipe.yaml"
     recipe_file.write_text(

@@ -102,6 +102,12 @@ class DataOptions:
     allow_urls: bool = False
     on_bad_sample: Literal["error", "skip"] | None = None
 
+    @property
+    def says_how(self) -> bool:
+        """Whether something is said of how a file is read."""
+        given = (self.format, self.columns, self.image_dir, self.prompt)
+        return any(value is not None for value in given)
+
 
 @dataclass(frozen=True)
 class DataInput:
@@ -124,7 +130,7 @@ def read_input(options: DataOptions, *, model: str | None = None) -> DataInput:
 
     given: dict[str, Any] = {} if not options.allow_urls else {"allow_urls": True}
     section = DataSection(
-        train=_entries(options),
+        train=entries_of(options),
         allow_outside_paths=options.allow_outside_paths,
         on_bad_sample=options.on_bad_sample or "error",
         **given,
@@ -199,7 +205,9 @@ def _of_recipe(options: DataOptions, model: str | None) -> DataInput:
     return DataInput(recipe.data, recipe, is_recipe=True)
 
 
-def _entries(options: DataOptions) -> list[DataEntry]:
+def entries_of(options: DataOptions) -> list[DataEntry]:
+    """The paths as entries with the keys that were given. Raises VlmtuneError for what is wrong in
+    them."""
     from vlmtune.recipe.data_section import DataEntry, FormatName
 
     recipes = [p for p in options.paths if Path(p).suffix.lower() in RECIPE_SUFFIXES]

@@ -19,6 +19,13 @@ from vlmtune.cli.common import (
     print_json,
     setup_logging,
 )
+from vlmtune.cli.data_input import (
+    ColumnsOption,
+    DataOptions,
+    FormatOption,
+    ImageDirOption,
+    PromptOption,
+)
 from vlmtune.cli.eval_request import Request
 from vlmtune.cli.eval_tables import guard_line
 from vlmtune.cli.processes import is_main_process, joined_processes
@@ -43,8 +50,17 @@ def eval_command(
     ],
     data: Annotated[
         list[Path] | None,
-        _option("--data", "JSONL or JSON; give it again for more files.", metavar="FILE"),
+        _option(
+            "--data",
+            "What to evaluate on; give it again for more files. Read with the columns, prompt, "
+            "image_dir and format of the run's own data, unless the next four options say how.",
+            metavar="FILE",
+        ),
     ] = None,
+    columns: ColumnsOption = None,
+    prompt: PromptOption = None,
+    image_dir: ImageDirOption = None,
+    format: FormatOption = None,
     task: Annotated[
         str | None,
         _option(
@@ -175,6 +191,7 @@ def eval_command(
     request = Request(
         targets=targets,
         data=data or [],
+        reading=DataOptions([str(file) for file in data or []], format, columns, image_dir, prompt),
         options={key: value for key, value in given.items() if value is not None},
         max_samples=max_samples,
         blind=blind,

@@ -27,9 +27,10 @@ from vlmtune.cli.eval_section import (
 from vlmtune.cli.eval_tables import print_result
 from vlmtune.cli.eval_target import ChooseFolder, evaluate_target
 from vlmtune.cli.preload import preload
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import ErrorGroup, VlmtuneError
 
 if TYPE_CHECKING:
+    from vlmtune.cli.data_input import DataOptions
     from vlmtune.cli.processes import Processes
     from vlmtune.data.types import Access, Conversation
     from vlmtune.evaluation.results import Result
@@ -41,10 +42,12 @@ logger = logging.getLogger("vlmtune")
 
 @dataclass(frozen=True)
 class Request:
-    """`options` are the keys of `eval` and `eval.decoding` that were given."""
+    """`options` are the keys of `eval` and `eval.decoding` that were given, `reading` what was
+    said of how `data` is read."""
 
     targets: Sequence[str]
     data: Sequence[Path]
+    reading: DataOptions
     options: Options
     max_samples: int | None
     blind: bool
@@ -57,7 +60,6 @@ class Request:
     def plan(self, processes: Processes, **settings: Any) -> Plan:
         """Everything but the models, loaded and checked. Raises VlmtuneError for whatever is wrong
         with it."""
-        from vlmtune.data.source import load_conversations
         from vlmtune.evaluation.metrics.registry import metrics_for
 
         self._check_targets()
@@ -72,8 +74,7 @@ class Request:
             check_output(self.output)
         conversations: list[Conversation] = []
         if self.data:
-            access = self._access(recipes)
-            conversations = load_conversations(self.data, access=access)[0][: self.max_samples]
+            conversations = self._conversations(recipes)[: self.max_samples]
         for target, report in reports.items():
             if section.task != "retrieval":  # whose rows are queries
                 _check_samples(conversations, report, target)
@@ -152,6 +153,33 @@ class Request:
         if self.blind and not running:
             raise VlmtuneError("--blind has no effect: every target is a report already")
 
+    def _conversations(self, recipes: Mapping[str, Recipe]) -> list[Conversation]:
+        """Those of `data`, read as the options say, or else as the first run's own data."""
+        from vlmtune.cli.data_input import entries_of
+        from vlmtune.data.run_entries import WITH_OPTIONS, keys_of
+        from vlmtune.data.source import load_conversations
+
+        if self.reading.says_how:
+            entries, taken = entries_of(self.reading), []
+        else:
+            entries = _entries_of_run(self.data, recipes)
+            taken = [entry for entry in entries if keys_of(entry)]
+        try:
+            return load_conversations(entries, access=self._access(recipes))[0]
+        except VlmtuneError as error:
+            hints = [
+                VlmtuneError(
+                    "this file is read with keys of the run's own data",
+                    file=entry.path,
+                    got=", ".join(keys_of(entry)),
+                    do=f"where they do not fit it, say how it is read, {WITH_OPTIONS}",
+                )
+                for entry in taken
+            ]
+            if not hints:
+                raise
+            raise ErrorGroup([error, *hints]) from error
+
     def _access(self, recipes: Mapping[str, Recipe]) -> Access:
         """What pictures may be read from: what the first run's recipe allows, and the options."""
         from vlmtune.data.source import access_of
@@ -188,7 +216,7 @@ class Request:
         from vlmtune.data.source import load_conversations
         from vlmtune.evaluation.blind import majority_answers
 
-        files: list[Path | DataEntry] = list(self.train)
+        files = _entries_of_run(self.train, recipes, training=True)
         if not files:
             of_runs = [recipe.data.train for recipe in recipes.values()]
             if not of_runs:
@@ -202,8 +230,37 @@ class Request:
                     "--blind guesses from the training data of the first run; the others' differ"
                 )
             files = list(of_runs[0])
-        training, _ = load_conversations(files, on_bad_sample="skip", check_media=False)
+        training, bad = load_conversations(files, on_bad_sample="skip", check_media=False)
+        if bad and not training:
+            raise VlmtuneError(
+                "no row of the training data can be used to guess from", got=bad[0].reason
+            )
         return majority_answers(training, conversations)
+
+
+def _entries_of_run(
+    files: Sequence[Path], recipes: Mapping[str, Recipe], *, training: bool = False
+) -> list[DataEntry]:
+    """`files` as the first run's own data are read; with `training`, as its `data.train` first."""
+    from vlmtune.data.run_entries import entries_as_in_run, entry_as_in_run, run_data
+    from vlmtune.data.source import as_entries
+
+    if not recipes:
+        return as_entries(files)
+    first, *others = (run_data(run, recipe, training=training) for run, recipe in recipes.items())
+    entries = entries_as_in_run(files, first)
+    for other in others:
+        try:
+            own = [entry_as_in_run(file, other).entry for file in files]
+        except VlmtuneError:
+            own = []
+        if own != entries:
+            logger.warning(
+                "the data are read as %s reads them; %s reads its own otherwise",
+                first.run,
+                other.run,
+            )
+    return entries
 
 
 def _check_guards(recipes: Mapping[str, Recipe]) -> None:
