@@ -12,7 +12,8 @@ A method is a few keys over the same recipe, at the same number of steps. One ru
     vlmtune train -> WORK/PART-METHOD-SEED/ -> vlmtune eval -> WORK/results/*.json
     all of them   -> docs/methods.md (the tables, printed too) and docs/methods.json (every figure)
 
-What is already there with the same settings is not run again.
+What is already there with the same settings is not run again. Parts that are not asked for stay in
+docs/methods.* as they are, with the command and the hardware that made them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -56,12 +58,13 @@ assert OVERRIDES.keys() == METHODS.keys()
 @dataclass(frozen=True)
 class Part:
     """A task: the recipe that every method varies, for how many steps, and how its result is
-    measured."""
+    measured; `again` are options for further evaluations, by what their figures end in."""
 
     recipe: Path
     max_steps: int
     data: Path
     evaluation: tuple[str, ...]
+    again: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 PARTS = {
@@ -84,7 +87,8 @@ PARTS = {
         ROOT / "configs" / "captions_lora.yaml",
         200,
         ROOT / "data" / "sample" / "captions_eval.jsonl",
-        ("--task", "retrieval", "--scorer", "likelihood"),
+        ("--task", "retrieval", "--scorer", "likelihood", "--no-subtract-prior"),
+        {"minus_prior": ("--task", "retrieval", "--scorer", "likelihood", "--subtract-prior")},
     ),
 }
 
@@ -92,12 +96,8 @@ PARTS = {
 def run_method(part: str, method: str, seed: int, options: argparse.Namespace) -> Result:
     """Train and evaluate once; both are remembered."""
     train = train_method(part, method, seed, options)
-    task, kept = PARTS[part], options.work / "results" / f"{part}-{method}-{seed}"
-    evaluation = remembered(
-        kept.with_suffix(".eval.json"),
-        {"train": train, "evaluation": [*task.evaluation, options.max_samples]},
-        lambda: evaluate(str(options.work / kept.name), task, kept, options),
-    )
+    name = f"{part}-{method}-{seed}"
+    evaluation = evaluate_all(part, name, str(options.work / name), {"train": train}, options)
     return Result(part, method, seed, train, evaluation)
 
 
@@ -118,18 +118,35 @@ def train_method(part: str, method: str, seed: int, options: argparse.Namespace)
 
 
 def run_base(part: str, options: argparse.Namespace) -> Result:
-    task = PARTS[part]
-    kept = options.work / "results" / f"{part}-base"
-    evaluation = remembered(
-        kept.with_suffix(".eval.json"),
-        {"model": str(MODEL), "evaluation": [*task.evaluation, options.max_samples]},
-        lambda: evaluate(str(MODEL), task, kept, options),
-    )
+    model = {"model": str(MODEL)}
+    evaluation = evaluate_all(part, f"{part}-base", str(MODEL), model, options)
     return Result(part, "base", None, {}, evaluation)
 
 
-def evaluate(target: str, task: Part, output: Path, options: argparse.Namespace) -> dict[str, Any]:
-    arguments = ["--data", str(task.data), *task.evaluation, "--output", str(output)]
+def evaluate_all(
+    part: str, name: str, target: str, of: Mapping[str, Any], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Every evaluation of the part, each remembered: the first, with the figures of the others."""
+    task, evaluation = PARTS[part], dict[str, Any]()
+    for suffix, arguments in {"": task.evaluation, **task.again}.items():
+        kept = options.work / "results" / "-".join(filter(None, (name, suffix)))
+        made = remembered(
+            kept.with_name(f"{kept.name}.eval.json"),
+            {**of, "evaluation": [*arguments, options.max_samples]},
+            partial(evaluate, target, task.data, arguments, kept, options),
+        )
+        if not suffix:
+            evaluation = dict(made)
+            continue
+        again = {f"{figure}_{suffix}": value for figure, value in made["metrics"].items()}
+        evaluation["metrics"] = {**evaluation["metrics"], **again}
+    return evaluation
+
+
+def evaluate(
+    target: str, data: Path, how: Sequence[str], output: Path, options: argparse.Namespace
+) -> dict[str, Any]:
+    arguments = ["--data", str(data), *how, "--output", str(output)]
     if options.max_samples is not None:
         arguments += ["--max-samples", str(options.max_samples)]
     return vlmtune("eval", target, *arguments)
@@ -245,6 +262,17 @@ def run_all(options: argparse.Namespace) -> list[Result]:
     return results
 
 
+def kept_results(report: Path, parts: Sequence[str]) -> tuple[list[Result], dict[str, Any]]:
+    """The results and the rest of what the report holds of other parts than `parts`."""
+    file = report.with_suffix(".json")
+    if not file.is_file():
+        return [], {"made": {}}
+    about = json.loads(file.read_text())
+    results = [Result(**figures) for figures in about.pop("results")]
+    about["made"] = {name: made for name, made in about["made"].items() if name not in parts}
+    return [result for result in results if result.part not in parts], about
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     known = (*PARTS, "memory")
@@ -265,14 +293,18 @@ def main() -> None:
     blind_file = ROOT / "data" / "easy_vqa" / "blind.json"
     if "vqa" in options.parts and not blind_file.is_file():
         sys.exit(f"no data in {blind_file.parent}; do: python scripts/prepare_easy_vqa.py")
-    blind = json.loads(blind_file.read_text()) if blind_file.is_file() else {}
     results = run_all(options)
-    about = {
+    kept, about = kept_results(options.report, options.parts)
+    results = sorted([*results, *kept], key=lambda result: [*PARTS, "memory"].index(result.part))
+    made = {
         "hardware": describe_hardware(),
         "command": " ".join(["python", "scripts/bench_methods.py", *sys.argv[1:]]),
-        "blind": blind,
-        "baseline_memory_bytes": baseline_memory(),
     }
+    about["made"] |= dict.fromkeys(options.parts, made)
+    if "vqa" in options.parts:
+        about["blind"] = json.loads(blind_file.read_text())
+    if "memory" in options.parts:
+        about["baseline_memory_bytes"] = baseline_memory()
     options.report.write_text(page(results, about))
     figures = about | {"results": [result.figures() for result in results]}
     options.report.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -21,6 +21,7 @@ FIGURES = {
     "retrieval": {
         "text_to_picture_r1": "R@1, picture for a text",
         "picture_to_text_r1": "R@1, text for a picture",
+        "picture_to_text_r1_minus_prior": "R@1, text for a picture, `--subtract-prior`",
     },
 }
 
@@ -85,7 +86,9 @@ def score_table(results: Sequence[Result], part: str, floor: Mapping[str, float]
     """A row a method: each figure, its share of full fine-tuning's (and of the gain over `floor`
     where one is known), trained parameters, time."""
     header = ["method"]
-    for figure, name in FIGURES[part].items():
+    measured = [r.evaluation["metrics"] for r in results if r.part == part]
+    figures = {f: name for f, name in FIGURES[part].items() if all(f in one for one in measured)}
+    for figure, name in figures.items():
         header += [f"{name} (95 % interval)", "of full's"]
         header += ["gain over blind, of full's"] if figure in floor else []
     header += ["trained parameters", "training, minutes"]
@@ -96,7 +99,7 @@ def score_table(results: Sequence[Result], part: str, floor: Mapping[str, float]
         if not own:
             continue
         row = [name]
-        for figure in FIGURES[part]:
+        for figure in figures:
             row += [score_cell(own, figure), _share(own, full, figure, 0.0)]
             row += [_share(own, full, figure, floor[figure])] if figure in floor else []
         rows.append([*row, *_costs(own)])
@@ -164,7 +167,8 @@ def tables(results: Sequence[Result], about: Mapping[str, Any]) -> str:
         sections.append(
             f"## Retrieval: labels of data/sample\n\n{lengths(results, 'retrieval')}; seeds "
             f"{seeds}. Chance is 1.6 % for a text and 3.2 % for a picture (63 pictures, two "
-            "labels each). Scored by likelihood.\n\n" + score_table(results, "retrieval", {})
+            "labels each). Scored by likelihood; `--subtract-prior` takes off what a text has "
+            "without a picture.\n\n" + score_table(results, "retrieval", {})
         )
     if any(r.part == "memory" for r in results):
         baseline = about["baseline_memory_bytes"]
@@ -194,7 +198,18 @@ only the method's keys differ (`scripts/bench_methods.py` has them).
 
 {tables(results, about)}
 
-- Hardware: {about["hardware"]}. The machine may be shared: minutes compare only roughly.
 - Figures are means over the seeds, intervals the hull of the seeds' bootstraps over test pictures.
-- Made by `{about["command"]}`; all figures: `methods.json`.
+- The machine may be shared: minutes compare only roughly. All figures: `methods.json`.
+{made_by(about["made"])}
 """
+
+
+def made_by(made: Mapping[str, Mapping[str, str]]) -> str:
+    """A line for each command: which tables it made, and on what."""
+    of_command: dict[tuple[str, str], list[str]] = {}
+    for part, one in made.items():
+        of_command.setdefault((one["command"], one["hardware"]), []).append(part)
+    return "\n".join(
+        f"- Made by `{command}` ({', '.join(sorted(parts))}) on: {hardware}."
+        for (command, hardware), parts in of_command.items()
+    )

@@ -11,8 +11,11 @@ import pytest
 from vlmtune.recipe.load import load_recipe
 
 ABOUT = {
-    "hardware": "a CPU, 2 cores",
-    "command": "python x.py",
+    "made": {
+        "vqa": {"hardware": "a CPU, 2 cores", "command": "python x.py"},
+        "retrieval": {"hardware": "a CPU, 4 cores", "command": "python x.py --parts retrieval"},
+        "memory": {"hardware": "a CPU, 2 cores", "command": "python x.py"},
+    },
     "blind": {"total": 0.67},
     "baseline_memory_bytes": 500_000_000,
 }
@@ -88,6 +91,8 @@ def test_the_page_holds_tables_hardware_and_command() -> None:
     for part in ("a CPU, 2 cores", "python x.py", "9,673", "900 steps of 64", "67.0 %", "R@1"):
         assert part in text
     assert "Memory:" not in text  # not measured
+    assert "`python x.py` (memory, vqa) on: a CPU, 2 cores" in text
+    assert "`python x.py --parts retrieval` (retrieval) on: a CPU, 4 cores" in text
 
 
 def test_figures_hold_no_folders() -> None:
@@ -123,12 +128,53 @@ def test_a_method_is_trained_and_evaluated_once(
         ["--work", str(tmp_path), "--max-steps", "5", "--max-samples", "7"]
     )
     first = bench.run_method("retrieval", "qlora", 3, options)
-    assert [call[0] for call in calls] == ["train", "eval"]
+    assert [call[0] for call in calls] == ["train", "eval", "eval"]
     folder = tmp_path / "retrieval-qlora-3"
     assert {"seed=3", "train.max_steps=5", f"output_dir={folder}"} <= set(calls[0])
     assert str(folder) in calls[1]
     assert bench.run_method("retrieval", "qlora", 3, options) == first
-    assert len(calls) == 2
+    assert len(calls) == 3
+
+
+def test_retrieval_is_measured_with_and_without_the_texts_own_likelihood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*arguments: str) -> dict[str, Any]:
+        how = {"--subtract-prior": 0.4, "--no-subtract-prior": 0.8}
+        value = next(how[name] for name in arguments if name in how)
+        figures = {"picture_to_text_r1": {"value": value}, "text_to_picture_r1": {"value": 0.7}}
+        return {"metrics": figures, "num_samples": 126}
+
+    monkeypatch.setattr(bench, "vlmtune", run)
+    options = bench.parse_arguments(["--work", str(tmp_path)])
+    metrics = bench.run_base("retrieval", options).evaluation["metrics"]
+    assert metrics["picture_to_text_r1"] == {"value": 0.8}
+    assert metrics["picture_to_text_r1_minus_prior"] == {"value": 0.4}
+    assert pages.FIGURES["retrieval"].keys() <= metrics.keys()
+
+
+def test_a_part_alone_leaves_the_others_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = tmp_path / "methods.md"
+    results = [*RESULTS, *(result(m, 0.5, 42, "retrieval") for m in ("full", "lora"))]
+    figures = {**ABOUT, "results": [one.figures() for one in results]}
+    report.with_suffix(".json").write_text(json.dumps(figures))
+    before = pages.page(results, ABOUT)
+    new = [result(m, 0.75, 42, "retrieval") for m in ("full", "lora")]
+    monkeypatch.setattr(bench, "run_all", lambda options: new)
+    monkeypatch.setattr(
+        "sys.argv", ["bench_methods.py", "--parts", "retrieval", "--report", str(report)]
+    )
+    bench.main()
+    text = report.read_text()
+    vqa = before[before.index("## Visual") : before.index("## Retrieval")]
+    assert vqa in text
+    assert "75.0 %" in text and "50.0 %" not in text
+    assert "`python x.py` (memory, vqa) on: a CPU, 2 cores" in text
+    assert f"--parts retrieval --report {report}` (retrieval)" in text
+    written = json.loads(report.with_suffix(".json").read_text())
+    assert [one["part"] for one in written["results"]] == ["vqa"] * 3 + ["retrieval"] * 2
 
 
 @pytest.mark.parametrize("method", bench.METHODS)
