@@ -31,7 +31,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from methods_page import METHODS, Result, page, tables
+from methods_page import METHODS, Result, page, short_table, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "data" / "sample" / "tiny-vlm"
@@ -309,6 +309,7 @@ def main() -> None:
     figures = about | {"results": [result.figures() for result in results]}
     options.report.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
     print(tables(results, about))
+    print(f"\nThe README's table:\n\n{short_table(results)}")
 
 
 if __name__ == "__main__":

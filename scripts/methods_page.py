@@ -86,8 +86,7 @@ def score_table(results: Sequence[Result], part: str, floor: Mapping[str, float]
     """A row a method: each figure, its share of full fine-tuning's (and of the gain over `floor`
     where one is known), trained parameters, time."""
     header = ["method"]
-    measured = [r.evaluation["metrics"] for r in results if r.part == part]
-    figures = {f: name for f, name in FIGURES[part].items() if all(f in one for one in measured)}
+    figures = measured_figures(results, part)
     for figure, name in figures.items():
         header += [f"{name} (95 % interval)", "of full's"]
         header += ["gain over blind, of full's"] if figure in floor else []
@@ -149,6 +148,49 @@ def memory_table(results: Sequence[Result], baseline: int) -> str:
         "samples/s",
     )
     return markdown_table(header, rows)
+
+
+def short_table(results: Sequence[Result]) -> str:
+    """The README's: the figures of both tasks with the share of full fine-tuning's, and memory."""
+    names = {
+        (part, figure): f"easy-VQA, {name}" if part == "vqa" else name
+        for part in FIGURES
+        for figure, name in measured_figures(results, part).items()
+    }
+    peaks = {r.method: r.train["peak_memory_bytes"] for r in results if r.part == "memory"}
+    header = ["method", *names.values(), "peak memory of a larger model", "trained parameters"]
+    rows = []
+    for method, name in {"base": "base model", **METHODS}.items():
+        of_method = [r for r in results if r.method == method]
+        if not of_method:
+            continue
+        scores = [_short_cell(results, part, method, figure) for part, figure in names]
+        memory = ""
+        if method in peaks:
+            share = 100 * peaks[method] / peaks["full"]
+            memory = f"{peaks[method] / 1e9:.2f} GB ({share:.0f} %)"
+        rows.append([name, *scores, memory, _costs(of_method)[0]])
+    return markdown_table(header, rows)
+
+
+def _short_cell(results: Sequence[Result], part: str, method: str, figure: str) -> str:
+    """`96.0 % (99.0 %)`: the mean over seeds, and its share of full fine-tuning's."""
+    own, full = ([r for r in results if (r.part, r.method) == (part, m)] for m in (method, "full"))
+    if not own:
+        return ""
+    share = "" if method == "full" else _share(own, full, figure, 0.0)
+    value = percent(mean(r.interval(figure)["value"] for r in own))
+    return f"{value} ({share})" if share else value
+
+
+def measured_figures(results: Sequence[Result], part: str) -> dict[str, str]:
+    """Those of the part's figures that all its results have."""
+    measured = [r.evaluation["metrics"] for r in results if r.part == part]
+    return {
+        figure: name
+        for figure, name in FIGURES[part].items()
+        if measured and all(figure in one for one in measured)
+    }
 
 
 def tables(results: Sequence[Result], about: Mapping[str, Any]) -> str:

@@ -184,3 +184,17 @@ def test_every_method_is_a_recipe_that_loads(root: Path, method: str) -> None:
     assert recipe.use_dora == method.endswith("dora")
     assert (recipe.adalora is not None) == method.endswith("adalora")
     assert (recipe.lora_target == []) == (method == "full")
+
+
+def test_the_docs_hold_what_the_figures_say(root: Path) -> None:
+    results, about = bench.kept_results(root / "docs" / "methods.md", [])
+    assert (root / "docs" / "methods.md").read_text() == pages.page(results, about)
+    assert pages.short_table(results) in (root / "README.md").read_text()
+
+
+def test_the_short_table_has_the_shares_of_full_in_brackets() -> None:
+    results = [*RESULTS, *(result(m, 0.0, None, "memory") for m in ("full", "lora"))]
+    base, full, lora = pages.short_table(results).splitlines()[2:5]
+    assert base == "| base model | 20.0 % |  |  |"
+    assert full == "| full fine-tuning | 97.0 % | 2.50 GB (100 %) | 123,456 |"
+    assert lora == "| LoRA | 96.0 % (99.0 %) | 1.30 GB (52 %) | 123,456 |"
