@@ -71,6 +71,41 @@ def test_a_folder_without_config_is_no_model(folder):
     assert "it has no config.json" in refused(folder)
 
 
+def write_adapter_config(folder: Path, base: object) -> None:
+    text = json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(base)})
+    (folder / "adapter_config.json").write_text(text)
+
+
+def test_a_base_with_an_adapter_beside_it_is_refused_with_both_ways_on(folder):
+    load_vlm(str(folder), device="cpu")  # beside: without the adapter it loads
+    write_adapter_config(folder, folder)
+    for source in (folder, f"{folder}/"):
+        text = refused(source)
+        assert text.startswith(str(folder))
+        assert "has an adapter beside it" in text
+        assert "move adapter_config.json" in text and "vlmtune merge" in text
+
+
+def test_an_adapter_alone_is_no_base(folder):
+    (folder / "config.json").unlink()
+    write_adapter_config(folder, "some/base")
+    assert "vlmtune merge" in refused(folder)
+
+
+def test_a_hub_model_with_an_adapter_beside_it_is_refused(folder, tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--some--base"
+    snapshot = shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    load_vlm("some/base", device="cpu")  # beside: without the adapter it loads
+    write_adapter_config(snapshot, "other/base")
+    text = refused("some/base")
+    assert "some/base: the base model has an adapter beside it" in text
+    assert "hf download some/base" in text and "vlmtune merge" in text
+
+
 def test_a_file_is_no_model(folder):
     assert "the model is a file" in refused(folder / "config.json")
 

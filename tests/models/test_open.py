@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from tests.models.adapted import METHODS, adapted, logits_of, open_base, recipe_for, write_run
 from tests.tiny_models import save_tiny_model
 from vlmtune.errors import VlmtuneError
+from vlmtune.models.merge_source import open_on_disk
 from vlmtune.models.open import open_target
 from vlmtune.models.processor import pixel_budget, set_pixel_budget
 from vlmtune.models.quantize import bits_of
@@ -56,6 +59,51 @@ def test_a_run_opens_with_what_it_trained(model_folder, tmp_path, method):
 def test_an_adapter_and_a_model_open_too(model_folder, adapter_folder):
     assert opened(adapter_folder).kind == "adapter"
     assert opened(model_folder).kind == "model"
+
+
+@pytest.fixture
+def both_folder(model_folder, adapter_folder, tmp_path):
+    """A base model and, beside it, an adapter on `model_folder`."""
+    folder = shutil.copytree(model_folder, tmp_path / "both")
+    return shutil.copytree(adapter_folder, folder, dirs_exist_ok=True)
+
+
+def test_an_adapter_with_a_model_beside_it_is_opened_on_its_own_base_and_says_so(
+    both_folder, model_folder, adapter_folder, caplog
+):
+    caplog.set_level(logging.WARNING, "vlmtune")
+    expected = logits_of(opened(adapter_folder).vlm.model)
+    assert not caplog.messages
+    for weights in ("model.safetensors", "config.json"):
+        shutil.copy(model_folder / weights, both_folder / weights)
+    target = opened(both_folder)
+    assert target.kind == "adapter"
+    assert torch.equal(logits_of(target.vlm.model), expected)
+    [said] = caplog.messages
+    assert str(both_folder) in said and str(model_folder) in said and "not used" in said
+    caplog.clear()
+    open_on_disk(both_folder)
+    assert caplog.messages == [said]
+
+
+def test_an_adapter_that_names_the_folder_it_lies_in_as_its_base_is_refused(
+    both_folder, model_folder, adapter_folder
+):
+    # What is refused: transformers attaches the adapter by itself.
+    attached = AutoModelForImageTextToText.from_pretrained(both_folder)
+    assert any("lora_A" in name for name in attached.state_dict())
+    config = json.loads((both_folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(both_folder)
+    for folder in (both_folder, adapter_folder):
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        for open_it in (opened, open_on_disk):
+            with pytest.raises(VlmtuneError, match=f"^{both_folder}: .*an adapter beside it"):
+                open_it(folder)
+    # The way on that the message names.
+    (both_folder / "adapter_config.json").unlink()
+    expected = logits_of(opened(both_folder).vlm.model)
+    assert (logits_of(opened(adapter_folder).vlm.model) - expected).abs().max() > 0.01
+    assert open_on_disk(adapter_folder).opened.kind == "adapter"
 
 
 def test_a_run_is_quantised_as_in_training_unless_told(model_folder, tmp_path):

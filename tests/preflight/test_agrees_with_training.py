@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,19 @@ def test_a_folder_with_a_run_is_a_warning_that_says_how_to_go_on(recipe, tmp_pat
     train_once(path)
     [warning] = messages(check_summary(path), "warning")
     assert "the output folder is occupied" in warning and "--resume auto" in warning
+
+
+def test_a_base_with_an_adapter_beside_it_is_trainings_own_error(recipe, tiny_vlm, tmp_path):
+    base = shutil.copytree(tiny_vlm, tmp_path / "base")
+    path = recipe(model=str(base))
+    assert check_summary(path)["verdict"] == "ready"
+    (base / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    [error] = messages(check_summary(path), "error")
+    assert "vlmtune merge" in error and "adapter_config.json" in error
+    with pytest.raises(VlmtuneError) as caught:
+        train_once(path)
+    assert error in str(caught.value)
+    assert not (tmp_path / "run").exists()
 
 
 def test_held_out_rows_that_cannot_be_scored_are_trainings_own_error(recipe, data):

@@ -32,7 +32,6 @@ from vlmtune.models.families.registry import family_for
 from vlmtune.models.forward import base_name, base_of
 from vlmtune.models.load import VLM
 from vlmtune.models.open import (
-    ADAPTER_FILE,
     RUN_FILE,
     Kind,
     OpenTarget,
@@ -40,10 +39,11 @@ from vlmtune.models.open import (
     check_target,
     read_run_recipe,
     result_of_run,
+    say_unused_weights,
     with_adapter,
 )
 from vlmtune.models.processor import load_processor
-from vlmtune.models.source import commit_of, read_config
+from vlmtune.models.source import ADAPTER_FILE, commit_of, read_config
 from vlmtune.models.streamed import Placed, loaded, make_real, place, weights_at
 from vlmtune.models.tensor_files import HeapKeeper, stored_tensors, weight_files
 
@@ -74,6 +74,8 @@ def open_on_disk(target: str | Path, *, trust_remote_code: bool = False) -> OnDi
     trust = trust_remote_code or (recipe is not None and recipe.trust_remote_code)
     parts = None if recipe is None else recipe.parts
     vlm, placed = _place_vlm(source, revision, trust, parts)
+    if is_adapter:
+        say_unused_weights(result, source)
     carried: frozenset[str] = frozenset()
     if is_adapter and not placed.converted:
         candidates = _base_names_in(result / ADAPTER_WEIGHTS) & placed.key_of.keys()

@@ -1,7 +1,8 @@
 """TARGET of `eval`, `chat` and `merge` opened: a run, an adapter or a model, ready for inference.
 
     run folder      recipe.resolved.yaml, and adapter/ or model/
-    adapter folder  adapter_config.json naming its base, adapter_model.safetensors
+    adapter folder  adapter_config.json naming its base, adapter_model.safetensors; also where a
+                    model lies beside them, which is then not used
     model           a folder with config.json, or a hub id
 
 After an adapter is loaded, every tensor of its file is compared with the model: PEFT itself only
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -28,12 +30,13 @@ from vlmtune.models.adapters.own_forward import use_own_forward
 from vlmtune.models.adapters.wrapping import WEIGHTS_FILE, adapter_tensors, expected_warnings
 from vlmtune.models.load import VLM, load_vlm
 from vlmtune.models.processor import TOKENIZER_FILES, load_processor
-from vlmtune.models.source import check_source, first_line
+from vlmtune.models.source import ADAPTER_FILE, check_source, first_line
 from vlmtune.recipe.load import load_resolved
 from vlmtune.recipe.schema import Recipe
 
+logger = logging.getLogger("vlmtune")
+
 RUN_FILE = "recipe.resolved.yaml"
-ADAPTER_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
 
 Kind = Literal["run", "adapter", "model"]
@@ -78,6 +81,7 @@ def open_target(
             dtype=dtype,
             device=device,
         )
+        say_unused_weights(folder, source)
         return OpenTarget(with_adapter(vlm, folder, trust_remote_code), "adapter", None)
     vlm = load_vlm(
         str(folder) if folder.is_dir() else str(target),
@@ -171,6 +175,19 @@ def base_of_adapter(folder: Path) -> tuple[str, str | None]:
             do="write it into the file",
         )
     return base, config.get("revision")
+
+
+def say_unused_weights(folder: Path, source: str) -> None:
+    """Warn where a model lies beside the adapter in `folder`, which is opened on its base `source`
+    all the same."""
+    if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
+        logger.warning(
+            "%s holds an adapter and a model: the adapter is opened on the base that its %s names, "
+            "%s; the model beside it is not used",
+            folder,
+            ADAPTER_FILE,
+            source,
+        )
 
 
 def with_adapter(vlm: VLM, folder: Path, trust_remote_code: bool = False) -> VLM:

@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, PretrainedConfig
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from vlmtune.errors import VlmtuneError
+
+ADAPTER_FILE = "adapter_config.json"
 
 
 def check_source(source: str) -> None:
@@ -17,6 +20,13 @@ def check_source(source: str) -> None:
     folder = Path(source).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
+            if (folder / ADAPTER_FILE).is_file():
+                raise VlmtuneError(
+                    "the folder is an adapter, and a base model is needed",
+                    file=source,
+                    do=f"merge it first (`vlmtune merge {source} --output DIR`) and give DIR, or "
+                    "give the adapter's own base model",
+                )
             raise VlmtuneError(
                 "the folder is no model: it has no config.json",
                 file=source,
@@ -35,7 +45,8 @@ def read_config(
 ) -> PretrainedConfig:
     """The config of a vision-language model; downloads nothing but small files.
 
-    Raises VlmtuneError where it cannot be read, is no VLM's, or is of a quantised checkpoint.
+    Raises VlmtuneError where it cannot be read, is no VLM's, is of a quantised checkpoint, or has
+    an adapter beside it.
     """
     check_source(source)
     try:
@@ -60,7 +71,29 @@ def read_config(
             f"the weights of {source} are quantised already",
             do="name the unquantised model and set quantization_bit in the recipe",
         )
+    _check_without_adapter(source, revision=commit_of(config) or revision)
     return config
+
+
+def _check_without_adapter(source: str, *, revision: str | None) -> None:
+    """transformers attaches an adapter beside a base model in a folder, and loads, for a hub id,
+    the base that the adapter names: both without a word."""
+    with quiet_transformers():
+        found = find_adapter_config_file(source, revision=revision)
+    if found is None:
+        return
+    is_local = Path(source).is_dir()
+    fetch = "" if is_local else f"`hf download {source} --local-dir FOLDER`, and in FOLDER "
+    raise VlmtuneError(
+        f"{'' if is_local else source + ': '}the base model has an adapter beside it, which would "
+        "be loaded with it",
+        file=source if is_local else None,
+        got=ADAPTER_FILE,
+        expected="a base model alone",
+        do=f"{fetch}move {ADAPTER_FILE} and the adapter's weights to another folder: without them "
+        "this is the bare base. To go on from the adapter, merge it first (`vlmtune merge "
+        "ADAPTER_FOLDER --output DIR`) and give DIR as the model",
+    )
 
 
 def commit_of(config: PretrainedConfig) -> str | None:
