@@ -13,16 +13,19 @@ A reader only looks at `step-*`; a kill at any moment leaves the last complete o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pickle
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -134,19 +137,40 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not is_complete(path):
         raise VlmtuneError("not a complete checkpoint", file=path, expected="…/step-NNNNNN")
     state = read_state(path)
-    return Checkpoint(
-        state=state,
-        tensors=load_file(path / "tensors.safetensors"),
-        optimizer=torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"),
-        rng=torch.load(path / "rng.pt", weights_only=True, map_location="cpu"),
-    )
+    with _damage_told(path):
+        return Checkpoint(
+            state=state,
+            tensors=load_file(path / "tensors.safetensors"),
+            optimizer=torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"),
+            rng=torch.load(path / "rng.pt", weights_only=True, map_location="cpu"),
+        )
 
 
 def read_state(path: Path) -> TrainState:
     """Where the run stood at a complete checkpoint."""
-    values = json.loads((path / "state.json").read_text())
-    best = values.pop("best", None)
-    return TrainState(**values, best=None if best is None else Best(**best))
+    with _damage_told(path):
+        values = json.loads((path / "state.json").read_text())
+        best = values.pop("best", None)
+        return TrainState(**values, best=None if best is None else Best(**best))
+
+
+@contextlib.contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    """What reading a file of a checkpoint raises, as an error that says what to do."""
+    try:
+        yield
+    # A cut file is an EOFError, UnpicklingError or RuntimeError to torch.load, by where it is cut.
+    except (
+        *(OSError, SafetensorError, EOFError, pickle.UnpicklingError, RuntimeError),
+        *(ValueError, TypeError, AttributeError),
+    ) as error:
+        text = str(error).strip()
+        raise VlmtuneError(
+            "the checkpoint is damaged",
+            file=path,
+            got=text.splitlines()[0][:200] if text else type(error).__name__,
+            do="go on from another one with --resume DIR, or start over with --resume never",
+        ) from error
 
 
 def check_fingerprint(saved: Mapping[str, Any], now: Mapping[str, Any], *, path: Path) -> None:
