@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -239,11 +240,15 @@ def check_output(output: Path) -> None:
 
 def check_space(num_bytes: int, output: Path) -> None:
     """Raise VlmtuneError where the disk has no room for a checkpoint of `num_bytes`."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise VlmtuneError(f"cannot be made: {error.strerror}", file=output.parent) from error
-    free = shutil.disk_usage(output.parent).free
+    there = next(p for p in output.absolute().parents if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise VlmtuneError(
+            "the output folder cannot be made",
+            file=output,
+            got=f"no permission to write in {there}" if there.is_dir() else f"a file at {there}",
+            do="name another",
+        )
+    free = shutil.disk_usage(there).free
     if free < num_bytes * SPACE_MARGIN:
         raise VlmtuneError(
             "not enough disk space for the merged model",
