@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,10 +33,7 @@ if TYPE_CHECKING:
     from vlmtune.recipe.schema import Recipe
     from vlmtune.train.best import Best
     from vlmtune.train.checkpoint import Checkpoint
-    from vlmtune.train.feed import StepData
-    from vlmtune.train.loop import Evaluate, TrainResult
     from vlmtune.train.skips import SkipLedger
-    from vlmtune.train.trainee import Trainee
 
 ResumeOption = Annotated[
     str | None,
@@ -112,7 +108,7 @@ class Session:
         from vlmtune.train import build, checkpoint, run_folder
         from vlmtune.train.best import best_by
         from vlmtune.train.fingerprint import data_hashes_of, fingerprint_of
-        from vlmtune.train.loop import is_finished
+        from vlmtune.train.loop import Schedule, is_finished, train
 
         recipe = self.recipe
         if errors := bfloat16_errors(recipe, capability_of(self.accelerator.device)):
@@ -174,11 +170,31 @@ class Session:
             held_out=held_out,
             folder=self.folder,
         )
-        # Only now: a recipe that fails on the way here leaves no folder and moves no old run.
-        self.prepare_folder(hashes, vlm.commit, ledger, start, best_at)
-        if self.accelerator.is_main_process:
-            run_folder.write_modules(self.folder, trained=trained, linear_modules=linear_modules)
-        result = self.train(trainee, make_steps, total_steps, fingerprint, ledger, evaluate, start)
+
+        def prepare_folder() -> None:
+            # A process that failed on the way here leaves no folder and moves no old run.
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                self.prepare_folder(hashes, vlm.commit, ledger, start, best_at)
+                run_folder.write_modules(
+                    self.folder, trained=trained, linear_modules=linear_modules
+                )
+            self.accelerator.wait_for_everyone()
+
+        result = train(
+            trainee,
+            section=recipe.train,
+            schedule=Schedule.of(recipe.train, recipe.eval, total_steps),
+            make_steps=make_steps,
+            prepare_folder=prepare_folder,
+            accelerator=self.accelerator,
+            folder=self.folder,
+            fingerprint=fingerprint,
+            skips=ledger,
+            evaluate=evaluate,
+            resume=start,
+            quiet=self.quiet,
+        )
         saved = None
         if result.stopped_by is None:
             saved = self.folder / ("model" if adapter.name == "full" else "adapter")
@@ -229,54 +245,32 @@ class Session:
         start: Checkpoint | None,
         best_at: Path | None,
     ) -> None:
-        """Set aside what this run replaces, and write what it is; the main process does."""
+        """Set aside or remove what this run replaces, and write what it is."""
         from vlmtune.recipe.load import dump_recipe
         from vlmtune.train import run_folder
         from vlmtune.train.runtime import describe_environment
 
-        if self.accelerator.is_main_process:
-            old = run_folder.set_aside(self.folder) if self.resume == "never" else None
-            if old is not None and not self.quiet:
-                print(f"the old run is now {old}", file=sys.stderr)
-            environment = describe_environment(self.accelerator)
-            run_folder.write_records(
-                self.folder,
-                recipe_text=self.loaded.text,
-                resolved_text=dump_recipe(self.recipe),
-                environment=environment | {"model_commit": commit, "data_sha256": hashes},
-            )
-            if start is not None:
-                step = start.state.step
-                run_folder.set_aside_newer(self.folder, step)
-                if self.resume != "auto":
-                    other = Path(str(self.resume)).resolve().parent.parent
-                    run_folder.bring_from(other, self.folder, step=step, best=best_at)
-            run_folder.drop_evaluations_after(self.folder, 0 if start is None else step)
-            ledger.write()
-        self.accelerator.wait_for_everyone()
-
-    def train(
-        self,
-        trainee: Trainee,
-        make_steps: Callable[[int, int], Iterator[StepData]],
-        total_steps: int,
-        fingerprint: dict[str, Any],
-        ledger: SkipLedger,
-        evaluate: Evaluate | None,
-        start: Checkpoint | None,
-    ) -> TrainResult:
-        from vlmtune.train.loop import Schedule, train
-
-        return train(
-            trainee,
-            section=self.recipe.train,
-            schedule=Schedule.of(self.recipe.train, self.recipe.eval, total_steps),
-            make_steps=make_steps,
-            accelerator=self.accelerator,
-            folder=self.folder,
-            fingerprint=fingerprint,
-            skips=ledger,
-            evaluate=evaluate,
-            resume=start,
-            quiet=self.quiet,
+        if self.resume == "never":
+            old = run_folder.set_aside(self.folder)
+            if old is not None:
+                self.say(f"the old run is now {old}")
+        environment = describe_environment(self.accelerator)
+        run_folder.write_records(
+            self.folder,
+            recipe_text=self.loaded.text,
+            resolved_text=dump_recipe(self.recipe),
+            environment=environment | {"model_commit": commit, "data_sha256": hashes},
         )
+        step = 0 if start is None else start.state.step
+        if start is not None:
+            run_folder.set_aside_newer(self.folder, step)
+            if self.resume != "auto":
+                other = Path(str(self.resume)).resolve().parent.parent
+                run_folder.bring_from(other, self.folder, step=step, best=best_at)
+        run_folder.drop_evaluations_after(self.folder, step)
+        ledger.write()
+
+    def say(self, text: str) -> None:
+        """A line for the person watching."""
+        if not self.quiet:
+            print(text, file=sys.stderr)

@@ -1,6 +1,6 @@
 """The training loop.
 
-    evaluate before -> for each optimizer step:
+    restore, first step's data -> prepare the folder -> evaluate before -> for each optimizer step:
         fetch -> learning rate -> train_step -> read -> evaluate -> log -> save -> better to come?
 
 Everything that decides a step's result is a pure function of (seed, step, data) or is in the
@@ -10,6 +10,7 @@ the host wait (CUDA), a step's are read after the next was launched, unless some
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -113,6 +114,7 @@ def train(
     section: TrainSection,
     schedule: Schedule,
     make_steps: Callable[[int, int], Iterator[StepData]],
+    prepare_folder: Callable[[], None],
     accelerator: Accelerator,
     folder: Path,
     fingerprint: dict[str, Any],
@@ -123,14 +125,24 @@ def train(
 ) -> TrainResult:
     """Train from the step after `resume` (or 1) to the last; runs on every process.
 
-    `make_steps(first, last)` yields this process's data. `evaluate` is a collective and returns the
-    metrics to log. Raises `VlmtuneError` for a non-finite loss, too many bad samples, a full disk,
-    a worker process that is gone.
+    `make_steps(first, last)` yields this process's data. `prepare_folder` is called before anything
+    is written, once the checkpoint is in place and the first step's data is there: a collective.
+    `evaluate` is one too and returns the metrics to log. Raises `VlmtuneError` for a checkpoint
+    that does not fit, a non-finite loss, too many bad samples, a full disk, a worker process that
+    is gone.
     """
     first, best = 1, None
     if resume is not None:
         first, best = resume.state.step + 1, best_by(resume.state.best, schedule.best_metric)
         trainees.restore(trainee, resume, accelerator)
+    # A run that had stopped for want of anything better has no step left to do.
+    last = first - 1 if is_over(best, schedule.patience) else schedule.total_steps
+    began = time.monotonic()
+    with lost_workers_told():
+        steps = _with_first_made(make_steps(first, last))
+    waited = time.monotonic() - began
+    prepare_folder()
+    began = time.monotonic() - waited
     with (
         StopSignal() as stop,
         CheckpointWriter(folder / "checkpoints", keep=section.keep_checkpoints) as writer,
@@ -156,10 +168,17 @@ def train(
             tracker=tracker,
             late=reads_late(accelerator.device),
             result=TrainResult(steps=first - 1, best=best),
+            window=Window(started=began, wait_seconds=waited),
+            began=began,
         )
         with lost_workers_told():
-            loop.run(first, make_steps)
+            loop.run(range(first, last + 1), steps)
     return loop.finish()
+
+
+def _with_first_made(steps: Iterator[StepData]) -> Iterator[StepData]:
+    """The same steps, the first one made already: what is wrong with it is raised here."""
+    return itertools.chain(list(itertools.islice(steps, 1)), steps)
 
 
 @dataclass
@@ -179,27 +198,24 @@ class _Loop:
     tracker: Tracker
     late: bool
     result: TrainResult
+    window: Window
+    began: float
     pending: deque[PendingStep] = field(default_factory=deque)
-    window: Window = field(default_factory=Window)
     notes: set[tuple[str, str, int]] = field(default_factory=set)
     cursor: StreamCursor | None = None
-    began: float = field(default_factory=time.monotonic)
 
-    def run(self, first: int, make_steps: Callable[[int, int], Iterator[StepData]]) -> None:
-        """The steps from `first`, up to the last or to a reason to stop."""
-        schedule, result = self.schedule, self.result
-        if self.evaluate is not None and schedule.evaluates_before and first == 1:
+    def run(self, numbers: range, steps: Iterator[StepData]) -> None:
+        """The steps of these numbers, up to the last or to a reason to stop."""
+        schedule = self.schedule
+        if self.evaluate is not None and schedule.evaluates_before and numbers.start == 1:
+            paused = time.monotonic()
             values = self._evaluated(self.evaluate, 0)
             self.tracker.log(0, values)
             if any(name.startswith(HELD_OUT) for name in values):
                 # A name that is no figure is said now, not after the first stretch of training.
                 _best_after(None, schedule.best_metric, 0, values)
-            self._pause_since(self.began)
-        # A run that had stopped for want of anything better has no step left to do.
-        is_over_already = is_over(result.best, schedule.patience)
-        last = first - 1 if is_over_already else schedule.total_steps
-        steps = make_steps(first, last)
-        for step in range(first, last + 1):
+            self._pause_since(paused)
+        for step in numbers:
             self.writer.check()
             waited = time.monotonic()
             data = next(steps)

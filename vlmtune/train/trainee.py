@@ -73,11 +73,8 @@ def save(
 
 
 def restore(trainee: Trainee, checkpoint: Checkpoint, accelerator: Accelerator) -> None:
-    """Put a checkpoint's tensors, optimizer and random state in place."""
-    trainee.load_state_dict(checkpoint.tensors)
-    trainee.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
+    """Put a checkpoint's tensors, optimizer and random state in place. Raises `VlmtuneError` where
+    they are of other modules or another number of processes."""
     if len(checkpoint.rng) != accelerator.num_processes:
         raise VlmtuneError(
             "cannot resume on another number of processes",
@@ -85,4 +82,8 @@ def restore(trainee: Trainee, checkpoint: Checkpoint, accelerator: Accelerator) 
             expected=len(checkpoint.rng),
             do="launch as before, or start over with --resume never",
         )
+    trainee.load_state_dict(checkpoint.tensors)
+    trainee.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
     restore_random_state(checkpoint.rng[accelerator.process_index])
