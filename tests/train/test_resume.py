@@ -19,6 +19,7 @@ from vlmtune.errors import VlmtuneError
 from vlmtune.recipe.load import load_recipe
 from vlmtune.train.checkpoint import check_fingerprint, complete_checkpoints
 from vlmtune.train.fingerprint import LATER_KEYS, fingerprint_of
+from vlmtune.train.run_folder import choose_start, drop_records, set_aside
 
 
 @pytest.fixture
@@ -134,6 +135,62 @@ def test_an_occupied_folder_offers_the_ways_on(make_recipe):
     train_once(recipe, resume="never")
     assert (recipe.parent / "run.previous-1" / "adapter").is_dir()
     assert (recipe.parent / "run" / "adapter").is_dir()
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_replaced(make_recipe):
+    recipe = make_recipe("run", rank=4, train__max_steps=400, train__save_every=400)
+    run = recipe.parent / "run"
+    process = start_process(recipe)
+    wait_for_step(run, 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (run / "eval" / "step-000000").mkdir(parents=True)
+    (run / "summary.json").write_text("of the killed run")
+    (run / "notes.txt").write_text("a person's")
+    old = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    process = start_process(recipe, "train.max_steps=2", "train.save_every=2")
+    _, stderr = process.communicate(timeout=180)
+    assert process.returncode == 0, stderr
+    assert "a run ended here before its first checkpoint; it is replaced" in stderr
+    assert [m["step"] for m in metrics_of(run)] == [1, 2]
+    assert (run / "adapter").is_dir() and not list(run.glob("eval/*"))
+    assert (run / "notes.txt").read_text() == "a person's"
+    assert not [p for p in old if p.exists() and "tensorboard" in str(p)]
+    assert json.loads((run / "summary.json").read_text())["steps"] == 2
+    with pytest.raises(VlmtuneError, match="occupied.*a finished run"):
+        train_once(recipe)
+
+
+@pytest.mark.parametrize(
+    "work", ["checkpoints/step-000004", "checkpoints/superseded-step-000004", "superseded-adapter"]
+)
+def test_what_took_training_is_not_replaced(tmp_path: Path, work: str):
+    for name in ("recipe.resolved.yaml", "environment.json", "metrics.jsonl"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "checkpoints" / ".writing-step-000004").mkdir(parents=True)
+    assert choose_start(tmp_path, None) is None
+    (tmp_path / work).mkdir(parents=True)
+    for resume in (None, "auto"):
+        with pytest.raises(VlmtuneError, match="without a complete checkpoint.*--resume never"):
+            choose_start(tmp_path, resume)
+    assert not drop_records(tmp_path)
+    assert (tmp_path / "metrics.jsonl").exists()
+    assert choose_start(tmp_path, "never") is None
+
+
+@pytest.mark.parametrize("missing", ["recipe.resolved.yaml", "environment.json"])
+def test_a_folder_without_a_runs_records_is_not_renamed(tmp_path: Path, missing: str):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("recipe.resolved.yaml", "environment.json"):
+        (folder / name).write_text("{}")
+    (folder / missing).rename(folder / "photo.jpg")
+    with pytest.raises(VlmtuneError, match="not of a run.*another output_dir"):
+        choose_start(folder, "never")
+    assert set_aside(folder) is None and not drop_records(folder)
+    (folder / "photo.jpg").rename(folder / missing)
+    assert choose_start(folder, "never") is None
+    assert set_aside(folder) == tmp_path / "run.previous-1"
 
 
 def test_a_changed_recipe_is_not_resumed(make_recipe):

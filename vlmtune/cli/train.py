@@ -41,7 +41,8 @@ ResumeOption = Annotated[
         "--resume",
         metavar="auto|never|DIR",
         help="auto: go on from the newest complete checkpoint, or start. never: start over; an old "
-        "run is renamed. DIR: go on from this checkpoint. Not given: the folder must be free.",
+        "run is renamed. DIR: go on from this checkpoint. Not given: the folder must be free, or "
+        "of a run that ended before its first checkpoint.",
     ),
 ]
 
@@ -117,6 +118,7 @@ class Session:
         fingerprint = fingerprint_of(recipe, hashes)
         if start is not None:
             checkpoint.check_fingerprint(start.state.fingerprint, fingerprint, path=self.folder)
+            run_folder.check_same_run(self.folder, fingerprint)
         data, skipped = build.open_training_data(recipe)
         held_out = load_held_out(recipe)
         total_steps = build.total_steps_of(recipe, data)
@@ -254,6 +256,8 @@ class Session:
             old = run_folder.set_aside(self.folder)
             if old is not None:
                 self.say(f"the old run is now {old}")
+        elif run_folder.drop_records(self.folder):
+            self.say(f"{self.folder}: a run ended here before its first checkpoint; it is replaced")
         environment = describe_environment(self.accelerator)
         run_folder.write_records(
             self.folder,

@@ -155,7 +155,7 @@ def result_of_run(folder: Path) -> Path:
         got=f"checkpoints {', '.join(checkpoints)}" if checkpoints else "no checkpoint either",
         do="finish it with `vlmtune train RECIPE --resume auto`"
         if checkpoints
-        else "train it again: `vlmtune train RECIPE --resume never`",
+        else "train it again: `vlmtune train RECIPE`",
     )
 
 

@@ -50,7 +50,7 @@ from vlmtune.recipe.load import LoadedRecipe
 from vlmtune.recipe.rules import keys_without_data_eval
 from vlmtune.recipe.schema import Recipe
 from vlmtune.train.build import build_encoder, embedding_prompt_of
-from vlmtune.train.run_folder import choose_start
+from vlmtune.train.run_folder import choose_start, is_run
 
 logger = logging.getLogger("vlmtune")
 
@@ -108,7 +108,8 @@ class Preflight:
         try:
             choose_start(folder, None)
         except VlmtuneError as error:
-            report.problems.add_error(error, severity="warning")
+            # Of a run, --resume says how to go on; nothing trains into another folder.
+            report.problems.add_error(error, severity="warning" if is_run(folder) else "error")
 
     def _open_model(
         self, problems: Problems, places: Places

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from vlmtune.train.best import Best
 from vlmtune.train.checkpoint import (
     WRITING,
     Checkpoint,
+    check_fingerprint,
     checkpoint_path,
     complete_checkpoints,
     is_complete,
@@ -42,9 +43,17 @@ EVALUATION = re.compile(r"(?:guard-)?step-(\d+)")
 """Names of the folders in eval/ that training writes."""
 
 
-def is_occupied(folder: Path) -> bool:
-    """Whether a run has begun in this folder."""
-    return (folder / "recipe.resolved.yaml").exists() or (folder / "checkpoints").exists()
+def is_run(folder: Path) -> bool:
+    """Whether a run wrote this folder: it has the records that every run writes first."""
+    return all((folder / name).is_file() for name in ("recipe.resolved.yaml", "environment.json"))
+
+
+def holds_work(folder: Path) -> bool:
+    """Whether a run left something here that took training: a checkpoint, also one that is set
+    aside or not complete, or a result."""
+    checkpoints = [p for p in folder.glob("checkpoints/*") if not p.name.startswith(".")]
+    superseded = [p for name in RESULTS for p in folder.glob(f"superseded-{name}")]
+    return bool(checkpoints or superseded) or finished_result(folder) is not None
 
 
 def finished_result(folder: Path) -> Path | None:
@@ -55,48 +64,93 @@ def finished_result(folder: Path) -> Path | None:
 def choose_start(folder: Path, resume: str | None) -> Checkpoint | None:
     """The checkpoint to go on from, or None to start at step 1. Reads, changes nothing.
 
-    `resume`: None (a fresh folder is wanted), `auto` (newest complete checkpoint, or a start),
-    `never` (start over), or a checkpoint folder.
+    `resume`: None (a folder without work in it is wanted), `auto` (newest complete checkpoint, or a
+    start), `never` (start over), or a checkpoint folder. Raises VlmtuneError for a folder of
+    something else, whatever `resume` is.
     """
-    if resume is None:
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-            raise VlmtuneError(
-                "the output folder is occupied" if is_occupied(folder) else "not an empty folder",
-                file=folder,
-                got=_describe(folder),
-                do="go on with --resume auto, start over with --resume never (the old run is kept "
-                "under another name), or set another output_dir",
-            )
-        return None
+    is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if not is_free and not is_run(folder):
+        raise VlmtuneError(
+            "not an empty folder, and not of a run" if folder.is_dir() else "a file, not a folder",
+            file=folder,
+            expected="a new or empty folder, or one of a run",
+            do="set another output_dir",
+        )
     if resume == "never":
         return None
-    if resume == "auto":
-        found = complete_checkpoints(folder / "checkpoints")
-        return load_checkpoint(found[-1]) if found else None
+    found = complete_checkpoints(folder / "checkpoints")
+    if resume == "auto" and found:
+        return load_checkpoint(found[-1])
+    is_own = (
+        resume is not None and Path(resume).resolve().parent == (folder / "checkpoints").resolve()
+    )
+    if holds_work(folder) and (resume is None or not (found or is_own)):
+        go_on = "go on with --resume auto, " if found else ""
+        raise VlmtuneError(
+            "the output folder is occupied",
+            file=folder,
+            got=_describe(folder, found),
+            do=f"{go_on}start over with --resume never (the old run is kept under another name), "
+            "or set another output_dir",
+        )
+    if resume is None or resume == "auto":
+        return None
     path = Path(resume)
     if not path.is_dir():
         raise VlmtuneError("no such checkpoint", file=path, expected="auto, never or a folder")
     return load_checkpoint(path)
 
 
-def _describe(folder: Path) -> str:
-    if not is_occupied(folder):
-        return "files of something else"
-    if finished_result(folder):
-        return "a finished run"
-    found = complete_checkpoints(folder / "checkpoints")
-    return f"a run stopped after {found[-1].name}" if found else "a run without a checkpoint"
+def _describe(folder: Path, found: Sequence[Path]) -> str:
+    what = "a finished run" if finished_result(folder) else "a run"
+    if not found:
+        return f"{what} without a complete checkpoint"
+    return what if finished_result(folder) else f"a run stopped after {found[-1].name}"
+
+
+def check_same_run(folder: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Raise VlmtuneError where `folder` holds checkpoints of another run than the one with this
+    fingerprint, which goes on from a checkpoint that lies elsewhere."""
+    for path in complete_checkpoints(folder / "checkpoints")[-1:]:
+        try:
+            check_fingerprint(read_state(path).fingerprint, fingerprint, path=path)
+        except VlmtuneError as error:
+            raise VlmtuneError(
+                "the output folder holds another run than the checkpoint is of",
+                file=folder,
+                got=error.got,
+                do="set another output_dir",
+            ) from error
 
 
 def set_aside(folder: Path) -> Path | None:
     """Rename an existing run folder to the first free `NAME.previous-N`; where it went."""
-    if not folder.exists():
+    if not is_run(folder):
         return None
     number = 1
     while (target := folder.with_name(f"{folder.name}.previous-{number}")).exists():
         number += 1
-    folder.rename(target)
+    try:
+        folder.rename(target)
+    except OSError as error:
+        raise VlmtuneError(
+            f"the old run cannot be renamed: {error.strerror}",
+            file=folder,
+            do="rename it, or set another output_dir",
+        ) from error
     return target
+
+
+def drop_records(folder: Path) -> bool:
+    """Remove what a run that left no work wrote down, so that it does not mix into the next one;
+    whether there was such a run."""
+    if not is_run(folder) or holds_work(folder):
+        return False
+    for name in ("summary.json", "modules.json", "metrics.jsonl", "skipped.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    for path in (folder / "tensorboard", folder / "checkpoints", *evaluations(folder)):
+        shutil.rmtree(path, ignore_errors=True)
+    return True
 
 
 def find_best(folder: Path, best: Best, *, resume: str | None, step: int) -> Path:
