@@ -257,6 +257,18 @@ def test_a_folder_with_a_run_is_a_warning_that_says_how_to_go_on(recipe, tmp_pat
     assert "the output folder is occupied" in warning and "--resume auto" in warning
 
 
+def test_a_folder_of_something_else_is_trainings_own_error(recipe, tmp_path):
+    path = recipe()
+    (tmp_path / "run").mkdir()
+    assert check_summary(path)["verdict"] == "ready"
+    (tmp_path / "run" / "photo.jpg").write_text("mine")
+    [error] = messages(check_summary(path), "error")
+    for resume in (None, "auto", "never"):
+        with pytest.raises(VlmtuneError) as caught:
+            train_once(path, resume=resume)
+        assert error in str(caught.value) and "--resume" not in error
+
+
 def test_a_base_with_an_adapter_beside_it_is_trainings_own_error(recipe, tiny_vlm, tmp_path):
     base = shutil.copytree(tiny_vlm, tmp_path / "base")
     path = recipe(model=str(base))
