@@ -233,6 +233,11 @@ def test_a_report_alone_has_nothing_to_be_compared_with(finished: Path) -> None:
     code, _, stderr = run_eval(finished)
     assert code == 2
     assert "name a second target" in stderr
+    code, _, stderr = run_eval(
+        finished, doctored(finished.parent / "b", finished, {}), "--prompt=x"
+    )
+    assert code == 2
+    assert "--prompt, --image-dir and --format have no effect without --data" in stderr
     code, _, stderr = run_eval(finished, "./missing")
     assert code == 2
     assert "--data" in stderr

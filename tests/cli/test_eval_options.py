@@ -280,6 +280,8 @@ def test_a_guard_whose_data_is_gone_is_an_error_before_anything_is_answered(
             "--max-new-tokens has no effect: choice_likelihood generates no answers",
         ),
         (["--metrics", "choice_likelihood"], "unknown metric"),
+        (["--format", "tabel"], "did you mean 'table'"),
+        (["--prompt", "What?"], "`prompt` has no effect in the format messages"),
         (["--task", "retrieval", "--metrics", "text_to_picture_r2"], "text_to_picture_r1"),
         (["--task", "retrieval", "--blind"], "--blind has no effect"),
         (["--blind"], "--blind needs the training data"),

@@ -148,6 +148,11 @@ class Request:
             raise VlmtuneError(
                 f"Missing option '--data': there is nothing to evaluate {running[0]} on"
             )
+        if self.reading.says_how and not self.data:
+            raise VlmtuneError(
+                "--columns, --prompt, --image-dir and --format have no effect without --data",
+                do="name the file with --data",
+            )
         if self.train and not self.blind:
             raise VlmtuneError("--train has no effect without --blind", do="add --blind")
         if self.blind and not running:
