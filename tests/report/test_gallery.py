@@ -12,8 +12,10 @@ from tests.report.runs import make_run
 from vlmtune.data.source import load_conversations
 from vlmtune.data.types import Image
 from vlmtune.evaluation.runner import picture_name
+from vlmtune.recipe.data_section import DataEntry
 from vlmtune.report.evaluations import Pair, choose_pair, read_evaluations
 from vlmtune.report.gallery import Gallery, build_gallery, outcome_of
+from vlmtune.report.page import page_values
 from vlmtune.report.pictures import SIDE, Thumbnails, encode_thumbnail, spread
 from vlmtune.report.run import read_run
 
@@ -108,6 +110,30 @@ def test_a_picture_inside_the_data_file_is_found_by_its_digest(
     assert (picture.width, picture.height) == (20, 30)
     data.unlink()
     assert gallery_of(run).cards[0].pictures[0].missing == "no such picture file"
+
+
+def test_a_picture_inside_the_data_file_is_found_with_the_columns_of_the_run(
+    tmp_path: Path, tiny_vlm: Path
+) -> None:
+    run = make_run(tmp_path / "r", model=tiny_vlm, num_samples=1)
+    data = tmp_path / "r-data" / "data.jsonl"
+    stream = io.BytesIO()
+    PIL.Image.new("RGB", (20, 30), "red").save(stream, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+    data.write_text(json.dumps({"id": "q-000", "photo": url, "kind": "yes"}) + "\n")
+    columns = {"image": "photo", "label": "kind"}
+    recipe = run / "recipe.resolved.yaml"
+    entry = f"{{path: {data}, columns: {{image: photo, label: kind}}}}"
+    recipe.write_text(recipe.read_text().replace(f"eval: {data}", f"eval: {entry}"))
+    conversations, _ = load_conversations([DataEntry(path=str(data), columns=columns)])
+    name = picture_name(conversations[0].images[0])
+    for step in (0, 30):
+        path = run / f"eval/step-{step:06d}/predictions.jsonl"
+        row = json.loads(path.read_text()) | {"images": [name]}
+        path.write_text(json.dumps(row) + "\n")
+    gallery = page_values(read_run(run))["gallery"]
+    picture = gallery.cards[0].pictures[0]
+    assert (picture.width, picture.height) == (20, 30)
 
 
 def test_thumbnails_are_small_and_stop_at_the_budget(tmp_path: Path) -> None:

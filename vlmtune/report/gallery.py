@@ -13,6 +13,7 @@ from hashlib import sha256
 from itertools import chain, zip_longest
 from typing import Any
 
+from vlmtune.data.run_entries import RunData, entry_as_in_run
 from vlmtune.data.source import load_conversations
 from vlmtune.data.types import Image
 from vlmtune.errors import VlmtuneError
@@ -79,14 +80,19 @@ class _Entry:
 
 
 def build_gallery(
-    pair: Pair, *, thumbnails: Thumbnails, max_cards: int = MAX_CARDS
+    pair: Pair,
+    *,
+    thumbnails: Thumbnails,
+    max_cards: int = MAX_CARDS,
+    data: RunData | None = None,
 ) -> Gallery | None:
-    """The gallery of a pair of evaluations; None without predictions."""
+    """The gallery of a pair of evaluations; None without predictions. `data`: as what the run reads
+    the files that hold pictures."""
     entries = _entries(pair)
     if not entries:
         return None
     chosen = choose(entries, max_cards)
-    embedded = _embedded_pictures(chosen, pair)
+    embedded = _embedded_pictures(chosen, pair, data or RunData("", {}))
     cards = [_card(entry, thumbnails, embedded) for entry in chosen]
     totals = Counter(entry.outcome for entry in entries)
     shown = Counter(entry.outcome for entry in chosen)
@@ -205,7 +211,9 @@ def clipped(text: object) -> str:
     return f"{words[:MAX_CHARACTERS]} … ({len(words):,} characters)"
 
 
-def _embedded_pictures(chosen: Sequence[_Entry], pair: Pair) -> dict[tuple[str, int], Image]:
+def _embedded_pictures(
+    chosen: Sequence[_Entry], pair: Pair, data: RunData
+) -> dict[tuple[str, int], Image]:
     """Pictures that the data file itself holds: predictions name them by a digest. Looked up by
     (id, position) where the file is still there and holds the same ones."""
     wanted = {
@@ -217,9 +225,8 @@ def _embedded_pictures(chosen: Sequence[_Entry], pair: Pair) -> dict[tuple[str, 
     if not wanted or pair.shown is None:
         return {}
     try:
-        conversations, _ = load_conversations(
-            pair.shown.data, on_bad_sample="skip", check_media=False
-        )
+        entries = [entry_as_in_run(file, data).entry for file in pair.shown.data]
+        conversations, _ = load_conversations(entries, on_bad_sample="skip", check_media=False)
     except VlmtuneError:
         return {}
     found = {}

@@ -23,6 +23,7 @@ import jinja2
 from markupsafe import Markup
 
 from vlmtune import __version__
+from vlmtune.data.run_entries import RunData, run_data
 from vlmtune.errors import VlmtuneError
 from vlmtune.recipe.load import load_resolved
 from vlmtune.recipe.schema import Recipe
@@ -147,7 +148,9 @@ def page_values(record: RunRecord) -> dict[str, Any]:
         "widest": widest,
         "mixups": [] if widest is None else mixups(widest),
         "evaluation_groups": _grouped(evaluations),
-        "gallery": build_gallery(_gallery_pair(pair, widest), thumbnails=thumbnails),
+        "gallery": build_gallery(
+            _gallery_pair(pair, widest), thumbnails=thumbnails, data=_run_data(record)
+        ),
         "thumbnails": thumbnails,
         "right_from": RIGHT_FROM,
         "skipped_reasons": grouped_reasons(record.skipped),
@@ -220,6 +223,17 @@ def _data(record: RunRecord, thumbnails: Thumbnails) -> DataStatistics:
         except VlmtuneError as error:
             return DataStatistics(0, 0, 0, (), (), str(error))
     return data_statistics(recipe, record.folder, thumbnails=thumbnails)
+
+
+def _run_data(record: RunRecord) -> RunData | None:
+    """None where the recipe cannot be read, which is said where the data are shown."""
+    if record.resolved_text is None:
+        return None
+    try:
+        recipe = load_resolved(record.folder / "recipe.resolved.yaml")
+    except VlmtuneError:
+        return None
+    return run_data(str(record.folder), recipe)
 
 
 def _chart_data(chart: Chart) -> dict[str, Any]:
