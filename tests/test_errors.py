@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from vlmtune.errors import CheckFailed, ErrorGroup, SampleError, VlmtuneError, nearest
+from vlmtune.errors import CheckFailed, ErrorGroup, SampleError, VlmtuneError, nearest, plural
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,9 @@ def test_exit_codes() -> None:
 def test_nearest_finds_a_typo_and_nothing_in_noise() -> None:
     assert nearest("lerning_rate", ["rank", "learning_rate"]) == "learning_rate"
     assert nearest("zzz", ["rank", "learning_rate"]) is None
+
+
+def test_one_thing_is_counted_in_the_singular():
+    assert plural(1, "sample") == "1 sample"
+    assert (plural(0, "sample"), plural(2000, "sample")) == ("0 samples", "2,000 samples")
+    assert plural(2, "process", "processes") == "2 processes"

@@ -59,7 +59,7 @@ class ErrorGroup(VlmtuneError):
     """Several user errors found at once, one line each."""
 
     def __init__(self, errors: Sequence[VlmtuneError]) -> None:
-        super().__init__(f"{len(errors)} errors")
+        super().__init__(plural(len(errors), "error"))
         self.errors = list(errors)
 
     def __str__(self) -> str:
@@ -74,6 +74,11 @@ class CheckFailed(VlmtuneError):
     """The command ran and the answer is no (a merge did not verify); exits 1."""
 
     exit_code = 1
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """`1 sample`, `2,000 samples`."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -59,12 +59,12 @@ def test_a_recipe_is_measured_on_both_sides_and_compared(recipe: Path):
     lines = stdout.splitlines()
     folder = recipe.parent
     assert "train: 3 samples in 3 rows" in lines and "eval: 3 samples in 3 rows" in lines
-    assert "1 samples repeat another one, pictures and words" in lines
+    assert "1 sample repeats another one, pictures and words" in lines
     assert f"  {folder}/train.jsonl:3 repeats {folder}/train.jsonl:1" in lines
     assert "2 distinct pictures in 3 places" in lines
     assert (
-        "train and eval share 1 pictures; of 3 samples of eval 2 have a picture of train, "
-        "2 a question, 1 both together"
+        "train and eval share 1 picture; of 3 samples of eval 2 with a picture of train, "
+        "2 with a question, 1 both together"
     ) in lines
     assert f"  {folder}/eval.jsonl:1: asked in train" in lines
     assert any(line.startswith("media tokens") and line.endswith("█") for line in lines)
@@ -109,7 +109,7 @@ def test_bad_rows_stop_it_or_are_counted(recipe: Path):
     assert (code, stdout) == (2, "") and f"{data}:4: " in stderr
     code, stdout, stderr = run(data, "--quiet", "--on-bad-sample", "skip")
     assert code == 0 and "left out: " in stderr
-    assert "1 rows cannot be used" in stdout and "data: 3 samples in 4 rows" in stdout
+    assert "1 row cannot be used" in stdout and "data: 3 samples in 4 rows" in stdout
 
 
 def test_too_long_samples_are_said(recipe: Path):

@@ -178,14 +178,14 @@ def rewrite_weights(folder: Path, change) -> str:
 def test_a_missing_weight_is_an_error_and_not_a_random_number(folder):
     rewrite_weights(folder, lambda weights, name: weights.pop(name))
     text = refused(folder)
-    assert "1 weights of" in text
+    assert "1 weight of" in text
     assert "gate_proj.weight" in text
 
 
 def test_a_weight_of_another_shape_is_an_error_that_names_it(folder):
     rewrite_weights(folder, lambda weights, name: weights.update({name: torch.zeros(3)}))
     text = refused(folder)
-    assert "have another shape than config.json says" in text
+    assert "of another shape than config.json says" in text
     assert "gate_proj.weight" in text
 
 

@@ -93,7 +93,7 @@ def test_rows_with_one_id_are_left_out_for_their_own_faults_only(recipe, data, t
     summary = check_summary(path)
     token = "the assistant's text holds a control token of the model"
     assert summary["dropped"] == {token: 1, "the sample is too long": 1}
-    assert any("3 rows have an id that" in p["message"] for p in summary["problems"])
+    assert any("3 rows with the id of a row before" in p["message"] for p in summary["problems"])
     assert train_once(path)["skipped"] == 2
 
 

@@ -58,8 +58,8 @@ def test_overlap_is_told_by_picture_and_with_its_question(recipe, data):
     write_rows(data, rows[:4])
     summary = check_summary(recipe(data__eval=str(held_out)))
     both, pictures = messages(summary, "warning")
-    assert "1 of 2 samples have the question and the pictures" in both
-    assert "2 pictures, in 2 of 2 samples, are also trained on" in pictures
+    assert "1 of 2 samples with the question and the pictures" in both
+    assert "also trained on: 2 pictures, in 2 of 2 samples" in pictures
     assert summary["overlap"]["data.eval"]["samples_with_both"] == 1
 
 

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vlmtune.errors import plural
+
 if TYPE_CHECKING:
     from vlmtune.preflight.problems import Group
     from vlmtune.preflight.run import Report
@@ -35,7 +37,7 @@ def print_report(report: Report, summary: dict[str, Any]) -> None:
     console.print(table)
     words, style = VERDICTS[summary["verdict"]]
     counts = [
-        f"{summary[key]:,} {name}{'' if summary[key] == 1 else 's'}"
+        plural(summary[key], name)
         for key, name in (("num_errors", "error"), ("num_warnings", "warning"))
         if summary[key]
     ]
@@ -64,11 +66,12 @@ def _lines(report: Report, summary: dict[str, Any]) -> list[tuple[str, str]]:
                 lines.append((f"{what} {name}", "; ".join(counts)))
     if report.figures is not None:
         epoch, run = summary["epoch"], summary["run"]
-        lines.append(("an epoch", f"{epoch['steps']:,} steps: {_of_counts(epoch)}"))
+        lines.append(("an epoch", f"{plural(epoch['steps'], 'step')}: {_of_counts(epoch)}"))
+        epochs = f"{summary['epochs']:.3g} {'epoch' if summary['epochs'] == 1 else 'epochs'}"
         lines.append(
             (
                 "the run",
-                f"{summary['steps']:,} steps, {summary['epochs']:.3g} epochs: {_of_counts(run)}",
+                f"{plural(summary['steps'], 'step')}, {epochs}: {_of_counts(run)}",
             )
         )
     if report.trained is not None:
@@ -86,7 +89,8 @@ def _lines(report: Report, summary: dict[str, Any]) -> list[tuple[str, str]]:
     if report.disk is not None:
         disk = report.disk
         text = f"{shown_bytes(disk.needed_bytes)} of {shown_bytes(disk.free_bytes)} free"
-        text += f": {disk.checkpoints} checkpoints of {shown_bytes(disk.checkpoint_bytes)}, result"
+        checkpoints = plural(disk.checkpoints, "checkpoint")
+        text += f": {checkpoints} of {shown_bytes(disk.checkpoint_bytes)}, result"
         if disk.cache_bytes:
             text += f"; sample cache about {shown_bytes(disk.cache_bytes)}"
         lines.append(("disk", text))
@@ -94,7 +98,7 @@ def _lines(report: Report, summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _of_set(found: dict[str, Any]) -> str:
-    text = f"{found['samples']:,} of {found['rows_looked_at']:,} rows usable"
+    text = f"{found['samples']:,} of {plural(found['rows_looked_at'], 'row')} usable"
     if found["rows_looked_at"] < found["rows"]:
         text += f" (of {found['rows']:,} in all)"
     text += f": {_of_counts(found)}"
@@ -107,6 +111,6 @@ def _of_set(found: dict[str, Any]) -> str:
 
 def _of_counts(found: dict[str, Any]) -> str:
     return (
-        f"{found['tokens']:,} tokens, {found['supervised_tokens']:,} supervised, "
-        f"{found['images']:,} pictures in {found['image_tokens']:,} tokens"
+        f"{plural(found['tokens'], 'token')}, {found['supervised_tokens']:,} supervised, "
+        f"{plural(found['images'], 'picture')} in {plural(found['image_tokens'], 'token')}"
     )

@@ -28,6 +28,7 @@ from vlmtune.cli.data_input import (
     tell_bad_rows,
 )
 from vlmtune.cli.progress import progress
+from vlmtune.errors import plural
 
 if TYPE_CHECKING:
     from vlmtune.data.convert import Converted
@@ -114,12 +115,13 @@ def convert_command(
     if json:
         print_json(_as_json(done))
         return
-    print(f"{done.output}: {done.num_samples:,} samples of {done.num_rows:,} rows")
+    print(f"{done.output}: {plural(done.num_samples, 'sample')} of {plural(done.num_rows, 'row')}")
     if done.skipped is not None:
-        print(f"{done.skipped}: {done.bad.count:,} rows left out, with their reasons")
+        print(f"{done.skipped}: {plural(done.bad.count, 'row')} left out, with their reasons")
     if done.num_pictures_written:
         folder = done.output.with_name(f"{done.output.stem}_images")
-        print(f"{folder}: {done.num_pictures_written:,} pictures and videos written")
+        written = plural(done.num_pictures_written, "picture or video", "pictures and videos")
+        print(f"{folder}: {written} written")
     tell_unused(done.unused)
     tell_outside(done.num_outside)
     tell_weights(files)

@@ -34,7 +34,7 @@ from vlmtune.cli.data_input import (
     tell_bad_rows,
 )
 from vlmtune.cli.progress import progress
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import VlmtuneError, plural
 
 if TYPE_CHECKING:
     from vlmtune.data.split import Split
@@ -116,10 +116,10 @@ def split_command(
         print_json(_as_json(done, eval_fraction))
         return
     for path, samples, groups in zip(done.outputs, done.num_samples, done.num_groups):
-        print(f"{path}: {samples:,} samples in {groups:,} groups")
+        print(f"{path}: {plural(samples, 'sample')} in {plural(groups, 'group')}")
     print(
         f"{100 * done.eval_fraction:.2f} % for evaluation ({100 * eval_fraction:g} % asked); "
-        f"the largest group has {done.largest_group:,} samples"
+        f"the largest group has {plural(done.largest_group, 'sample')}"
     )
     tell_unused(done.unused)
     tell_outside(done.num_outside)

@@ -28,7 +28,7 @@ from vlmtune.cli.data_input import (
     tell_bad_rows,
 )
 from vlmtune.cli.progress import progress
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import VlmtuneError, plural
 
 if TYPE_CHECKING:
     from vlmtune.data.duplicates import Overlap
@@ -148,16 +148,17 @@ def _look_at(
 
 
 def _print_set(name: str, found: SetStatistics) -> None:
-    rows = f"{found.num_rows:,} rows"
+    rows = plural(found.num_rows, "row")
     if found.num_looked_at < found.num_rows:
         rows = f"{found.num_looked_at:,} of {rows}, chosen evenly"
-    print(f"{name}: {found.num_samples:,} samples in {rows}")
+    print(f"{name}: {plural(found.num_samples, 'sample')} in {rows}")
     if found.bad.count:
-        print(f"{found.bad.count:,} rows cannot be used")
+        print(f"{plural(found.bad.count, 'row')} cannot be used")
     if found.num_dropped:
-        print(f"{found.num_dropped:,} samples are too long and dropped in training")
+        dropped = plural(found.num_dropped, "sample is", "samples are")
+        print(f"{dropped} too long and dropped in training")
     for note, count in sorted(found.notes.items()):
-        print(f"{count:,} samples: {note}")
+        print(f"{plural(count, 'sample')}: {note}")
     if found.num_samples:
         _print_figures(found)
         _print_duplicates(found)
@@ -188,8 +189,12 @@ def _print_figures(found: SetStatistics) -> None:
 def _print_duplicates(found: SetStatistics) -> None:
     twice = found.duplicates
     if twice.num_picture_uses:
-        print(f"{twice.num_pictures:,} distinct pictures in {twice.num_picture_uses:,} places")
-    print(f"{twice.num_repeated:,} samples repeat another one, pictures and words")
+        print(
+            f"{plural(twice.num_pictures, 'distinct picture')} in "
+            f"{plural(twice.num_picture_uses, 'place')}"
+        )
+    repeated = plural(twice.num_repeated, "sample repeats", "samples repeat")
+    print(f"{repeated} another one, pictures and words")
     for first, again in twice.examples:
         one, other = found.place(first), found.place(again)
         print(f"  {other.file}:{other.line} repeats {one.file}:{one.line}")
@@ -197,9 +202,10 @@ def _print_duplicates(found: SetStatistics) -> None:
 
 def _print_overlap(shared: Overlap, held: SetStatistics) -> None:
     print(
-        f"train and eval share {shared.num_pictures:,} pictures; of {held.num_samples:,} samples "
-        f"of eval {shared.num_with_picture:,} have a picture of train, "
-        f"{shared.num_with_question:,} a question, {shared.num_with_both:,} both together"
+        f"train and eval share {plural(shared.num_pictures, 'picture')}; of "
+        f"{plural(held.num_samples, 'sample')} of eval {shared.num_with_picture:,} with a picture "
+        f"of train, {shared.num_with_question:,} with a question, "
+        f"{shared.num_with_both:,} both together"
     )
     for number in shared.examples:
         place = held.place(number)

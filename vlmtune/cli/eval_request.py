@@ -27,7 +27,7 @@ from vlmtune.cli.eval_section import (
 from vlmtune.cli.eval_tables import print_result
 from vlmtune.cli.eval_target import ChooseFolder, evaluate_target
 from vlmtune.cli.preload import preload
-from vlmtune.errors import ErrorGroup, VlmtuneError
+from vlmtune.errors import ErrorGroup, VlmtuneError, plural
 
 if TYPE_CHECKING:
     from vlmtune.cli.data_input import DataOptions
@@ -292,7 +292,8 @@ def _check_samples(conversations: Sequence[Conversation], report: Result, target
         raise VlmtuneError(
             "the report is not of the samples in --data",
             file=target,
-            got=f"{len(report.rows)} samples, {len(ids & report.rows.keys())} of them in --data",
+            got=f"{plural(len(report.rows), 'sample')}, "
+            f"{len(ids & report.rows.keys())} of them in --data",
             expected=f"the {len(ids)} of --data",
         )
     for conversation in conversations:

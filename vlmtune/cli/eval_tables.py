@@ -6,6 +6,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vlmtune.errors import plural
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -21,7 +23,7 @@ def print_result(result: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     blind = result.get("blind", {})
-    table = Table(title=f"{result['task']}, {result['num_samples']} samples")
+    table = Table(title=f"{result['task']}, {plural(result['num_samples'], 'sample')}")
     table.add_column("question type")
     table.add_column("metric")
     for heading in ("value", "95 % interval", "n", *(BLIND_COLUMNS[name] for name in blind)):

@@ -10,7 +10,7 @@ import typer
 
 from vlmtune.cli.common import DebugOption, JsonOption, QuietOption, command, print_json
 from vlmtune.cli.preload import preload
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import VlmtuneError, plural
 
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?(KB|MB|GB|TB)")
 
@@ -79,8 +79,8 @@ def merge_command(
         print_json(report)
         return
     print(
-        f"{report.output}: verified on {report.num_positions} positions of {report.num_samples} "
-        f"samples; logits differ by at most {report.max_difference:.3g} "
-        f"(tolerance {report.tolerance:.3g}, {report.dtype}); "
+        f"{report.output}: verified on {plural(report.num_positions, 'position')} of "
+        f"{plural(report.num_samples, 'sample')}; logits differ by at most "
+        f"{report.max_difference:.3g} (tolerance {report.tolerance:.3g}, {report.dtype}); "
         f"{report.peak_memory_bytes / 1e9:.1f} GB of memory at most"
     )

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmtune.errors import plural
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -82,18 +84,20 @@ def print_summary(summary: dict[str, Any]) -> None:
         print(f"already finished: {summary['result']}", file=sys.stderr)
     else:
         loss = "" if summary["loss"] is None else f", loss {summary['loss']:.4f}"
-        lines = [f"{summary['result']}: {summary['steps']} steps{loss}"]
+        lines = [f"{summary['result']}: {plural(summary['steps'], 'step')}{loss}"]
     if summary["best"] is not None:
         best = summary["best"]
         lines.append(f"the result is step {best['step']}'s: {best['metric']} {best['value']:.4f}")
     if summary["skipped"]:
         lines.append(
-            f"{summary['skipped']} samples were not trained on: see "
+            f"{plural(summary['skipped'], 'sample was', 'samples were')} not trained on: see "
             f"{summary['run'] / 'skipped.jsonl'}"
         )
     if summary["vision_cache"] is not None:
         lines.append(_cache_line(summary["vision_cache"]))
-    lines += [f"{count} samples: {note}" for note, count in sorted(summary["notes"].items())]
+    lines += [
+        f"{plural(count, 'sample')}: {note}" for note, count in sorted(summary["notes"].items())
+    ]
     if summary["guard"] is not None:
         guard = summary["guard"]
         verdict = "forgotten: the guard's" if guard["has_fallen"] else "the guard's"
@@ -113,8 +117,8 @@ def _cache_line(figures: dict[str, int]) -> str:
     ]
     left = f", {figures['not_kept']:,} not kept for want of room" if figures["not_kept"] else ""
     return (
-        f"vision cache: {figures['misses']:,} pictures went through the tower, "
-        f"{figures['hits']:,} times one was kept ({', '.join(sizes)}{left})"
+        f"vision cache: {plural(figures['misses'], 'picture')} went through the tower, "
+        f"{plural(figures['hits'], 'time')} one was kept ({', '.join(sizes)}{left})"
     )
 
 
@@ -123,7 +127,7 @@ def print_model(vlm: VLM, num_samples: int | None, linear_modules: Sequence[Any]
     None where they are streamed."""
     from vlmtune.cli.tables import print_table
 
-    samples = "samples streamed" if num_samples is None else f"{num_samples} samples"
+    samples = "samples streamed" if num_samples is None else plural(num_samples, "sample")
     print(f"{vlm.source} ({vlm.family.name}), {samples}", file=sys.stderr)
     print_table("linear modules by bits", linear_modules)
 
@@ -144,8 +148,9 @@ def print_plan(
     num_trained = sum(p.numel() for p in trainee.parameters.values())
     first = "" if start is None else f", from step {start.state.step + 1}"
     print(
-        f"{num_trained:,} trained parameters, {total_steps} steps of {recipe.train.batch_size} "
-        f"samples{first}, {accelerator.num_processes} process(es) on "
-        f"{accelerator.device}, {recipe.train.precision}",
+        f"{plural(num_trained, 'trained parameter')}, {plural(total_steps, 'step')} of "
+        f"{plural(recipe.train.batch_size, 'sample')}{first}, "
+        f"{plural(accelerator.num_processes, 'process', 'processes')} on {accelerator.device}, "
+        f"{recipe.train.precision}",
         file=sys.stderr,
     )

@@ -28,7 +28,7 @@ from vlmtune.data.order import Order, num_slots
 from vlmtune.data.sources.registry import open_rows
 from vlmtune.data.sources.rows import Rows
 from vlmtune.data.types import LOCAL, Access, Conversation
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import VlmtuneError, plural
 from vlmtune.recipe.data_section import DataEntry, FormatName
 
 logger = logging.getLogger("vlmtune")
@@ -116,13 +116,13 @@ class ConversationSet(Sequence[Conversation]):
             num_rows = sum(len(file.rows) for file in self.files)
             raise VlmtuneError(
                 "data.train: no sample is left to train on",
-                got=f"{num_rows:,} rows, none of which can be used",
+                got=f"{plural(num_rows, 'row')}, none of which can be used",
             )
         for entry, count in self._entries():
             if num_slots(count, entry.weight) == 0:
                 raise VlmtuneError(
                     "data.train: the weight leaves no sample in an epoch",
-                    got=f"{entry.path}: {count:,} samples of weight {entry.weight:g}",
+                    got=f"{entry.path}: {plural(count, 'sample')} of weight {entry.weight:g}",
                     do="raise the weight, or take the entry out",
                 )
         return Order(seed, *self.counts_and_weights())
@@ -157,7 +157,7 @@ def open_files(
         name = entry.format or detect_format(rows, entry)
         check_entry(entry, name, file=rows.file)
         line = format_line(rows, entry, name)
-        logger.info("%s: %s rows, format %s", rows.file, f"{len(rows):,}", line)
+        logger.info("%s: %s, format %s", rows.file, plural(len(rows), "row"), line)
         files.append(OpenFile(entry, rows, name, label, access))
     return files
 

@@ -30,7 +30,7 @@ from vlmtune.data.sample_cache import SampleCache, fingerprint_of
 from vlmtune.data.template import ChatTemplate, Rendered, TemplateError, special_tokens
 from vlmtune.data.types import Conversation, Sample, Text, Turn
 from vlmtune.data.video import Clip, read_video
-from vlmtune.errors import SampleError, VlmtuneError
+from vlmtune.errors import SampleError, VlmtuneError, plural
 from vlmtune.recipe.data_section import VideoSection
 from vlmtune.recipe.schema import Recipe
 
@@ -319,7 +319,7 @@ class Encoder:
             "the sample is too long" + (f": {reason}" if reason else ""),
             file=conversation.source.file,
             line=conversation.source.line,
-            got=f"{num_tokens} tokens, {num_tokens - num_text} of them for pictures",
+            got=f"{plural(num_tokens, 'token')}, {num_tokens - num_text} of them for pictures",
             expected=f"at most {self.max_tokens} (data.max_tokens)",
             do="raise data.max_tokens, lower image.max_pixels, or choose another data.over_length",
         )

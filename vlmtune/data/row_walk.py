@@ -15,7 +15,7 @@ from vlmtune.data.formats.registry import parse_row, unused_keys
 from vlmtune.data.source import NEW_IDS
 from vlmtune.data.text import shorten
 from vlmtune.data.types import Conversation, Source
-from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
+from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError, plural
 
 MAX_NAMED = 20
 """Bad rows that are told in words; the others are counted."""
@@ -37,7 +37,9 @@ class BadRows:
         """All of them as one error: the first in words, the rest counted."""
         errors = [VlmtuneError(text) for text in self.named]
         if self.count > len(self.named):
-            errors.append(VlmtuneError(f"and {self.count - len(self.named):,} more bad rows"))
+            errors.append(
+                VlmtuneError(f"and {plural(self.count - len(self.named), 'more bad row')}")
+            )
         return ErrorGroup(errors)
 
 

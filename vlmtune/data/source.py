@@ -24,7 +24,7 @@ from vlmtune.data.placed import placed
 from vlmtune.data.sources.digest import digests_of
 from vlmtune.data.text import shorten
 from vlmtune.data.types import LOCAL, Access, Conversation, Media, Skipped, Source
-from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
+from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError, plural
 from vlmtune.recipe.data_section import DataEntry, DataSection
 
 logger = logging.getLogger("vlmtune")
@@ -182,5 +182,7 @@ def _check_id(conversation: Conversation, places: dict[str, Source]) -> None:
 def _group(errors: Sequence[SampleError]) -> ErrorGroup:
     shown: list[VlmtuneError] = list(errors[:MAX_ERRORS_SHOWN])
     if len(errors) > MAX_ERRORS_SHOWN:
-        shown.append(VlmtuneError(f"and {len(errors) - MAX_ERRORS_SHOWN} more bad samples"))
+        shown.append(
+            VlmtuneError(f"and {plural(len(errors) - MAX_ERRORS_SHOWN, 'more bad sample')}")
+        )
     return ErrorGroup(shown)

@@ -24,7 +24,7 @@ from vlmtune.data.dataset import OnBadSample, OpenFile
 from vlmtune.data.duplicates import Digests, PictureDigests, digests_of
 from vlmtune.data.message_rows import MediaPlaces, line_of, row_of, writing
 from vlmtune.data.row_walk import BadRows, RowWalk
-from vlmtune.errors import SampleError, VlmtuneError
+from vlmtune.errors import SampleError, VlmtuneError, plural
 
 _TRAIN, _EVAL, _BAD = range(3)
 
@@ -95,7 +95,7 @@ def choose_eval(sizes: np.ndarray, names: np.ndarray, *, fraction: float, seed: 
     if len(sizes) < 2:
         raise VlmtuneError(
             "the set cannot be split: all rows share their pictures",
-            got=f"{int(sizes.sum()):,} rows in one group",
+            got=f"{plural(int(sizes.sum()), 'row')} in one group",
             expected="at least two groups of rows with no picture in common",
         )
     keys = [_key(int(name), seed) for name in names]

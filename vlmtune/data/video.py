@@ -22,7 +22,7 @@ import PIL.Image
 from vlmtune.data.media import locate_video, read_image
 from vlmtune.data.text import shorten
 from vlmtune.data.types import Image, Video
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import VlmtuneError, plural
 from vlmtune.recipe.data_section import VideoSection
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _count_frames(container: InputContainer, stream: VideoStream, name: str) -> 
     if stored < stream.frames:
         raise VlmtuneError(
             "the video is cut off",
-            got=f"{name}: {stored} of {stream.frames} frames",
+            got=f"{name}: {stored} of {plural(stream.frames, 'frame')}",
             do="replace the file",
         )
     return shown
@@ -220,7 +220,7 @@ def _decode(
                 return tuple(frames)
     raise VlmtuneError(
         "the video cannot be decoded to its end",
-        got=f"{name}: {decoded} of {indices[-1] + 1} frames",
+        got=f"{name}: {decoded} of {plural(indices[-1] + 1, 'frame')}",
         do="replace the file; it may be cut off",
     )
 

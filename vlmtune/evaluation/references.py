@@ -10,7 +10,7 @@ from typing import Any
 from vlmtune.data.media import locate_image
 from vlmtune.data.text import shorten
 from vlmtune.data.types import Conversation, Image
-from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
+from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError, plural
 from vlmtune.evaluation.metrics.base import Answered, Metric
 from vlmtune.evaluation.metrics.multiple_choice import reference_options
 from vlmtune.evaluation.metrics.registry import CHOICE_LIKELIHOOD, TASKS, metrics_for
@@ -40,7 +40,7 @@ def check_references(
     if measured and not any(_applies(metric, samples) for metric in measured.values()):
         raise VlmtuneError(
             f"there is nothing to measure: no sample has what {', '.join(measured)} needs",
-            got=f"{len(samples)} samples",
+            got=plural(len(samples), "sample"),
             do="name another task or other metrics; docs/metrics.md says what each needs",
         )
 

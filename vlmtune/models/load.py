@@ -23,7 +23,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import VlmtuneError, plural
 from vlmtune.models import quantize
 from vlmtune.models.families.registry import FAMILIES, family_for
 from vlmtune.models.family import Family
@@ -153,20 +153,20 @@ def _check_keys(info: Mapping[str, Any], source: str) -> None:
     """Weights that the file lacks would be random numbers; tied ones are not in this list."""
     wrong_shapes = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
     for keys, what in (
-        (sorted(wrong_shapes), "have another shape than config.json says"),
-        (sorted(set(info["missing_keys"]) - set(wrong_shapes)), "are not in the weight files"),
+        (sorted(wrong_shapes), "of another shape than config.json says"),
+        (sorted(set(info["missing_keys"]) - set(wrong_shapes)), "missing from the weight files"),
     ):
         if keys:
             raise VlmtuneError(
-                f"{len(keys)} weights of {source} {what}",
+                f"{plural(len(keys), 'weight')} of {source} {what}",
                 got=_shown(keys),
                 do="use the weights and the config.json of one and the same model",
             )
     if info["unexpected_keys"]:
         keys = sorted(info["unexpected_keys"])
         logger.warning(
-            "%d weights of %s have no place in the model and are not loaded: %s",
-            len(keys),
+            "%s of %s without a place in the model, not loaded: %s",
+            plural(len(keys), "weight"),
             source,
             _shown(keys),
         )

@@ -24,7 +24,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import VlmtuneError, plural
 from vlmtune.models.embedding import RECORD_FILE
 from vlmtune.models.forward import base_of
 from vlmtune.models.merge_probes import Probe, build_probes, probe_logits
@@ -196,7 +196,7 @@ def verify_written(
     wrong = [error for error in tensor_errors(folder, folding, plan) if error.is_wrong]
     if wrong:
         raise MergeFailed(
-            f"{len(wrong)} tensors of the merged checkpoint are not those of base + adapter"
+            f"{plural(len(wrong), 'tensor')} of the merged checkpoint other than base + adapter"
             + _shown(wrong),
             dataclasses.replace(report, verified=False),
         )

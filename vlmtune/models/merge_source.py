@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import VlmtuneError, plural
 from vlmtune.models.adapters.folded import (
     changed_names,
     folded_weight,
@@ -100,7 +100,9 @@ def _place_vlm(
     placed = place(config, stored, source=source, trust_remote_code=trust)
     if placed.unused:
         logger.info(
-            "%d tensors of %s have no place in the model: copied unread", len(placed.unused), source
+            "%s of %s without a place in the model: copied unread",
+            plural(len(placed.unused), "tensor"),
+            source,
         )
     processor = load_processor(source, revision=revision, trust_remote_code=trust)
     named = None if parts is None else {str(part): paths for part, paths in parts.items()}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from vlmtune.errors import plural
 from vlmtune.models.merge_shards import OutputPlan
 from vlmtune.models.merge_source import Folding
 from vlmtune.models.source import quiet_transformers
@@ -45,7 +46,7 @@ def keys_error(folder: Path, plan: OutputPlan) -> str | None:
     if not missing and not added:
         return None
     names = ", ".join(sorted([*missing, *added])[:3])
-    return f"{len(missing)} tensors are missing and {len(added)} are not the base's: {names}"
+    return f"{plural(len(missing), 'tensor')} missing and {len(added)} not the base's: {names}"
 
 
 def tensor_errors(folder: Path, folding: Folding, plan: OutputPlan) -> Iterator[TensorError]:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from vlmtune.errors import VlmtuneError, nearest
+from vlmtune.errors import VlmtuneError, nearest, plural
 from vlmtune.models.family import Family, lies_under, part_of
 from vlmtune.models.targets import (
     GROUPS,
@@ -157,7 +157,8 @@ def check_quantization(
     if wrong:
         shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         raise VlmtuneError(
-            f"{len(wrong)} linear layers were not quantised as the recipe says: {shown}",
+            f"{plural(len(wrong), 'linear layer was', 'linear layers were')} not quantised as the "
+            f"recipe says: {shown}",
             do="this model's class keeps or converts layers on its own: name those that stay in 16 "
             "bit in quantization.skip, or set quantization_bit: 16",
         )

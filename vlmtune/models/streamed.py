@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import VlmtuneError, plural
 from vlmtune.models.load import build_on_meta
 from vlmtune.models.source import quiet_transformers
 from vlmtune.models.tensor_files import HeapKeeper, StoredTensor, read_tensor
@@ -98,7 +98,8 @@ def place(
     lost = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
     if lost:
         raise VlmtuneError(
-            f"{len(lost)} weights of {source} are missing, or not of the shape in config.json",
+            plural(len(lost), f"weight of {source} is", f"weights of {source} are")
+            + " missing, or not of the shape in config.json",
             got=", ".join(lost[:3]),
             do="use the weights and the config.json of one and the same model",
         )

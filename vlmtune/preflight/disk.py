@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import VlmtuneError, plural
 from vlmtune.preflight.model import Trained
 from vlmtune.recipe.schema import Recipe
 
@@ -54,8 +54,9 @@ def check_room(disk: Disk, folder: Path) -> None:
             "there is too little room for the run",
             file=folder,
             got=f"{shown_bytes(disk.free_bytes)} free",
-            expected=f"{shown_bytes(disk.needed_bytes)}: {disk.checkpoints} checkpoints of "
-            f"{shown_bytes(disk.checkpoint_bytes)} and the result",
+            expected=f"{shown_bytes(disk.needed_bytes)}: "
+            f"{plural(disk.checkpoints, 'checkpoint')} of {shown_bytes(disk.checkpoint_bytes)} "
+            "and the result",
             do="free space, lower train.keep_checkpoints, or set another output_dir",
         )
 

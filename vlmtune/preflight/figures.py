@@ -11,7 +11,7 @@ import numpy as np
 
 from vlmtune.data.order import Order
 from vlmtune.data.packing import Budget, num_steps, step_samples
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import VlmtuneError, plural
 from vlmtune.preflight.disk import CACHE_BYTES_PER_TOKEN
 from vlmtune.preflight.epoch import Epoch, MicroBatch, epoch_of, micro_batches, row_numbers, set_of
 from vlmtune.preflight.memory import Memory, memory_of
@@ -103,7 +103,7 @@ def _order(train: CheckedSet, recipe: Recipe) -> tuple[np.ndarray, Order, float]
     if not table.count(GOOD):
         raise VlmtuneError(
             "data.train: no sample is left to train on",
-            got=f"{len(table):,} rows, none of which can be used",
+            got=f"{plural(len(table), 'row')}, none of which can be used",
         )
     if train.files and not train.is_partial:
         conversations = set_of(train.files, table)

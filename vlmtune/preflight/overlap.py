@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vlmtune.data.duplicates import Overlap, overlap
+from vlmtune.errors import plural
 from vlmtune.preflight.problems import Problems
 from vlmtune.preflight.sets import CheckedSet
 
@@ -19,8 +20,8 @@ def add_overlap(train: CheckedSet, held_out: CheckedSet, problems: Problems) -> 
     if found.num_with_both:
         problems.add(
             "warning",
-            f"{held_out.name}: {found.num_with_both:,} of {total:,} samples have the question and "
-            "the pictures of a training sample",
+            f"{held_out.name}: {found.num_with_both:,} of {plural(total, 'sample')} with the "
+            "question and the pictures of a training sample",
             file=file,
             line=line,
         )
@@ -28,9 +29,9 @@ def add_overlap(train: CheckedSet, held_out: CheckedSet, problems: Problems) -> 
         shown = (None, None) if found.num_with_both else (file, line)
         problems.add(
             "warning",
-            f"{held_out.name}: {found.num_pictures:,} pictures, in {found.num_with_picture:,} of "
-            f"{total:,} samples, are also trained on; `vlmtune data split` keeps each picture on "
-            "one side",
+            f"{held_out.name}: also trained on: {plural(found.num_pictures, 'picture')}, in "
+            f"{found.num_with_picture:,} of {plural(total, 'sample')}; `vlmtune data split` keeps "
+            "each picture on one side",
             file=shown[0],
             line=shown[1],
         )

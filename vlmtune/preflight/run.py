@@ -17,7 +17,7 @@ from transformers import ProcessorMixin
 from vlmtune.data.encode import Encoder
 from vlmtune.data.source import access_of, cache_dir_of
 from vlmtune.data.stream import Stream
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import VlmtuneError, plural
 from vlmtune.models.bfloat16 import bfloat16_errors, capability_of
 from vlmtune.models.load import VLM
 from vlmtune.models.packed import can_pack
@@ -175,7 +175,7 @@ class Preflight:
             if checked.is_partial:
                 report.problems.add(
                     "warning",
-                    f"{name}: only {len(checked.table):,} of {checked.num_rows:,} rows were "
+                    f"{name}: only {len(checked.table):,} of {plural(checked.num_rows, 'row')} "
                     "looked at (--max-samples)",
                 )
             report.duplicates[name] = add_duplicates(checked, report.problems)

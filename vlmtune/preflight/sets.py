@@ -17,7 +17,7 @@ from vlmtune.data.duplicates import duplicates
 from vlmtune.data.source import NEW_IDS, access_of, cache_dir_of
 from vlmtune.data.stream import Stream, open_stream
 from vlmtune.data.text import shorten
-from vlmtune.errors import SampleError, VlmtuneError
+from vlmtune.errors import SampleError, VlmtuneError, plural
 from vlmtune.evaluation.subset import fixed_subset
 from vlmtune.preflight.problems import Problems, Severity, kind_of
 from vlmtune.preflight.rows import (
@@ -131,8 +131,8 @@ def look_at_repeated_ids(checked: CheckedSet, problems: Problems) -> None:
         source, other = table.source(number), table.source(first)
         problems.add(
             "warning",
-            f"{checked.name}: {len(taken):,} rows have an id that a row before them has, and are "
-            f"trained on as well; the first has that of {other.file}:{other.line}",
+            f"{checked.name}: {plural(len(taken), 'row')} with the id of a row before, trained on "
+            f"as well; the first has that of {other.file}:{other.line}",
             file=source.file,
             line=source.line,
         )
@@ -195,8 +195,9 @@ def add_duplicates(checked: CheckedSet, problems: Problems) -> int:
         first, again = (table.source(table.digest_rows[at]) for at in found.examples[0])
         problems.add(
             "warning",
-            f"{checked.name}: {found.num_repeated:,} samples repeat another one word for word, "
-            f"with the same pictures; the first repeats {first.file}:{first.line}",
+            f"{checked.name}: {plural(found.num_repeated, 'sample repeats', 'samples repeat')} "
+            f"another one word for word, with the same pictures; the first repeats "
+            f"{first.file}:{first.line}",
             file=again.file,
             line=again.line,
         )
@@ -218,7 +219,7 @@ def _add_too_long(checked: CheckedSet, problems: Problems) -> None:
         error = too_long[0].failed[0].error
         problems.add(
             "warning",
-            f"{checked.name}: {sum(kept.count for kept in too_long):,} samples are too long and "
+            f"{checked.name}: {plural(sum(kept.count for kept in too_long), 'sample')} too long, "
             f"left out (data.over_length: drop); the first has {error.got}",
             file=error.file,
             line=error.line,

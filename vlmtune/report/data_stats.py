@@ -18,8 +18,7 @@ import numpy as np
 from vlmtune.data.encode import Encoder, encoder_for
 from vlmtune.data.source import access_of, all_rows
 from vlmtune.data.types import Conversation, Sample
-from vlmtune.errors import VlmtuneError
-from vlmtune.report.figures import plural
+from vlmtune.errors import VlmtuneError, plural
 from vlmtune.report.marked_text import Piece, marked_pieces
 from vlmtune.report.pictures import Thumbnail, Thumbnails, spread
 

@@ -101,11 +101,6 @@ def spoken_bytes(value: float) -> str:
     return f"{value:.0f} bytes"
 
 
-def plural(count: int, one: str, many: str | None = None) -> str:
-    """`1 sample`, `2,000 samples`."""
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
-
-
 def sentence(text: str) -> str:
     """`text` with a capital first letter, the rest as it is."""
     return text[:1].upper() + text[1:]

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import VlmtuneError, plural
 from vlmtune.evaluation.guard import guard_verdict, guarded_metric
 from vlmtune.evaluation.metrics.bootstrap import Interval
 from vlmtune.report.change import apart, difference
 from vlmtune.report.evaluations import Evaluation, Pair, is_right
-from vlmtune.report.figures import Figure, number, plural, sentence, short_number, spoken
+from vlmtune.report.figures import Figure, number, sentence, short_number, spoken
 from vlmtune.report.gallery import clipped
 from vlmtune.report.mistakes import mixups, worst_slices
 from vlmtune.report.recipe_diff import value_at
@@ -158,7 +158,7 @@ def _skipped(record: RunRecord) -> Finding:
     if not record.skipped:
         told = "No, nothing." if record.lines else "Nothing so far."
         return Finding(question, "plain" if details else "good", told, tuple(details))
-    told = f"Yes, {plural(len(record.skipped), 'sample')} were not trained on."
+    told = f"Yes, {plural(len(record.skipped), 'sample was', 'samples were')} not trained on."
     return Finding(question, "bad", told.replace("1 sample were", "1 sample was"), tuple(details))
 
 

@@ -24,7 +24,7 @@ from markupsafe import Markup
 
 from vlmtune import __version__
 from vlmtune.data.run_entries import RunData, run_data
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import VlmtuneError, plural
 from vlmtune.recipe.load import load_resolved
 from vlmtune.recipe.schema import Recipe
 from vlmtune.report.curves import Chart
@@ -38,7 +38,7 @@ from vlmtune.report.evaluations import (
     guard_pair,
     read_evaluations,
 )
-from vlmtune.report.figures import number, plural, sentence, short_number, spoken, spoken_bytes
+from vlmtune.report.figures import number, sentence, short_number, spoken, spoken_bytes
 from vlmtune.report.gallery import build_gallery, clipped
 from vlmtune.report.headline import findings, grouped_reasons
 from vlmtune.report.metrics_charts import metric_charts

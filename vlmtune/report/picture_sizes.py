@@ -15,6 +15,7 @@ import PIL.Image
 from vlmtune.data.encode import Encoder
 from vlmtune.data.media import open_image
 from vlmtune.data.types import Conversation, Sample
+from vlmtune.errors import plural
 
 GRID = "image_grid_thw"
 PIXELS = "pixel_values"
@@ -36,7 +37,7 @@ class PictureSize:
         text = f"{self.width} x {self.height}"
         if self.processed is not None:
             text += f" -> {self.processed}"
-        return text if self.num_tokens is None else f"{text}, {self.num_tokens:,} tokens"
+        return text if self.num_tokens is None else f"{text}, {plural(self.num_tokens, 'token')}"
 
 
 def picture_sizes(

@@ -24,8 +24,7 @@ from vlmtune import __version__
 from vlmtune.data.encode import Encoder
 from vlmtune.data.text import escaped
 from vlmtune.data.types import IGNORED, Conversation, Sample
-from vlmtune.errors import VlmtuneError
-from vlmtune.report.figures import plural
+from vlmtune.errors import VlmtuneError, plural
 from vlmtune.report.marked_text import Piece, whole_pieces
 from vlmtune.report.picture_sizes import PictureSize, picture_sizes
 from vlmtune.report.pictures import Thumbnail, Thumbnails

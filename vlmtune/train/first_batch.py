@@ -17,7 +17,7 @@ from vlmtune.data.formats.rows import check_trainable
 from vlmtune.data.pairs import encode_pair, side_batches
 from vlmtune.data.stream import OpenStream, Stream
 from vlmtune.data.types import Batch, Conversation, SideBatch
-from vlmtune.errors import SampleError, VlmtuneError
+from vlmtune.errors import SampleError, VlmtuneError, plural
 
 LOOKED_OVER = 1000
 """Samples that are looked at before training: has one a picture, which is the first to encode."""
@@ -101,7 +101,7 @@ def first_batch(
         raise VlmtuneError(
             "modules of the vision tower or the connector are trained, but no sample has a picture "
             "or a video",
-            got=f"{num_looked_at:,} samples looked at",
+            got=f"{plural(num_looked_at, 'sample')} looked at",
             do="leave them out of lora_target and modules_to_save",
         )
     for conversation in () if needs_media else without_media:

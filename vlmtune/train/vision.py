@@ -8,7 +8,7 @@ import psutil
 from accelerate import Accelerator
 
 from vlmtune.data.source import access_of, cache_dir_of
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import VlmtuneError, plural
 from vlmtune.models.forward import base_of, trained_media_names
 from vlmtune.models.load import VLM
 from vlmtune.models.vision_cache import DiskStore, FeatureCache, MemoryStore, open_disk_store
@@ -84,7 +84,9 @@ def _refuse(recipe: Recipe, vlm: VLM) -> None:
         if recipe.parts is not None:
             reason += " where the recipe states its parts"
     else:
-        reason = f"the vision tower trains ({len(trained)} tensors of it and the connector)"
+        reason = (
+            f"the vision tower trains ({plural(len(trained), 'tensor')} of it and the connector)"
+        )
     if mode in ("memory", "disk"):
         raise VlmtuneError(
             f"pictures' features cannot be kept: {reason}",

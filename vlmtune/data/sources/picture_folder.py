@@ -15,7 +15,7 @@ import numpy as np
 from vlmtune.data.index import Numbers
 from vlmtune.data.text import escaped, shorten
 from vlmtune.data.types import Source
-from vlmtune.errors import SampleError, VlmtuneError
+from vlmtune.errors import SampleError, VlmtuneError, plural
 from vlmtune.recipe.data_section import FormatName
 
 logger = logging.getLogger("vlmtune")
@@ -174,8 +174,15 @@ def _tell_classes(path: Path, pictures: list[str]) -> None:
     classes = Counter(name.partition("/")[0] for name in pictures if "/" in name)
     names = ", ".join(f"{name} ({num:,})" for name, num in sorted(classes.items()))
     deeper = sum(name.count("/") > 1 for name in pictures)
-    more = f"; {deeper:,} pictures are in folders of a class's folder" if deeper else ""
-    logger.info("%s: %d classes: %s%s", path, len(classes), escaped(shorten(names, 300)), more)
+    lost = plural(deeper, "picture is", "pictures are")
+    more = f"; {lost} in folders of a class's folder" if deeper else ""
+    logger.info(
+        "%s: %s: %s%s",
+        path,
+        plural(len(classes), "class", "classes"),
+        escaped(shorten(names, 300)),
+        more,
+    )
 
 
 def _unknown(path: Path, got: str) -> VlmtuneError:

@@ -32,7 +32,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import VlmtuneError, plural
 from vlmtune.models.adapters.base import AdapterPlan, plan_modules
 from vlmtune.models.adapters.rank_budget import BudgetSchedule, RankAllocator, Triplets
 from vlmtune.models.adapters.wrapping import (
@@ -223,8 +223,8 @@ def schedule_steps(section: AdaLoraSection, *, total_steps: int) -> tuple[int, i
     if warmup + final >= total_steps:
         raise VlmtuneError(
             "adalora.warmup and adalora.final leave no optimizer step for pruning",
-            got=f"warmup {warmup} + final {final} of {total_steps} steps",
-            expected=f"together fewer than {total_steps} steps",
+            got=f"warmup {warmup} + final {final} of {plural(total_steps, 'step')}",
+            expected=f"together fewer than {plural(total_steps, 'step')}",
             do="lower adalora.warmup or adalora.final, or train for longer",
         )
     return warmup, final
