@@ -27,8 +27,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from vlmtune.models.adapters.own_forward import use_own_forward
-from vlmtune.models.dequantized import keep_dequantized
+from vlmtune.models.adapters.lora_kernels import use_own_forward
+from vlmtune.models.quantize import keep_dequantized
 
 
 @dataclass(frozen=True)

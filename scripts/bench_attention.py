@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmtune.models.pack_attention import pack_attention
+from vlmtune.models.packing import pack_attention
 
 HEADS, KEY_HEADS, WIDTH = 8, 2, 64
 PACKS = ([48] * 8, [180] * 8, [300] * 4, [600] * 2, [1200], [3000])

@@ -33,15 +33,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, StoppingCriteria, StoppingCriteriaList
 
+from vlmtune.data.dataset import load_conversations
 from vlmtune.data.encode import Encoder
-from vlmtune.data.source import load_conversations
 from vlmtune.data.types import Conversation, Image, Sample, Source, Text, Turn
-from vlmtune.evaluation.decoding import ends_answer, greedy_config
-from vlmtune.evaluation.generate import evaluating, generate_answers
+from vlmtune.evaluation.generate import ends_answer, evaluating, generate_answers, greedy_config
 from vlmtune.evaluation.prompts import SharedPictures, prompt_inputs
 from vlmtune.evaluation.running_batch import Row, RunningBatch, answer_rows
 from vlmtune.models.load import VLM, load_vlm
-from vlmtune.recipe.schema import ImageSection
+from vlmtune.recipe.data_section import ImageSection
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data" / "sample"

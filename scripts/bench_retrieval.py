@@ -22,16 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmtune.data.collate import collate
+from vlmtune.data.batches import collate
+from vlmtune.data.dataset import load_conversations
 from vlmtune.data.encode import Encoder
-from vlmtune.data.source import load_conversations
 from vlmtune.data.types import IGNORED, Sample
 from vlmtune.evaluation.generate import evaluating
 from vlmtune.evaluation.likelihood import LikelihoodScorer
-from vlmtune.evaluation.retrieval.items import RetrievalItems, answered, retrieval_items
+from vlmtune.evaluation.retrieval.ranking import RetrievalItems, answered, retrieval_items
 from vlmtune.models.forward import SupervisedForward
-from vlmtune.models.load import VLM, load_vlm
-from vlmtune.models.processor import pad_token_id
+from vlmtune.models.load import VLM, load_vlm, pad_token_id
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data" / "sample"

@@ -32,9 +32,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-from vlmtune.models.adapters.own_forward import use_own_forward
-from vlmtune.train.background import CheckpointWriter
-from vlmtune.train.checkpoint import Checkpoint, TrainState, save_checkpoint
+from vlmtune.models.adapters.lora_kernels import use_own_forward
+from vlmtune.train.checkpoint import Checkpoint, CheckpointWriter, TrainState, save_checkpoint
 from vlmtune.train.optim import BETAS, EPS, build_optimizer
 from vlmtune.train.step import clip_gradients
 

@@ -28,17 +28,17 @@ import PIL.Image
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from vlmtune.data.collate import pack
+from vlmtune.data.batches import pack
 from vlmtune.data.encode import Encoder
 from vlmtune.data.media import read_image
-from vlmtune.data.media_units import media_keys_of
+from vlmtune.data.processing import media_keys_of
 from vlmtune.data.types import Conversation, Image, Source, Text, Turn
-from vlmtune.models.families.registry import family_for
+from vlmtune.models.families import family_for
 from vlmtune.models.forward import SupervisedForward
-from vlmtune.models.packed import use_packed_attention
-from vlmtune.models.processor import load_processor
+from vlmtune.models.load import load_processor
+from vlmtune.models.packing import use_packed_attention
+from vlmtune.models.vision import VisionFeatures
 from vlmtune.models.vision_cache import FeatureCache, FeatureStore, MemoryStore, open_disk_store
-from vlmtune.models.vision_features import VisionFeatures
 
 PATCH = 14
 SAMPLE_MODEL = Path(__file__).resolve().parent.parent / "data" / "sample" / "tiny-vlm"

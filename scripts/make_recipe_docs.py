@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from vlmtune.recipe.keys import describe, entry_section_of, section_of, walk_keys
+from vlmtune.recipe.explain import describe, entry_section_of, section_of, walk_keys
 from vlmtune.recipe.schema import Recipe
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"

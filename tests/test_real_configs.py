@@ -13,7 +13,7 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from transformers import AutoConfig, PreTrainedModel
 
 from tests.tiny_models import build_tiny_model
-from vlmtune.models.families.registry import family_for
+from vlmtune.models.families import family_for
 from vlmtune.models.load import build_on_meta
 from vlmtune.models.quantize import expand_skip
 from vlmtune.models.targets import (

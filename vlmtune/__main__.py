@@ -1,5 +1,7 @@
 """`python -m vlmtune` and `accelerate launch -m vlmtune`."""
 
+from __future__ import annotations
+
 from vlmtune.cli.app import main
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vlmtune.report.curves import BOX, Chart, Point, Series, draw_chart
+from vlmtune.report.charts import BOX, Chart, Point, Series, draw_chart
 
 COLORS = {
     "trainer": "#6b7280",

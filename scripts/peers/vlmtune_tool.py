@@ -76,10 +76,10 @@ class Encoded:
 
 def encode_rows(model: str, folder: Path, *, limit: int) -> list[Encoded]:
     """The first `limit` rows of a workload's folder through vlmtune's own encoder."""
+    from vlmtune.data.dataset import open_conversations
     from vlmtune.data.encode import Encoder
-    from vlmtune.data.source import open_conversations
     from vlmtune.data.types import Access
-    from vlmtune.models.processor import load_processor
+    from vlmtune.models.load import load_processor
 
     encoder = Encoder(
         load_processor(model),

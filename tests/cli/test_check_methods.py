@@ -16,9 +16,8 @@ from tests.cli.test_check import run_check
 from tests.conftest import ROOT
 from tests.tiny_models import save_tiny_model
 from tests.train.training import copy_sample, write_recipe
-from vlmtune.models.families.registry import family_for
-from vlmtune.models.load import build_on_meta
-from vlmtune.models.source import read_config
+from vlmtune.models.families import family_for
+from vlmtune.models.load import build_on_meta, read_config
 from vlmtune.models.targets import resolve_targets
 
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))

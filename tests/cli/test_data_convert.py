@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from tests.signals import hears_ctrl_c
 from vlmtune.cli.app import app
-from vlmtune.data.source import load_conversations
+from vlmtune.data.dataset import load_conversations
 
 ANSWER = {"role": "assistant", "content": "red"}
 
@@ -192,7 +192,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(folder: Path):
     assert run(source, "--output", folder / "whole" / "b.jsonl", "--quiet")[0] == 0
     output = folder / "stopped" / "b.jsonl"
     slow = (
-        "import time, vlmtune.data.convert as c\n"
+        "import time, vlmtune.data.tools.convert as c\n"
         "c.SAVE_SECONDS = 0.05\n"
         "row_of = c.row_of\n"
         "c.row_of = lambda *a: (time.sleep(0.002), row_of(*a))[1]\n"

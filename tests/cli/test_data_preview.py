@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vlmtune.cli.app import app
-from vlmtune.data.text import escaped
+from vlmtune.errors import escaped
 
 
 def run(*arguments: object, env: dict[str, str] | None = None) -> tuple[int, str, str]:

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vlmtune.cli.app import app
-from vlmtune.data.source import load_conversations
+from vlmtune.data.dataset import load_conversations
 
 
 def run(*arguments: object) -> tuple[int, str, str]:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.cli.evaluating import run_eval, write_questions, write_run, write_with_pictures
-from vlmtune.cli.eval_compare import folders_of, names_of
-from vlmtune.cli.eval_tables import print_comparison, print_result
 from vlmtune.evaluation.compare import Comparison, Difference
+from vlmtune.sessions.eval_tables import print_comparison, print_result
+from vlmtune.sessions.evaluate import folders_of, names_of
 
 
 def doctored(folder: Path, source: Path, answers: dict[str, str]) -> Path:

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from vlmtune.cli.progress import progress, spoken_time
+from vlmtune.sessions.console import progress, spoken_time
 
 
 def lines(capsys: pytest.CaptureFixture[str], counts: list[int], total: int) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmtune.cli.preload import KERNEL_CACHES
+from vlmtune.sessions.preload import KERNEL_CACHES
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "configs" / "quickstart.yaml")
@@ -104,7 +104,7 @@ def test_preload_leaves_garbage_collection_and_compilation_as_they_were() -> Non
     python("""
 import gc, os
 before = gc.get_threshold(), dict(os.environ)
-from vlmtune.cli.preload import KERNEL_CACHES, KEPT_KERNELS, preload
+from vlmtune.sessions.preload import KERNEL_CACHES, KEPT_KERNELS, preload
 preload("bitsandbytes")
 assert [os.environ.pop(name) for name in KERNEL_CACHES] == [KEPT_KERNELS] * 2
 import sys, torch

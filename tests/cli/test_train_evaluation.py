@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vlmtune.cli.train_evaluation import HeldOut, load_held_out
 from vlmtune.errors import VlmtuneError
 from vlmtune.recipe.load import load_recipe
+from vlmtune.sessions.train_evaluation import HeldOut, load_held_out
 
 
 def held_out(folder: Path, rows: list[dict], evaluation: str) -> HeldOut:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlmtune.data.alignment import (
+from vlmtune.data.tokens import (
     Alignment,
     align_by_characters,
     align_by_tokens,

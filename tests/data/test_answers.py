@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.data.conftest import cached_processor
-from vlmtune.data.answers import AnswerTokenizer, without_images
+from vlmtune.data.tokens import AnswerTokenizer, without_images
 from vlmtune.data.types import Image, Text
 from vlmtune.errors import SampleError
 

@@ -9,8 +9,8 @@ import PIL.Image
 import pytest
 
 from tests.data.conftest import cached_processor
+from vlmtune.data.dataset import load_conversations, open_conversations
 from vlmtune.data.encode import Encoder
-from vlmtune.data.source import load_conversations, open_conversations
 from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
 
 USER = {"role": "user", "content": "Hi"}

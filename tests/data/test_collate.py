@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vlmtune.data.collate import collate, collate_prompts
+from vlmtune.data.batches import collate, collate_prompts
 from vlmtune.data.types import IGNORED, Sample, Source
 
 PAD = 0

@@ -20,13 +20,12 @@ import PIL.Image
 import pytest
 
 from tests.data.formats.examples import ROWS
-from vlmtune.data import convert as convert_module
-from vlmtune.data.convert import convert
-from vlmtune.data.dataset import open_files
+from vlmtune.data.dataset import load_conversations, open_files
 from vlmtune.data.formats.registry import FORMATS
 from vlmtune.data.media import locate_image
-from vlmtune.data.message_rows import CannotWrite, MediaPlaces, row_of
-from vlmtune.data.source import load_conversations
+from vlmtune.data.tools import convert as convert_module
+from vlmtune.data.tools.convert import convert
+from vlmtune.data.tools.message_rows import CannotWrite, MediaPlaces, row_of
 from vlmtune.data.types import Access, Conversation, Image, Source, Text, Turn, Video
 from vlmtune.errors import ErrorGroup, VlmtuneError
 from vlmtune.recipe.data_section import DataEntry, FormatName
@@ -393,7 +392,7 @@ def test_a_full_disk_is_named_and_what_was_done_is_kept(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from vlmtune.data import convert as module
+from vlmtune.data.tools import convert as module
 from vlmtune.data.dataset import open_files
 from vlmtune.data.formats.registry import FORMATS
 from vlmtune.recipe.data_section import DataEntry, FormatName

@@ -10,7 +10,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from vlmtune.data.duplicates import (
+from vlmtune.data.tools.duplicates import (
     PictureDigests,
     digest_table,
     digests_of,

@@ -10,7 +10,7 @@ import torch
 
 from tests.data.conftest import cached_processor
 from vlmtune.data.encode import Encoder
-from vlmtune.data.masks import NORMALISED
+from vlmtune.data.tokens import NORMALISED
 from vlmtune.data.types import IGNORED
 from vlmtune.errors import SampleError, VlmtuneError
 

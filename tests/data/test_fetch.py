@@ -183,7 +183,7 @@ def test_private_addresses_are_refused_wherever_they_come_from(server, access, m
 
 def test_a_redirect_to_a_private_address_is_refused(server, access, monkeypatch):
     # The first host counts as public here; what it leads to does not.
-    monkeypatch.setattr("vlmtune.data.download.is_public", lambda address: str(address)[-1] == "1")
+    monkeypatch.setattr("vlmtune.data.fetch.is_public", lambda address: str(address)[-1] == "1")
     named(monkeypatch, outside=[["127.0.0.1"]], inside=[["127.0.0.2"]])
     server.pages |= {
         "/to-inside": redirect(server.url("/a.png", "inside")),

@@ -9,14 +9,14 @@ import os
 import numpy as np
 import pytest
 
-from vlmtune.data import index
-from vlmtune.data.index import open_table, stamp_of
+from vlmtune.data.sources import base
+from vlmtune.data.sources.base import open_table, stamp_of
 from vlmtune.errors import VlmtuneError
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(index, "KEPT_FROM_BYTES", 1)
+    monkeypatch.setattr(base, "KEPT_FROM_BYTES", 1)
     return tmp_path / "cache"
 
 

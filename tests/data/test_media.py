@@ -16,7 +16,11 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.data.odd_pictures import SEEDS, chunk, damaged, encoded, png, turned
+from vlmtune.data.dataset import access_of
 from vlmtune.data.media import (
+    ANIMATED,
+    BROKEN_EXIF,
+    PAGES,
     content_digest,
     locate_image,
     locate_media,
@@ -25,8 +29,6 @@ from vlmtune.data.media import (
     upright_size,
     verify_image,
 )
-from vlmtune.data.pixels import ANIMATED, BROKEN_EXIF, PAGES
-from vlmtune.data.source import access_of
 from vlmtune.data.types import LOCAL, Access, Image, Video
 from vlmtune.errors import VlmtuneError
 from vlmtune.recipe.load import load_recipe

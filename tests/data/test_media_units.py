@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmtune.data.media_units import Unit, media_keys_of, split_units, without_pixels
+from vlmtune.data.processing import Unit, media_keys_of, split_units, without_pixels
 
 
 def tiles(*sides: tuple[int, int], most: int, height: int, width: int) -> dict[str, Tensor]:

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from tests.data.conftest import cached_processor
-from vlmtune.data.encode import OverLength
-from vlmtune.data.over_length import SHRUNK, TRIMMED, TURNS_LEFT_OUT
+from vlmtune.data.encode import SHRUNK, TRIMMED, TURNS_LEFT_OUT, OverLength
 from vlmtune.data.types import IGNORED, Image
 from vlmtune.errors import SampleError
 

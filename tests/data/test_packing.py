@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmtune.data.order import Order
-from vlmtune.data.packing import (
+from vlmtune.data.batches import (
     Budget,
     balanced_shares,
     num_steps,
@@ -18,6 +17,7 @@ from vlmtune.data.packing import (
     share_mark,
     step_samples,
 )
+from vlmtune.data.order import Order
 
 
 def epoch_order(seed, epoch, num_samples):

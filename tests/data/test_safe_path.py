@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmtune.data.safe_path import NoSuchFile, find_file, is_inside, printable
+from vlmtune.data.locations import NoSuchFile, find_file, is_inside, printable
 from vlmtune.errors import VlmtuneError
 
 

@@ -10,8 +10,8 @@ from typing import get_args
 import PIL.Image
 import pytest
 
+from vlmtune.data.dataset import content_hash, load_conversations, open_conversations
 from vlmtune.data.formats.registry import FORMATS
-from vlmtune.data.source import content_hash, load_conversations, open_conversations
 from vlmtune.data.types import Image, Text, Turn, Video
 from vlmtune.errors import ErrorGroup
 from vlmtune.recipe.data_section import FormatName

@@ -14,10 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmtune.data.dataset import open_files
-from vlmtune.data.duplicates import Digests, PictureDigests, digest_table, overlap
-from vlmtune.data.source import load_conversations
-from vlmtune.data.split import Groups, Split, choose_eval, split
+from vlmtune.data.dataset import load_conversations, open_files
+from vlmtune.data.tools.duplicates import Digests, PictureDigests, digest_table, overlap
+from vlmtune.data.tools.split import Groups, Split, choose_eval, split
 from vlmtune.data.types import Access
 from vlmtune.errors import ErrorGroup, VlmtuneError
 from vlmtune.recipe.data_section import DataEntry

@@ -14,10 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmtune.data.stream import OpenStream, Stream, StreamCursor, open_stream
-from vlmtune.data.streams.blocks import BlockReader, EntryCursor
-from vlmtune.data.streams.lines import LineShard
-from vlmtune.data.streams.shards import RawRow
+from vlmtune.data.sources.base import RawRow
+from vlmtune.data.sources.jsonl import LineShard
+from vlmtune.data.stream import (
+    BlockReader,
+    EntryCursor,
+    OpenStream,
+    Stream,
+    StreamCursor,
+    open_stream,
+)
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.recipe.data_section import DataEntry
 

@@ -6,7 +6,7 @@ import ipaddress
 
 import pytest
 
-from vlmtune.data.url import check_literal_address, is_public, is_url, shown_url, split_url
+from vlmtune.data.locations import check_literal_address, is_public, is_url, shown_url, split_url
 from vlmtune.errors import VlmtuneError
 
 

@@ -8,10 +8,10 @@ import PIL.Image
 import pytest
 
 from tests.data.processors import build_processor
+from vlmtune.data.batches import balanced_shares
 from vlmtune.data.encode import Encoder
-from vlmtune.data.packing import balanced_shares
+from vlmtune.data.measure import TOKENS_PER_PICTURE, WorkScale
 from vlmtune.data.types import Conversation, Image, Part, Source, Text, Turn, Video
-from vlmtune.data.work import TOKENS_PER_PICTURE, WorkScale
 
 
 def asked(*parts: Part, answer: str = "yes") -> Conversation:

@@ -9,7 +9,7 @@ import pytest
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation
 from vlmtune.errors import VlmtuneError
-from vlmtune.evaluation.answers import KeptAnswers, kept_settings, remove_kept
+from vlmtune.evaluation.answer_log import KeptAnswers, kept_settings, remove_kept
 from vlmtune.evaluation.runner import evaluate
 from vlmtune.models.load import VLM
 from vlmtune.recipe.schema import EvalSection

@@ -9,7 +9,7 @@ from vlmtune.data.encode import Encoder
 from vlmtune.data.media import open_image
 from vlmtune.data.types import Conversation, Image, Source, Text, Turn
 from vlmtune.errors import VlmtuneError
-from vlmtune.evaluation.blind import blanked, majority_answers
+from vlmtune.evaluation.guard import blanked, majority_answers
 
 
 def exchange(*texts: str, answers: tuple[str, ...] = ()) -> Conversation:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from vlmtune.data.collate import collate
+from vlmtune.data.batches import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation, Text, Turn
 from vlmtune.errors import SampleError
-from vlmtune.evaluation.choice import choice_statistics, choose_by_likelihood
+from vlmtune.evaluation.likelihood import choice_statistics, choose_by_likelihood
 from vlmtune.evaluation.metrics.base import Mean
 from vlmtune.evaluation.metrics.registry import CHOICE_LIKELIHOOD
 from vlmtune.models.forward import full_logits

@@ -13,10 +13,9 @@ import pytest
 from tests.evaluation.test_runner import asked
 from vlmtune.errors import VlmtuneError
 from vlmtune.evaluation.compare import compare, mcnemar, paired_differences
-from vlmtune.evaluation.metrics.base import Mean
-from vlmtune.evaluation.metrics.bootstrap import bootstrap_intervals
+from vlmtune.evaluation.metrics.base import Mean, bootstrap_intervals
 from vlmtune.evaluation.results import Result, is_finished, read_result, write_report
-from vlmtune.evaluation.scoring import score_answers
+from vlmtune.evaluation.runner import score_answers
 
 MEAN = Mean("accuracy", lambda sample: 0.0)
 

@@ -8,15 +8,16 @@ from transformers import StoppingCriteriaList
 
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Batch, Conversation, Source, Text, Turn
-from vlmtune.evaluation.decoding import (
+from vlmtune.evaluation.generate import (
     StopTexts,
     cut_before,
     decoding_config,
     ends_answer,
+    evaluating,
+    generate_answers,
     gumbel_noise,
     sampling_processors,
 )
-from vlmtune.evaluation.generate import evaluating, generate_answers
 from vlmtune.evaluation.prompts import prompt_inputs
 from vlmtune.evaluation.running_batch import Row
 from vlmtune.models.forward import SupervisedForward

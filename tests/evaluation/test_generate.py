@@ -8,14 +8,12 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from vlmtune.data.collate import collate
+from vlmtune.data.batches import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation, Sample
-from vlmtune.evaluation.decoding import greedy_config, stop_token_ids
-from vlmtune.evaluation.generate import evaluating, generate_answers
+from vlmtune.evaluation.generate import evaluating, generate_answers, greedy_config, stop_token_ids
 from vlmtune.evaluation.prompts import prompt_inputs
-from vlmtune.models.load import VLM
-from vlmtune.models.processor import pad_token_id
+from vlmtune.models.load import VLM, pad_token_id
 
 NUM_NEW = 6
 

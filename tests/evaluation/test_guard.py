@@ -6,15 +6,9 @@ from pathlib import Path
 import pytest
 
 from vlmtune.errors import VlmtuneError
-from vlmtune.evaluation.guard import (
-    guard_section,
-    guard_verdict,
-    guarded_metric,
-    read_figures,
-)
-from vlmtune.evaluation.metrics.bootstrap import Interval
-from vlmtune.evaluation.results import write_report
-from vlmtune.evaluation.types import EvalReport
+from vlmtune.evaluation.guard import guard_section, guard_verdict, guarded_metric, read_figures
+from vlmtune.evaluation.metrics.base import Interval
+from vlmtune.evaluation.results import EvalReport, write_report
 from vlmtune.recipe.schema import DecodingSection, EvalSection, GuardSection
 
 

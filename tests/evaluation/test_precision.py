@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vlmtune.evaluation.precision import inference_dtype
+from vlmtune.models.precision import inference_dtype
 
 
 def test_a_named_dtype_is_taken() -> None:

@@ -12,15 +12,10 @@ import torch
 
 from tests.tiny_models import MODEL_TYPES, save_tiny_model
 from vlmtune.data.encode import Encoder
-from vlmtune.data.media_units import media_keys_of
+from vlmtune.data.processing import media_keys_of
 from vlmtune.data.types import Conversation, Image, Sample, Source, Text, Turn, Video
 from vlmtune.evaluation.generate import evaluating, generate_answers
-from vlmtune.evaluation.prompts import (
-    RecentStore,
-    SharedPictures,
-    evaluation_order,
-    prompt_inputs,
-)
+from vlmtune.evaluation.prompts import RecentStore, SharedPictures, evaluation_order, prompt_inputs
 from vlmtune.evaluation.runner import evaluate
 from vlmtune.models.forward import full_logits
 from vlmtune.models.likelihood import score_texts

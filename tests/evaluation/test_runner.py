@@ -11,10 +11,8 @@ from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation, Image, Source, Text, Turn
 from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
 from vlmtune.evaluation.references import check_references, picture_name
-from vlmtune.evaluation.results import write_report
-from vlmtune.evaluation.runner import evaluate
-from vlmtune.evaluation.scoring import score_answers
-from vlmtune.evaluation.types import EvalReport
+from vlmtune.evaluation.results import EvalReport, write_report
+from vlmtune.evaluation.runner import evaluate, score_answers
 from vlmtune.models.load import VLM
 from vlmtune.recipe.schema import EvalSection
 

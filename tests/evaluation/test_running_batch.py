@@ -16,16 +16,9 @@ from torch.nn import functional as F
 from tests.tiny_models import MODEL_TYPES, save_tiny_model
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation, Image, Sample, Source, Text, Turn, Video
-from vlmtune.evaluation.decoding import greedy_config, sampling_processors, token_choice
-from vlmtune.evaluation.generate import evaluating
+from vlmtune.evaluation.generate import evaluating, greedy_config, sampling_processors, token_choice
 from vlmtune.evaluation.prompts import prompt_inputs
-from vlmtune.evaluation.running_batch import (
-    Choose,
-    Row,
-    RunningBatch,
-    answer_rows,
-    can_run_rows,
-)
+from vlmtune.evaluation.running_batch import Choose, Row, RunningBatch, answer_rows, can_run_rows
 from vlmtune.models.forward import full_logits
 from vlmtune.models.load import VLM, load_vlm
 from vlmtune.recipe.schema import DecodingSection

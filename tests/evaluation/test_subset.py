@@ -1,4 +1,4 @@
-from vlmtune.evaluation.subset import fixed_subset
+from vlmtune.evaluation.references import fixed_subset
 
 
 def test_a_subset_is_fixed_by_its_seed_and_keeps_the_order() -> None:

@@ -11,8 +11,8 @@ import pytest
 from tests.cli.evaluating import run_eval
 from tests.data.clips import write_clip, write_frames
 from vlmtune.data.types import Conversation, Source, Text, Turn, Video
-from vlmtune.evaluation.fingerprint import samples_digest
-from vlmtune.evaluation.scoring import score_answers
+from vlmtune.evaluation.answer_log import samples_digest
+from vlmtune.evaluation.runner import score_answers
 
 
 def about(video: Video, number: int) -> Conversation:

@@ -66,7 +66,7 @@ def text_inputs() -> dict[str, Tensor]:
 
 def picture_inputs(vlm: VLM) -> dict[str, Tensor]:
     """One question about a picture, from the probes that a merge is compared on."""
-    from vlmtune.models.merge_probes import build_probes
+    from vlmtune.models.merge_verify import build_probes
 
     return build_probes(vlm, None, [])[1].inputs
 

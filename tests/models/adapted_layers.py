@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from vlmtune.models.adapters.own_forward import use_own_forward
+from vlmtune.models.adapters.lora_kernels import use_own_forward
 
 WIDTH = 64
 

@@ -20,10 +20,15 @@ from tests.models.adapted import (
 )
 from tests.tiny_models import save_tiny_model
 from vlmtune.errors import VlmtuneError
-from vlmtune.models.adapters.adalora import AdaLoraAdapter, schedule_steps
-from vlmtune.models.adapters.rank_budget import BudgetSchedule, RankAllocator, Triplets
+from vlmtune.models.adapters.adalora import (
+    AdaLoraAdapter,
+    BudgetSchedule,
+    RankAllocator,
+    Triplets,
+    schedule_steps,
+)
+from vlmtune.models.adapters.base import tuner_layers
 from vlmtune.models.adapters.registry import build_adapter
-from vlmtune.models.adapters.wrapping import tuner_layers
 from vlmtune.recipe.schema import AdaLoraSection
 
 SECTION = {"initial_rank": 6, "target_rank": 3, "warmup": 2, "final": 3, "interval": 2}

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tests.models.adapted_layers import adapted_pair, difference, inputs, passed
 from tests.models.test_adapters_fused import reference_of
-from vlmtune.models.adapters import dora
-from vlmtune.models.adapters.dora import DoraProduct, FusedDora, row_norms
-from vlmtune.models.adapters.wrapping import tuner_layers
+from vlmtune.models.adapters import lora_kernels
+from vlmtune.models.adapters.base import tuner_layers
+from vlmtune.models.adapters.lora_kernels import DoraProduct, FusedDora, row_norms
 
 EXACT = 2e-6
 
@@ -26,7 +26,7 @@ def factors(*, rows: int = 70, width: int = 48, rank: int = 4) -> tuple[Tensor, 
 
 @pytest.mark.parametrize("block", [48 * 16, 1, 2**19])
 def test_row_norms_are_those_of_the_changed_weight(monkeypatch, block):
-    monkeypatch.setitem(dora.BLOCK_ELEMENTS, "cpu", block)
+    monkeypatch.setitem(lora_kernels.BLOCK_ELEMENTS, "cpu", block)
     weight, a, b = factors()
     w, scale = weight.double(), 1.7
     change = b.double() @ a.double()
@@ -80,7 +80,7 @@ def test_a_wrong_norm_or_magnitude_is_seen(monkeypatch, wrong):
         def base_norms(weight: Tensor, a: Tensor, b: Tensor, *, scale: float) -> Tensor:
             return torch.linalg.norm(weight, dim=1)
 
-        monkeypatch.setattr(dora, "row_norms", base_norms)
+        monkeypatch.setattr(lora_kernels, "row_norms", base_norms)
     else:
         for layer in tuner_layers(ours).values():
             layer.lora_magnitude_vector["default"].weight.data *= 1.001
@@ -142,7 +142,7 @@ def count_norms(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return row_norms(*args, **kwargs)
 
-    monkeypatch.setattr(dora, "row_norms", counted)
+    monkeypatch.setattr(lora_kernels, "row_norms", counted)
     return calls
 
 

@@ -14,10 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from tests.models.adapted import METHODS, adapted, open_base, picture_inputs, recipe_for
 from tests.models.adapted_layers import WIDTH, Layers, adapted_pair, difference, inputs, passed
 from tests.tiny_models import save_tiny_model
-from vlmtune.models.adapters.fused import LoraProduct
-from vlmtune.models.adapters.own_forward import needs_autocast, use_own_forward
+from vlmtune.models.adapters.base import ADAPTER, tuner_layers
+from vlmtune.models.adapters.lora_kernels import LoraProduct, needs_autocast, use_own_forward
 from vlmtune.models.adapters.registry import build_adapter
-from vlmtune.models.adapters.wrapping import ADAPTER, tuner_layers
 
 EXACT = 2e-6
 
@@ -100,7 +99,7 @@ def test_under_bf16_it_is_as_near_to_float32_as_peft_with_and_without_autocast(b
 
 def reference_of(model: Any) -> Any:
     """`model` in float32, with its NF4 weights dequantised by hand."""
-    from vlmtune.models.dequantized import base_weight
+    from vlmtune.models.quantize import base_weight
 
     reference = copy.deepcopy(model).float()
     for path, layer in tuner_layers(model).items():

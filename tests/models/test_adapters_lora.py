@@ -22,8 +22,8 @@ from tests.models.adapted import (
 )
 from tests.tiny_models import save_tiny_model
 from vlmtune.errors import VlmtuneError
+from vlmtune.models.adapters.base import tuner_layers
 from vlmtune.models.adapters.registry import build_adapter, method_of
-from vlmtune.models.adapters.wrapping import tuner_layers
 from vlmtune.recipe.schema import QuantizationSection
 
 Q0 = "model.language_model.layers.0.self_attn.q_proj"
@@ -125,7 +125,7 @@ def test_a_lowered_rank_is_that_of_its_module_alone(model_folder, tmp_path):
 def test_a_pattern_does_not_hit_a_longer_path():
     from peft.utils.other import get_pattern_key
 
-    from vlmtune.models.adapters.wrapping import exact
+    from vlmtune.models.adapters.base import exact
 
     assert get_pattern_key([exact("a.b")], "a.b") == exact("a.b")
     assert get_pattern_key([exact("a.b")], "x.a.b") == "x.a.b"  # no pattern

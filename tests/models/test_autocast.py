@@ -6,13 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from vlmtune.models.adapters.adalora import AdaLoraAdapter
-from vlmtune.models.adapters.dora import DoraProduct, row_norms
-from vlmtune.models.adapters.fused import LoraProduct, compute_dtype
-from vlmtune.models.adapters.rank_budget import BudgetSchedule, RankAllocator, Triplets
-from vlmtune.models.autocast import autocast_dtype, without_autocast
-from vlmtune.models.pack_attention import pack_attention
-from vlmtune.models.vision_features import _precision, _uncached_autocast
+from vlmtune.models.adapters.adalora import AdaLoraAdapter, BudgetSchedule, RankAllocator, Triplets
+from vlmtune.models.adapters.lora_kernels import DoraProduct, LoraProduct, compute_dtype, row_norms
+from vlmtune.models.packing import pack_attention
+from vlmtune.models.precision import autocast_dtype, without_autocast
+from vlmtune.models.vision import _precision, _uncached_autocast
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

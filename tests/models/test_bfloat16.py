@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlmtune.models.bfloat16 import bfloat16_errors, capability_of, has_bfloat16
+from vlmtune.models.precision import bfloat16_errors, capability_of, has_bfloat16
 from vlmtune.recipe.schema import Recipe
 
 

@@ -15,15 +15,16 @@ from torch import Tensor
 from tests.models.adapted import METHODS, open_base, picture_inputs, randomise, recipe_for
 from tests.tiny_models import save_tiny_model
 from vlmtune.errors import VlmtuneError
-from vlmtune.models import dequantized
+from vlmtune.models import quantize
 from vlmtune.models.adapters.registry import build_adapter
-from vlmtune.models.dequantized import (
+from vlmtune.models.quantize import (
     DequantizedLinear4bit,
     base_weight,
+    bits_of,
     free_memory_bytes,
     keep_dequantized,
+    quantization_report,
 )
-from vlmtune.models.quantize import bits_of, quantization_report
 from vlmtune.recipe.schema import QuantizationSection
 
 
@@ -145,11 +146,11 @@ def test_it_is_said_how_much_memory_it_takes(model_folder, caplog):
 
 def test_too_little_memory_is_refused_with_the_figures(model_folder, monkeypatch):
     vlm = open_base(model_folder, quantization_bit=4)
-    monkeypatch.setattr(dequantized, "free_memory_bytes", lambda device: 1000)
+    monkeypatch.setattr(quantize, "free_memory_bytes", lambda device: 1000)
     with pytest.raises(VlmtuneError, match=r"no room.*1e-06 GB free on cpu.*at least 0.000"):
         keep_dequantized(vlm.model)
     assert all(type(m) is not DequantizedLinear4bit for m in vlm.model.modules())
-    monkeypatch.setattr(dequantized, "free_memory_bytes", lambda device: 10**9)
+    monkeypatch.setattr(quantize, "free_memory_bytes", lambda device: 10**9)
     assert keep_dequantized(vlm.model) == 2 * 7
 
 

@@ -9,10 +9,8 @@ from transformers import AutoConfig
 
 from tests.tiny_models import MODEL_TYPES, build_tiny_model, build_tiny_processor, tiny_config
 from vlmtune.errors import VlmtuneError
-from vlmtune.models.families.registry import FAMILIES, family_for, top_level_modules
-from vlmtune.models.family import kind_of, part_of
-from vlmtune.models.load import build_on_meta
-from vlmtune.models.processor import pixel_budget
+from vlmtune.models.families import FAMILIES, family_for, kind_of, part_of, top_level_modules
+from vlmtune.models.load import build_on_meta, pixel_budget
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

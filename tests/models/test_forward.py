@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from tests.tiny_models import save_tiny_model
-from vlmtune.data.collate import collate
+from vlmtune.data.batches import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation, Image, Source, Text, Turn
-from vlmtune.models.family import part_of
+from vlmtune.models.families import part_of
 from vlmtune.models.forward import (
     MEDIA_PARTS,
     SupervisedForward,

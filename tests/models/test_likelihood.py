@@ -13,9 +13,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from tests.tiny_models import MODEL_TYPES, save_tiny_model
-from vlmtune.data.answers import AnswerTokenizer, without_images
-from vlmtune.data.collate import collate, collate_prompts
+from vlmtune.data.batches import collate, collate_prompts
 from vlmtune.data.encode import Encoder
+from vlmtune.data.tokens import AnswerTokenizer, without_images
 from vlmtune.data.types import IGNORED, Conversation, Image, Source, Text, Turn
 from vlmtune.models import likelihood
 from vlmtune.models.forward import full_logits

@@ -15,8 +15,7 @@ from transformers import AutoProcessor
 
 from tests.tiny_models import MODEL_TYPES, build_tiny_model, build_tiny_processor, save_tiny_model
 from vlmtune.errors import VlmtuneError
-from vlmtune.models.load import load_processor, load_vlm
-from vlmtune.models.processor import pixel_budget, set_pixel_budget
+from vlmtune.models.load import load_processor, load_vlm, pixel_budget, set_pixel_budget
 from vlmtune.recipe.data_section import ImageSection
 
 
@@ -134,7 +133,7 @@ def test_a_vlm_of_an_unknown_family_is_an_error_that_lists_its_modules(folder):
 def test_an_unknown_family_loads_with_parts(tmp_path, monkeypatch):
     """LLaVA without its line in the registry: the same model, described by the recipe."""
     save_tiny_model("llava", tmp_path)
-    from vlmtune.models.families.registry import FAMILIES
+    from vlmtune.models.families import FAMILIES
 
     llava = FAMILIES["llava"]
     monkeypatch.delitem(FAMILIES, "llava")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from vlmtune.models import loss as module
-from vlmtune.models.loss import chunk_rows_of, chunked_cross_entropy, summed_cross_entropy
+from vlmtune.models import forward
+from vlmtune.models.forward import chunk_rows_of, chunked_cross_entropy, summed_cross_entropy
 
 ROWS, WIDTH, VOCABULARY = 37, 16, 50
 
@@ -61,13 +61,13 @@ def test_a_frozen_head_gets_no_gradient_and_frozen_rows_none(given):
 def test_no_more_than_a_chunk_of_logits_is_there_at_once(given, monkeypatch):
     hidden, targets, _ = given
     seen = []
-    plain = module.summed_cross_entropy
+    plain = forward.summed_cross_entropy
 
     def counted(logits, *others):
         seen.append(len(logits))
         return plain(logits, *others)
 
-    monkeypatch.setattr(module, "summed_cross_entropy", counted)
+    monkeypatch.setattr(forward, "summed_cross_entropy", counted)
     head = nn.Linear(WIDTH, VOCABULARY)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
@@ -128,7 +128,7 @@ def test_the_scale_of_a_16_bit_gradient_is_not_rounded(given, dtype, scale, is_w
 def test_a_cpu_does_not_ask_for_the_fused_kernel(given):
     hidden, targets, weights = given
     head = nn.Linear(WIDTH, VOCABULARY)
-    assert not module._takes_liger(head, hidden, targets, None)
+    assert not forward._takes_liger(head, hidden, targets, None)
 
 
 @pytest.mark.gpu
@@ -138,8 +138,8 @@ def test_the_fused_kernel_gives_the_same_loss_and_gradients(given):
     hidden, targets, weights = given
     head = nn.Linear(WIDTH, VOCABULARY).cuda()
     rows = hidden.detach().cuda().requires_grad_()
-    assert module._takes_liger(head, rows, targets.cuda(), None)
-    assert not module._takes_liger(head, rows, targets.cuda(), weights.cuda())
+    assert forward._takes_liger(head, rows, targets.cuda(), None)
+    assert not forward._takes_liger(head, rows, targets.cuda(), weights.cuda())
     fused = chunked_cross_entropy(head, rows, targets.cuda(), chunk_rows=10)
     whole = summed_cross_entropy(head(rows), targets.cuda())
     assert torch.allclose(fused, whole, rtol=1e-4)

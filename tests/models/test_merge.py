@@ -24,12 +24,11 @@ from tests.models.adapted import (
 from tests.tiny_models import save_tiny_model
 from vlmtune.errors import VlmtuneError
 from vlmtune.models import merge as merging
-from vlmtune.models.adapters.folded import folded_weights
+from vlmtune.models.adapters.merged_weight import folded_weights
 from vlmtune.models.merge import fold_and_write, merge, verify_written
-from vlmtune.models.merge_probes import build_probes
-from vlmtune.models.merge_source import open_on_disk
-from vlmtune.models.merge_verify import MergeFailed
+from vlmtune.models.merge_verify import MergeFailed, build_probes
 from vlmtune.models.merge_whole import fold
+from vlmtune.models.merge_write import open_on_disk
 from vlmtune.models.open import open_target
 
 RANK_0 = {"adalora": {"initial_rank": 6, "target_rank": 1, "warmup": 1, "final": 1, "interval": 1}}

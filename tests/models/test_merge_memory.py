@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from vlmtune.models.tensor_files import BYTES_PER_TRIM
+from vlmtune.models.streamed import BYTES_PER_TRIM
 
 SHARD_BYTES = 100 * 10**6
 TENSOR_BYTES = 4096 * 1024 * 4

@@ -26,19 +26,19 @@ from tests.models.adapted import (
 from tests.tiny_models import MODEL_TYPES, build_tiny_processor, save_tiny_model, tiny_config
 from vlmtune.errors import VlmtuneError
 from vlmtune.models import merge as merging
+from vlmtune.models.adapters.base import tuner_layers
 from vlmtune.models.adapters.registry import build_adapter
-from vlmtune.models.adapters.wrapping import tuner_layers
+from vlmtune.models.load import read_config
 from vlmtune.models.merge import fold_and_write, merge, verify_written
-from vlmtune.models.merge_probes import build_probes
-from vlmtune.models.merge_source import Folding, open_on_disk
-from vlmtune.models.merge_verify import MergeFailed
+from vlmtune.models.merge_verify import MergeFailed, build_probes
 from vlmtune.models.merge_whole import merge_whole
-from vlmtune.models.source import read_config
-from vlmtune.models.streamed import place, streaming
-from vlmtune.models.tensor_files import (
+from vlmtune.models.merge_write import Folding, open_on_disk
+from vlmtune.models.streamed import (
     PlannedTensor,
+    place,
     size_in_bytes,
     stored_tensors,
+    streaming,
     weight_files,
     write_tensors,
 )

@@ -14,9 +14,9 @@ from transformers import AutoModelForImageTextToText
 from tests.models.adapted import METHODS, adapted, logits_of, open_base, recipe_for, write_run
 from tests.tiny_models import save_tiny_model
 from vlmtune.errors import VlmtuneError
-from vlmtune.models.merge_source import open_on_disk
+from vlmtune.models.load import pixel_budget, set_pixel_budget
+from vlmtune.models.merge_write import open_on_disk
 from vlmtune.models.open import open_target
-from vlmtune.models.processor import pixel_budget, set_pixel_budget
 from vlmtune.models.quantize import bits_of
 
 WEIGHTS = "adapter_model.safetensors"

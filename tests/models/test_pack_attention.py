@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vlmtune.models import pack_attention as module
-from vlmtune.models import packed
-from vlmtune.models.pack_attention import BLOCK, LONGEST, pack_attention
+from vlmtune.models import packing
+from vlmtune.models.packing import BLOCK, LONGEST, pack_attention
 
 HEADS, KEY_HEADS, WIDTH = 6, 2, 8
 LENGTHS = [1, 5, BLOCK + 3, 3 * BLOCK, LONGEST, 17]
@@ -100,16 +99,16 @@ def test_longer_samples_are_left_to_torch_and_say_the_same():
 
 def attend(query, key, value, tokens):
     """As a layer of a packed model does."""
-    return packed._attention(
+    return packing._attention(
         torch.nn.Identity(), query, key, value, None, scaling=0.3, pack_lengths=(tokens,)
     )
 
 
 def test_a_sample_of_the_future_is_not_seen_before_the_block_either(monkeypatch):
-    monkeypatch.setattr(module, "BLOCK", 4)
-    module._future.cache_clear()
+    monkeypatch.setattr(packing, "BLOCK", 4)
+    packing._future.cache_clear()
     lengths = [3, 4, 5, 11]
     given = inputs(lengths, torch.float32)
     found = with_gradients(pack_attention(*given, lengths=lengths, scale=0.3), given)
-    module._future.cache_clear()
+    packing._future.cache_clear()
     assert largest_difference(found, with_gradients(by_formula(*given, lengths), given)) < 1e-5

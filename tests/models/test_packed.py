@@ -12,15 +12,14 @@ from transformers import LlamaConfig, LlavaConfig, MistralConfig, Qwen2Config
 
 from tests.models.test_forward import FAMILIES, conversation
 from tests.tiny_models import save_tiny_model
-from vlmtune.data.collate import collate, pack
+from vlmtune.data.batches import collate, pack
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import IGNORED, Batch, Sample, Source
-from vlmtune.models import packed as module
-from vlmtune.models.families.llava_idefics import LLAVA
-from vlmtune.models.family import part_of
+from vlmtune.models import packing
+from vlmtune.models.families import LLAVA, part_of
 from vlmtune.models.forward import SupervisedForward, set_gradient_checkpointing
 from vlmtune.models.load import VLM, load_vlm
-from vlmtune.models.packed import can_pack, use_packed_attention
+from vlmtune.models.packing import can_pack, use_packed_attention
 
 GIVEN = [
     ("a", "a cat", 1),
@@ -129,7 +128,7 @@ def test_positions_of_text_are_those_of_the_model(vlm: VLM, samples, forward):
         text.inputs["input_ids"].reshape(2, -1),
         mm_token_type_ids=text.inputs["mm_token_type_ids"].reshape(2, -1),
     )
-    ours = module.pack_arguments(vlm.model.model, text.inputs, lengths, vlm.family)
+    ours = packing.pack_arguments(vlm.model.model, text.inputs, lengths, vlm.family)
     assert torch.equal(ours["position_ids"][1:, 0], by_model.reshape(3, -1))
 
 
@@ -140,12 +139,12 @@ def test_a_sample_in_front_is_not_seen(vlm: VLM, samples, forward, monkeypatch):
     num_tokens = whole.num_tokens
 
     def as_one(model, inputs, lengths, family):
-        return module.pack_arguments(model, inputs, lengths, family) | {
+        return packing.pack_arguments(model, inputs, lengths, family) | {
             "pack_lengths": (num_tokens,)
         }
 
     def halved(model, inputs, lengths, family):
-        right = module.pack_arguments(model, inputs, lengths, family)
+        right = packing.pack_arguments(model, inputs, lengths, family)
         return right | {"position_ids": right["position_ids"] // 2}
 
     for wrong in (as_one, halved):
@@ -155,9 +154,9 @@ def test_a_sample_in_front_is_not_seen(vlm: VLM, samples, forward, monkeypatch):
 
 
 def test_no_saved_config_names_the_attention(vlm: VLM, forward):
-    assert vlm.model.config.get_text_config()._attn_implementation == module.ATTENTION
+    assert vlm.model.config.get_text_config()._attn_implementation == packing.ATTENTION
     assert vlm.model.config.vision_config._attn_implementation == "sdpa"
-    assert module.ATTENTION not in vlm.model.config.to_json_string(use_diff=False)
+    assert packing.ATTENTION not in vlm.model.config.to_json_string(use_diff=False)
 
 
 def test_attention_scales_and_drops_as_the_layer_says():
@@ -165,13 +164,13 @@ def test_attention_scales_and_drops_as_the_layer_says():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 7, 4).unbind()
     layer = torch.nn.Module()
-    output, _ = module._attention(layer, q, k, v, None, scaling=0.1, pack_lengths=(3, 4))
+    output, _ = packing._attention(layer, q, k, v, None, scaling=0.1, pack_lengths=(3, 4))
     for rows in (slice(0, 3), slice(3, 7)):
         scores = 0.1 * q[:, :, rows] @ k[:, :, rows].transpose(2, 3)
         seen = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
         expected = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v[:, :, rows]
         torch.testing.assert_close(output[:, rows], expected.transpose(1, 2))
-    dropped, _ = module._attention(layer, q, k, v, None, dropout=0.9, pack_lengths=(3, 4))
+    dropped, _ = packing._attention(layer, q, k, v, None, dropout=0.9, pack_lengths=(3, 4))
     # A token that sees only itself loses its value whole, or has it ten times.
     first = dropped[0, 0] / v[0, :, 0]
     assert all(bool((row - row[0]).abs().max() < 1e-5) for row in first)

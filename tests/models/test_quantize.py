@@ -9,8 +9,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from tests.tiny_models import save_tiny_model, tiny_config
 from vlmtune.errors import VlmtuneError
-from vlmtune.models.families.registry import family_for
-from vlmtune.models.family import part_of
+from vlmtune.models.families import family_for, part_of
 from vlmtune.models.load import build_on_meta, load_vlm
 from vlmtune.models.quantize import (
     bits_of,

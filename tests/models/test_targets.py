@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.tiny_models import build_tiny_model, tiny_config
 from vlmtune.errors import VlmtuneError
-from vlmtune.models.families.registry import family_for
+from vlmtune.models.families import family_for
 from vlmtune.models.load import build_on_meta
 from vlmtune.models.targets import (
     has_tied_embeddings,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vlmtune.models.varlen_attention import can_use_varlen, varlen_attention
+from vlmtune.models.packing import can_use_varlen, varlen_attention
 
 varlen = pytest.importorskip("torch.nn.attention.varlen")
 LENGTHS = [3, 1, 6]

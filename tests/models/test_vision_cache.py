@@ -18,7 +18,8 @@ from torch import Tensor
 
 from tests.models.kept_features import features, key_of, store_in
 from tests.tiny_models import build_tiny_model
-from vlmtune.models.families.registry import family_for
+from vlmtune.models.families import family_for
+from vlmtune.models.vision import tower_digest
 from vlmtune.models.vision_cache import (
     FeatureCache,
     MemoryStore,
@@ -26,7 +27,6 @@ from vlmtune.models.vision_cache import (
     open_disk_store,
     size_of,
 )
-from vlmtune.models.vision_digest import tower_digest
 
 
 @pytest.fixture(autouse=True)

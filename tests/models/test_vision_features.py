@@ -16,20 +16,18 @@ from tests.models.adapted import randomise, recipe_for
 from tests.models.test_forward import conversation
 from tests.models.test_packed import GIVEN, distance, loss_and_gradients
 from tests.tiny_models import MODEL_TYPES, save_tiny_model
-from vlmtune.data.collate import collate, pack
+from vlmtune.data.batches import collate, pack
 from vlmtune.data.encode import Encoder
-from vlmtune.data.media_units import kind_of_key, media_keys_of, split_units
+from vlmtune.data.processing import kind_of_key, media_keys_of, split_units
 from vlmtune.data.types import Batch, Sample, Video
 from vlmtune.models.adapters.registry import build_adapter
 from vlmtune.models.embedding import EmbeddingForward
-from vlmtune.models.families.registry import family_for
-from vlmtune.models.family import part_of
+from vlmtune.models.families import family_for, part_of
 from vlmtune.models.forward import SupervisedForward, base_of
 from vlmtune.models.load import VLM, load_vlm
-from vlmtune.models.packed import use_packed_attention
+from vlmtune.models.packing import use_packed_attention
+from vlmtune.models.vision import VisionFeatures, kept_level, tower_digest
 from vlmtune.models.vision_cache import FeatureCache, MemoryStore, open_disk_store
-from vlmtune.models.vision_digest import tower_digest
-from vlmtune.models.vision_features import VisionFeatures, kept_level
 from vlmtune.recipe.data_section import ImageSection
 
 NUM_PICTURES = sum(count for _, _, count in GIVEN)

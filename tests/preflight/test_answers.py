@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vlmtune.data.types import Conversation, Source, Text, Turn
-from vlmtune.preflight.answers import EMPTY_CELL, LEAK, NO_WORDS, leaks, odd_answers
+from vlmtune.preflight.rows import EMPTY_CELL, LEAK, NO_WORDS, leaks, odd_answers
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_digits_and_any_script_are_words(answer):
 
 
 def test_the_sample_task_does_not_leak(root: Path):
-    from vlmtune.data.source import load_conversations
+    from vlmtune.data.dataset import load_conversations
 
     found, _ = load_conversations([root / "data/sample/train.jsonl"])
     assert [odd for c in found for odd in odd_answers(c)] == []

@@ -11,9 +11,8 @@ import pytest
 from tests.preflight.checking import check_summary
 from tests.tiny_models import build_tiny_model
 from tests.train.training import write_recipe
-from vlmtune.models.families.registry import family_for
-from vlmtune.preflight.epoch import MicroBatch
-from vlmtune.preflight.memory import Memory, memory_of, optimizer_bytes, weight_bytes
+from vlmtune.models.families import family_for
+from vlmtune.preflight.memory import Memory, MicroBatch, memory_of, optimizer_bytes, weight_bytes
 from vlmtune.preflight.model import MetaModel, PartCount, Tower, Trained
 from vlmtune.recipe.schema import Recipe
 

@@ -8,8 +8,8 @@ import pytest
 
 from tests.preflight.checking import check_summary
 from vlmtune.errors import VlmtuneError
-from vlmtune.preflight.places import Places
 from vlmtune.preflight.problems import Problems
+from vlmtune.preflight.run import Places
 from vlmtune.recipe.load import load_recipe
 
 RECIPE = """\

@@ -12,14 +12,14 @@ from tests.preflight.checking import check_summary, messages
 from tests.preflight.test_agrees_with_training import rows_of, write_rows
 from tests.train.training import copy_sample, write_recipe
 from vlmtune.data import measure
+from vlmtune.data.dataset import load_conversations
 from vlmtune.data.encode import Encoder
-from vlmtune.data.source import load_conversations
 from vlmtune.data.types import Source
 from vlmtune.errors import SampleError, VlmtuneError
-from vlmtune.models.processor import load_processor
-from vlmtune.preflight.disk import Disk, check_room, shown_bytes
+from vlmtune.models.load import load_processor
+from vlmtune.preflight.epoch_stats import Disk, check_room, shown_bytes
 from vlmtune.preflight.rows import FileRows, RowFailure, RowOutcome
-from vlmtune.preflight.table import GOOD, NOT_A_ROW, RowTable
+from vlmtune.preflight.sets import GOOD, NOT_A_ROW, RowTable
 from vlmtune.recipe.load import load_recipe
 
 
@@ -140,8 +140,7 @@ def test_weights_scale_an_epochs_figures(recipe, data):
 
 
 def test_rows_from_all_over_are_chosen(recipe, data):
-    from vlmtune.data.dataset import open_files
-    from vlmtune.data.source import as_entries, cache_dir_of
+    from vlmtune.data.dataset import as_entries, cache_dir_of, open_files
     from vlmtune.data.types import LOCAL
 
     files = open_files(as_entries([data]), cache_dir=cache_dir_of(LOCAL))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vlmtune.errors import ErrorGroup, VlmtuneError
 from vlmtune.recipe.data_section import DataEntry
-from vlmtune.recipe.keys import OTHER_TOOLS, suggest, walk_keys
+from vlmtune.recipe.explain import OTHER_TOOLS, suggest, walk_keys
 from vlmtune.recipe.load import dump_recipe, load_recipe, load_resolved, recipe_json_schema
 from vlmtune.recipe.schema import Recipe
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from vlmtune.errors import VlmtuneError
-from vlmtune.recipe.yaml12 import dump_yaml, parse_yaml
+from vlmtune.recipe.yaml import dump_yaml, parse_yaml
 
 
 def value_of(text: str) -> object:

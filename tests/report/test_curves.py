@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlmtune.report.curves import (
+from vlmtune.report.charts import (
     Series,
     downsample,
     draw_chart,

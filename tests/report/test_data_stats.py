@@ -7,11 +7,11 @@ import torch
 
 from tests.report.runs import make_run
 from vlmtune.data.types import IGNORED, Sample, Source
-from vlmtune.models.processor import load_processor
+from vlmtune.models.load import load_processor
 from vlmtune.recipe.load import load_resolved
 from vlmtune.report.data_stats import data_statistics, distribution, picture_token_id
-from vlmtune.report.marked_text import marked_pieces
 from vlmtune.report.pictures import Thumbnails
+from vlmtune.report.preview import marked_pieces
 
 
 def statistics_of(run: Path):

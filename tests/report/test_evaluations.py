@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.report.runs import make_run, write_evaluation, write_json
-from vlmtune.report.evaluations import choose_pair, guard_pair, is_right, read_evaluations
-from vlmtune.report.run import read_run
+from vlmtune.report.run import choose_pair, guard_pair, is_right, read_evaluations, read_run
 
 
 @pytest.fixture

@@ -9,15 +9,14 @@ import PIL.Image
 import pytest
 
 from tests.report.runs import make_run
-from vlmtune.data.source import load_conversations
+from vlmtune.data.dataset import load_conversations
 from vlmtune.data.types import Image
-from vlmtune.evaluation.runner import picture_name
+from vlmtune.evaluation.references import picture_name
 from vlmtune.recipe.data_section import DataEntry
-from vlmtune.report.evaluations import Pair, choose_pair, read_evaluations
 from vlmtune.report.gallery import Gallery, build_gallery, outcome_of
 from vlmtune.report.page import page_values
 from vlmtune.report.pictures import SIDE, Thumbnails, encode_thumbnail, spread
-from vlmtune.report.run import read_run
+from vlmtune.report.run import Pair, choose_pair, read_evaluations, read_run
 
 
 def pair_of(run: Path) -> Pair:

@@ -5,17 +5,9 @@ from pathlib import Path
 import pytest
 
 from tests.report.runs import make_run, write_evaluation, write_json, write_lines
-from vlmtune.report.change import difference
-from vlmtune.report.evaluations import (
-    choose_pair,
-    choose_widest,
-    guard_pair,
-    read_evaluations,
-)
-from vlmtune.report.headline import Finding, findings, grouped_reasons
-from vlmtune.report.mistakes import draw_scale, mixups
-from vlmtune.report.recipe_diff import parse_recipe
-from vlmtune.report.run import read_run
+from vlmtune.report.gallery import draw_scale, mixups
+from vlmtune.report.headline import Finding, difference, findings, grouped_reasons, parse_recipe
+from vlmtune.report.run import choose_pair, choose_widest, guard_pair, read_evaluations, read_run
 
 GUARD = "eval: {guard: {data: guard.jsonl, max_drop: 0.1}}\n"
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 
 from tests.report.runs import metric_lines
-from vlmtune.report.metrics_charts import MAX_CHARTS, metric_charts
+from vlmtune.report.charts import MAX_CHARTS, metric_charts
 
 
 def drawn(lines: list[dict]) -> dict[str, list[str]]:

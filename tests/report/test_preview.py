@@ -13,7 +13,7 @@ from tests.data.processors import build_processor
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation, Image, Source, Text, Turn
 from vlmtune.errors import VlmtuneError
-from vlmtune.report.picture_sizes import PictureSize
+from vlmtune.report.pictures import PictureSize
 from vlmtune.report.preview import preview, write_preview_page
 
 MARKUP = "<script>alert(1)</script>"

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from vlmtune.report.rank_map import MAX_COLUMNS, draw_rank_map
+from vlmtune.report.charts import MAX_COLUMNS, draw_rank_map
 
 
 def test_equal_ranks_make_one_stretch() -> None:

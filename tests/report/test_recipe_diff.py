@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from vlmtune.report.recipe_diff import differences, parse_recipe, value_at
+from vlmtune.report.headline import differences, parse_recipe, value_at
 
 
 def test_only_what_differs_from_the_schema_is_listed() -> None:

@@ -11,12 +11,11 @@ import PIL.Image
 import pytest
 
 from tests.data.processors import build_processor
-from vlmtune.data.dataset import open_files
+from vlmtune.data.dataset import load_conversations, open_files
 from vlmtune.data.encode import Encoder
 from vlmtune.data.measure import Measurer
-from vlmtune.data.source import load_conversations
 from vlmtune.recipe.data_section import DataEntry
-from vlmtune.report.set_stats import SetStatistics, figures, set_statistics
+from vlmtune.report.data_stats import SetStatistics, figures, set_statistics
 
 NUM_ROWS = 12
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from prepare_easy_vqa import Question, blind_scores, write_split
 
-from vlmtune.data.source import load_conversations
+from vlmtune.data.dataset import load_conversations
 
 
 def test_the_kind_of_a_question_follows_from_its_answer() -> None:

@@ -14,10 +14,16 @@ import torch
 
 from tests.train.test_checkpoint import a_checkpoint
 from vlmtune.errors import VlmtuneError
-from vlmtune.train import background
+from vlmtune.train import checkpoint as background
 from vlmtune.train import checkpoint as checkpoints
-from vlmtune.train.background import CheckpointWriter, copied, state_bytes
-from vlmtune.train.checkpoint import Checkpoint, complete_checkpoints, load_checkpoint
+from vlmtune.train.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    complete_checkpoints,
+    copied,
+    load_checkpoint,
+    state_bytes,
+)
 
 
 @pytest.fixture
@@ -154,7 +160,7 @@ import sys, os, signal, threading
 from pathlib import Path
 from tests.train.test_checkpoint import a_checkpoint
 from vlmtune.train import checkpoint as checkpoints
-from vlmtune.train.background import CheckpointWriter
+from vlmtune.train.checkpoint import CheckpointWriter
 folder = Path(sys.argv[1])
 with CheckpointWriter(folder, keep=1) as writer:
     writer.save(a_checkpoint(5))

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from vlmtune.errors import VlmtuneError
-from vlmtune.train.best import Best, is_better, is_over, updated
+from vlmtune.train.checkpoint import Best, is_better, is_over, updated
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import torch
 
 from vlmtune.errors import VlmtuneError
 from vlmtune.train import checkpoint as module
-from vlmtune.train.best import Best
 from vlmtune.train.checkpoint import (
+    Best,
     Checkpoint,
     TrainState,
     check_fingerprint,

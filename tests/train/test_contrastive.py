@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from tests.tiny_models import save_tiny_model
 from tests.train.test_processes import train_in_two
 from tests.train.training import adapter_of, metrics_of, train_once, write_recipe
-from vlmtune.cli.eval_section import choose_section, prompt_of_folders
-from vlmtune.data.batches import BatchLayout
+from vlmtune.data.batches import BatchLayout, Budget
+from vlmtune.data.dataset import load_conversations
 from vlmtune.data.order import Order
-from vlmtune.data.packing import Budget
-from vlmtune.data.source import load_conversations
 from vlmtune.data.types import SideBatch
 from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
 from vlmtune.models.adapters.registry import build_adapter
@@ -28,6 +26,7 @@ from vlmtune.models.embedding import EmbeddingForward
 from vlmtune.models.load import load_vlm
 from vlmtune.models.merge import merge
 from vlmtune.recipe.load import load_recipe
+from vlmtune.sessions.eval_options import choose_section, prompt_of_folders
 from vlmtune.train.build import build_encoder
 from vlmtune.train.contrastive import Contrastive, info_nce
 from vlmtune.train.feed import FeedSettings, StepBuilder, StepData, StepDataset

@@ -10,11 +10,10 @@ import torch
 from tests.train.test_pending import Scores, a_step
 from tests.train.test_transfer import Steps
 from tests.train.training import metrics_of, train_once, write_recipe
-from vlmtune.train.background import copied
-from vlmtune.train.checkpoint import Checkpoint, TrainState
+from vlmtune.train.checkpoint import Checkpoint, TrainState, copied
 from vlmtune.train.feed import loaded
 from vlmtune.train.optim import build_optimizer
-from vlmtune.train.transfer import ahead
+from vlmtune.train.runtime import ahead
 
 pytestmark = [
     pytest.mark.gpu,

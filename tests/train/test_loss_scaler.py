@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from tests.train.test_pending import NoMethod, Scores, data_of
 from vlmtune.data.types import Batch
-from vlmtune.models.adapters.adalora import AdaLoraAdapter
-from vlmtune.models.adapters.rank_budget import BudgetSchedule, RankAllocator, Triplets
+from vlmtune.models.adapters.adalora import AdaLoraAdapter, BudgetSchedule, RankAllocator, Triplets
 from vlmtune.train.feed import StepData
 from vlmtune.train.optim import build_optimizer
-from vlmtune.train.pending import StepResult
 from vlmtune.train.runtime import build_accelerator
 from vlmtune.train.step import Method, NextToken, Objective, train_step
+from vlmtune.train.step_metrics import StepResult
 
 SCALE = 1024.0
 

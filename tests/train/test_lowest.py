@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.train.training import copy_sample, write_recipe
-from vlmtune.data.collate import collate
-from vlmtune.data.source import load_conversations
+from vlmtune.data.batches import collate
+from vlmtune.data.dataset import load_conversations
 from vlmtune.models.adapters.registry import build_adapter
 from vlmtune.models.forward import SupervisedForward, base_of, set_gradient_checkpointing
 from vlmtune.models.load import load_vlm

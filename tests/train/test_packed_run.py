@@ -9,7 +9,7 @@ import pytest
 from tests.train.training import adapter_of, copy_sample, metrics_of, train_once, write_recipe
 from vlmtune.data.types import Batch
 from vlmtune.errors import VlmtuneError
-from vlmtune.models import packed
+from vlmtune.models import packing as packed
 from vlmtune.models.forward import SupervisedForward
 
 

@@ -18,15 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.train.training import adapter_of, copy_sample, metrics_of, train_once, write_recipe
 from vlmtune.data.types import Batch
 from vlmtune.errors import VlmtuneError
-from vlmtune.models import loss as losses
+from vlmtune.models import forward
 from vlmtune.train import loop, step
 from vlmtune.train.checkpoint import complete_checkpoints
 from vlmtune.train.feed import StepData
 from vlmtune.train.optim import build_optimizer
-from vlmtune.train.pending import Counts, PendingStep
-from vlmtune.train.runtime import build_accelerator
+from vlmtune.train.runtime import build_accelerator, to_device_late
 from vlmtune.train.step import NextToken, train_step
-from vlmtune.train.transfer import to_device_late
+from vlmtune.train.step_metrics import Counts, PendingStep
 
 
 class Scores(nn.Module):
@@ -257,7 +256,7 @@ def test_no_checkpoint_holds_a_step_that_is_not_finite(
     """Step 5 is found one step late and step 6 before it is saved; all are called by their own
     number. Saved every third step, logged only at the end."""
     monkeypatch.setattr(loop, "reads_late", lambda device: True)
-    whole, calls = losses.summed_cross_entropy, []
+    whole, calls = forward.summed_cross_entropy, []
 
     def summed(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         calls.append(1)
@@ -265,7 +264,7 @@ def test_no_checkpoint_holds_a_step_that_is_not_finite(
         factor = float("nan") if len(calls) == 1 + broken else 1.0
         return whole(logits, targets, weights) * factor
 
-    monkeypatch.setattr(losses, "summed_cross_entropy", summed)
+    monkeypatch.setattr(forward, "summed_cross_entropy", summed)
     recipe = make_recipe("run", train__log_every=100, train__micro_batch_tokens=4000)
     with pytest.raises(VlmtuneError, match=f"step {broken}: the loss is not finite.*train-"):
         train_once(recipe)

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from tests.tiny_models import save_tiny_model
-from vlmtune.data.collate import collate
+from vlmtune.data.batches import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Batch, Conversation, Image, Source, Text, Turn
 from vlmtune.errors import VlmtuneError
-from vlmtune.models import packed
+from vlmtune.models import packing
 from vlmtune.models.forward import SupervisedForward, full_logits
 from vlmtune.models.load import VLM, load_vlm
-from vlmtune.models.packed import use_packed_attention
+from vlmtune.models.packing import use_packed_attention
 from vlmtune.train.probe import check_forward, check_packs, freeze_unreached, own_logits
 
 
@@ -78,7 +78,7 @@ def test_a_model_that_does_not_keep_packed_samples_apart_is_refused(
     del batch.inputs["attention_mask"]
     forward = SupervisedForward(llava.model, llava.family)
     check_packs(forward, batch, torch.float32)
-    right = packed.pack_arguments
+    right = packing.pack_arguments
 
     def without_lengths(*args):
         return {"position_ids": right(*args)["position_ids"]}

@@ -13,10 +13,9 @@ import torch
 
 from tests.train.training import METHODS, adapter_of, copy_sample, metrics_of, write_recipe
 from tests.train.training import train_once as train_alone
-from vlmtune.data.batches import BatchLayout
+from vlmtune.data.batches import BatchLayout, Budget
+from vlmtune.data.dataset import load_conversations
 from vlmtune.data.order import Order
-from vlmtune.data.packing import Budget
-from vlmtune.data.source import load_conversations
 from vlmtune.models.forward import SupervisedForward
 from vlmtune.models.load import load_vlm
 from vlmtune.recipe.load import load_recipe

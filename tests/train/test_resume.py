@@ -17,8 +17,12 @@ import torch
 from tests.train.training import METHODS, adapter_of, metrics_of, train_once, write_recipe
 from vlmtune.errors import VlmtuneError
 from vlmtune.recipe.load import load_recipe
-from vlmtune.train.checkpoint import check_fingerprint, complete_checkpoints
-from vlmtune.train.fingerprint import LATER_KEYS, fingerprint_of
+from vlmtune.train.checkpoint import (
+    LATER_KEYS,
+    check_fingerprint,
+    complete_checkpoints,
+    fingerprint_of,
+)
 from vlmtune.train.run_folder import choose_start, drop_records, set_aside
 
 

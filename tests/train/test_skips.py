@@ -10,7 +10,7 @@ import pytest
 from tests.train.training import copy_sample, train_once, write_recipe
 from vlmtune.errors import VlmtuneError
 from vlmtune.train.feed import LeftOut
-from vlmtune.train.skips import SkipLedger, allowed_bad
+from vlmtune.train.run_folder import SkipLedger, allowed_bad
 
 
 def bad(name: str, line: int, file: str = "rows.jsonl") -> LeftOut:

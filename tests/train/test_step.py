@@ -11,7 +11,7 @@ import torch
 
 from tests.train.training import adapter_of, copy_sample, metrics_of, train_once, write_recipe
 from vlmtune.errors import VlmtuneError
-from vlmtune.models.loss import summed_cross_entropy
+from vlmtune.models.forward import summed_cross_entropy
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_no_supervised_token_gives_zero_and_stays_in_the_graph():
 
 
 def test_a_loss_that_is_not_finite_names_its_samples(make_recipe, tiny_vlm: Path, monkeypatch):
-    from vlmtune.models import loss as module
+    from vlmtune.models import forward
 
     calls = []
 
@@ -79,7 +79,7 @@ def test_a_loss_that_is_not_finite_names_its_samples(make_recipe, tiny_vlm: Path
             float("nan") if len(calls) > 3 else 1.0  # one call is the look before step 1
         )
 
-    monkeypatch.setattr(module, "summed_cross_entropy", broken)
+    monkeypatch.setattr(forward, "summed_cross_entropy", broken)
     recipe = make_recipe("run", train__micro_batch_tokens=4000)
     with pytest.raises(VlmtuneError, match="step 3: the loss is not finite.*train-"):
         train_once(recipe)

@@ -19,20 +19,25 @@ from hypothesis import strategies as st
 from tests.train.test_processes import train_in_two
 from tests.train.test_resume import start_process, wait_for_step
 from tests.train.training import METHODS, adapter_of, metrics_of, train_once, write_recipe
-from vlmtune.data import source
-from vlmtune.data.batches import BatchLayout
+from vlmtune.data import dataset as source
+from vlmtune.data.batches import BatchLayout, Budget
+from vlmtune.data.dataset import open_conversations
 from vlmtune.data.order import Order
-from vlmtune.data.packing import Budget
-from vlmtune.data.source import open_conversations
 from vlmtune.data.stream import Stream, StreamCursor, open_stream
 from vlmtune.data.types import IGNORED, Conversation, Sample
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.recipe.data_section import DataEntry
 from vlmtune.train.checkpoint import complete_checkpoints, read_state
-from vlmtune.train.feed import FeedSettings, StepBuilder, StepData, StepDataset, steps_from
-from vlmtune.train.first_batch import looked_over
-from vlmtune.train.skips import SkipLedger
-from vlmtune.train.stream_feed import stream_steps
+from vlmtune.train.feed import (
+    FeedSettings,
+    StepBuilder,
+    StepData,
+    StepDataset,
+    steps_from,
+    stream_steps,
+)
+from vlmtune.train.probe import looked_over
+from vlmtune.train.run_folder import SkipLedger
 
 
 class ThreeTokens:

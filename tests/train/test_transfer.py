@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from tests.train.test_pending import data_of
 from vlmtune.errors import VlmtuneError
 from vlmtune.train.feed import StepData, loaded
-from vlmtune.train.transfer import Arrival, ahead, to_device, to_device_late, to_host
+from vlmtune.train.runtime import Arrival, ahead, to_device, to_device_late, to_host
 
 CPU = torch.device("cpu")
 

@@ -11,12 +11,12 @@ import torch
 from tests.data.clips import write_clip, write_frames
 from tests.tiny_models import save_tiny_model
 from tests.train.training import adapter_of, copy_sample, metrics_of, train_once, write_recipe
-from vlmtune.data.collate import collate, pack
+from vlmtune.data.batches import collate, pack
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation, Sample, Source, Text, Turn, Video
 from vlmtune.models.forward import SupervisedForward, full_logits
 from vlmtune.models.load import load_vlm
-from vlmtune.models.packed import use_packed_attention
+from vlmtune.models.packing import use_packed_attention
 
 
 def sample_of(encoder: Encoder, video: Video, name: str, *, answer: str) -> Sample:

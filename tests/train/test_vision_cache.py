@@ -15,9 +15,8 @@ from vlmtune.errors import VlmtuneError
 from vlmtune.models.load import load_vlm
 from vlmtune.models.vision_cache import DiskStore, MemoryStore
 from vlmtune.recipe.load import load_recipe
-from vlmtune.train.build import build_encoder
-from vlmtune.train.fingerprint import fingerprint_of
-from vlmtune.train.vision import build_vision_features
+from vlmtune.train.build import build_encoder, build_vision_features
+from vlmtune.train.checkpoint import fingerprint_of
 
 NUM_SAMPLES = 8
 
@@ -146,7 +145,7 @@ def test_memory_takes_half_of_what_is_free_at_most(recipe, tiny_vlm, monkeypatch
     vlm.model.requires_grad_(False)
     loaded = load_recipe(recipe, ["train.vision_cache=memory"]).recipe
     free = SimpleNamespace(available=100_000)
-    monkeypatch.setattr("vlmtune.train.vision.psutil.virtual_memory", lambda: free)
+    monkeypatch.setattr("vlmtune.train.build.psutil.virtual_memory", lambda: free)
     accelerator = SimpleNamespace(num_processes=2)
     features = build_vision_features(loaded, vlm=vlm, accelerator=accelerator)
     assert features.cache.stores[0].max_bytes == 25_000  # of each process

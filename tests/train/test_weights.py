@@ -15,18 +15,14 @@ from torch.nn import functional as F
 from tests.tiny_models import save_tiny_model
 from tests.train.test_processes import train_in_two
 from tests.train.training import copy_sample, metrics_of, train_once, write_recipe
-from vlmtune.data.batches import BatchLayout
-from vlmtune.data.collate import collate
+from vlmtune.data.batches import BatchLayout, Budget, collate
 from vlmtune.data.encode import Encoder
-from vlmtune.data.packing import Budget
 from vlmtune.data.types import Conversation, Image, Sample, Source, Text, Turn
-from vlmtune.models.forward import SupervisedForward
+from vlmtune.models.forward import SupervisedForward, summed_cross_entropy, total_weight
 from vlmtune.models.load import VLM, load_vlm
-from vlmtune.models.loss import summed_cross_entropy, total_weight
-from vlmtune.train.eval_loss import evaluation_loss
 from vlmtune.train.feed import StepData
 from vlmtune.train.runtime import build_accelerator
-from vlmtune.train.step import NextToken
+from vlmtune.train.step import NextToken, evaluation_loss
 
 # Answers of different lengths: a mean over tokens is none over answers.
 ANSWERS = [("a cat", 2.0), ("two dogs and a much longer answer", 1.0), ("no", 0.25), ("red", 3.0)]

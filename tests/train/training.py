@@ -11,8 +11,8 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vlmtune.cli.train import Session
 from vlmtune.recipe.load import load_recipe
+from vlmtune.sessions.train import Session
 from vlmtune.train.run_folder import choose_start
 from vlmtune.train.runtime import build_accelerator, joined
 

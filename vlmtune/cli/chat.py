@@ -10,21 +10,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vlmtune.cli.common import DebugOption, JsonOption, QuietOption, command, print_json
-from vlmtune.cli.preload import preload
-from vlmtune.cli.target import (
+from vlmtune.cli.common import (
+    DebugOption,
     DtypeOption,
+    JsonOption,
     QuantizationOption,
+    QuietOption,
     TargetArgument,
     TrustOption,
-    answering_encoder,
-    max_image_pixels,
-    open_for_answers,
+    command,
+    print_json,
 )
 from vlmtune.errors import VlmtuneError
 
 if TYPE_CHECKING:
     from vlmtune.evaluation.dialogue import Dialogue
+
 
 SLASH_COMMANDS = {
     "/image": "PATH: show a picture with the next question",
@@ -59,6 +60,9 @@ def chat_command(
     debug: DebugOption = False,
 ) -> None:
     """Ask a run, an adapter or a model about pictures."""
+    from vlmtune.sessions.preload import preload
+    from vlmtune.sessions.target import answering_encoder, max_image_pixels, open_for_answers
+
     if json and question is None:
         raise VlmtuneError(
             "--json answers one question", got="no question", do="give the question on the command"

@@ -16,8 +16,6 @@ from vlmtune.cli.common import (
     command,
     print_json,
 )
-from vlmtune.cli.preload import preload
-from vlmtune.cli.progress import progress
 from vlmtune.errors import CheckFailed
 
 WorkersOption = Annotated[
@@ -54,6 +52,8 @@ def check_command(
 ) -> None:
     """Check a recipe and every sample on the CPU, without loading a weight; exit 1: not ready."""
     from vlmtune.recipe.load import load_recipe
+    from vlmtune.sessions.console import progress
+    from vlmtune.sessions.preload import preload
 
     loaded = load_recipe(recipe, overrides or ())
     # Only now: the start of torch and transformers takes seconds, a wrong recipe none.

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vlmtune.preflight.problems import Group
     from vlmtune.preflight.run import Report
 
+
 SHOWN_PER_KIND = 20
 VERDICTS = {
     "ready": ("ready", "bold green"),
@@ -56,7 +57,7 @@ def _print_group(console: Console, group: Group) -> None:
 
 
 def _lines(report: Report, summary: dict[str, Any]) -> list[tuple[str, str]]:
-    from vlmtune.preflight.disk import shown_bytes
+    from vlmtune.preflight.epoch_stats import shown_bytes
 
     lines = [(name, _of_set(found)) for name, found in summary["sets"].items()]
     for name, found in summary["sets"].items():

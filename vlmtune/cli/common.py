@@ -18,11 +18,42 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
 import typer
 
 from vlmtune.errors import SampleError, VlmtuneError
+
+if TYPE_CHECKING:
+    pass
+
+
+TargetArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="TARGET",
+        help="A run folder, an adapter folder, or a model (folder or hub id).",
+        show_default=False,
+    ),
+]
+DtypeOption = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(
+        "--dtype", help="auto: bfloat16 where the device has instructions for it, else float32."
+    ),
+]
+QuantizationOption = Annotated[
+    int | None,
+    typer.Option(
+        "--quantization-bit",
+        metavar="4|8|16",
+        help="Of the base model. Default: as in training.",
+        show_default=False,
+    ),
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
 
 INTERRUPTED = 130
 

@@ -14,7 +14,6 @@ from vlmtune.cli.data_input import (
     AnnotationsOption,
     BadOption,
     ColumnsOption,
-    DataOptions,
     FormatOption,
     ImageDirOption,
     OutsideOption,
@@ -23,16 +22,14 @@ from vlmtune.cli.data_input import (
     SideOption,
     SplitOption,
     UrlsOption,
-    open_input,
-    read_input,
     tell_bad_rows,
 )
-from vlmtune.cli.progress import progress
 from vlmtune.errors import plural
 
 if TYPE_CHECKING:
-    from vlmtune.data.convert import Converted
     from vlmtune.data.dataset import OpenFile
+    from vlmtune.data.tools.convert import Converted
+
 
 CopyOption = Annotated[
     bool,
@@ -80,7 +77,9 @@ def convert_command(
 
     Stopped, it goes on where it was when the same command is given again.
     """
-    from vlmtune.data.convert import convert
+    from vlmtune.data.tools.convert import convert
+    from vlmtune.sessions.console import progress
+    from vlmtune.sessions.data_input import DataOptions, open_input, read_input
 
     given = read_input(
         DataOptions(

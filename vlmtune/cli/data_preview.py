@@ -18,7 +18,6 @@ from vlmtune.cli.data_input import (
     AnnotationsOption,
     BadOption,
     ColumnsOption,
-    DataOptions,
     FormatOption,
     ImageDirOption,
     ModelOption,
@@ -28,9 +27,6 @@ from vlmtune.cli.data_input import (
     SideOption,
     SplitOption,
     UrlsOption,
-    load_encoder,
-    open_input,
-    read_input,
 )
 from vlmtune.errors import SampleError, VlmtuneError
 
@@ -41,6 +37,7 @@ if TYPE_CHECKING:
     from vlmtune.data.dataset import OpenFile
     from vlmtune.data.types import Conversation
     from vlmtune.report.preview import Preview
+
 
 logger = logging.getLogger("vlmtune")
 
@@ -88,6 +85,8 @@ def preview_command(
 
     Needs the model's processor, not its weights.
     """
+    from vlmtune.sessions.data_input import DataOptions, load_encoder, open_input, read_input
+
     given = read_input(
         DataOptions(
             data,
@@ -199,7 +198,7 @@ def _has_colours(console: Console) -> bool:
 def _rule(console: Console, title: str) -> None:
     from rich.text import Text
 
-    from vlmtune.data.text import escaped
+    from vlmtune.errors import escaped
 
     console.print(Text(f"--- {escaped(title)}", "dim"))
 
@@ -207,7 +206,7 @@ def _rule(console: Console, title: str) -> None:
 def _rendered(item: Preview, *, in_colour: bool) -> Text:
     from rich.text import Text
 
-    from vlmtune.data.text import escaped
+    from vlmtune.errors import escaped
 
     text = Text()
     for piece in item.pieces:

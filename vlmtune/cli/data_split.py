@@ -20,7 +20,6 @@ from vlmtune.cli.data_input import (
     AnnotationsOption,
     BadOption,
     ColumnsOption,
-    DataOptions,
     FormatOption,
     ImageDirOption,
     OutsideOption,
@@ -29,15 +28,12 @@ from vlmtune.cli.data_input import (
     SideOption,
     SplitOption,
     UrlsOption,
-    open_input,
-    read_input,
     tell_bad_rows,
 )
-from vlmtune.cli.progress import progress
 from vlmtune.errors import VlmtuneError, plural
 
 if TYPE_CHECKING:
-    from vlmtune.data.split import Split
+    from vlmtune.data.tools.split import Split
 
 
 @command
@@ -77,7 +73,9 @@ def split_command(
 
     Samples that share a picture, by content, stay together; text-only ones by their question.
     """
-    from vlmtune.data.split import split as split_files
+    from vlmtune.data.tools.split import split as split_files
+    from vlmtune.sessions.console import progress
+    from vlmtune.sessions.data_input import DataOptions, open_input, read_input
 
     if not 0 < eval_fraction < 1:
         raise VlmtuneError(

@@ -11,29 +11,23 @@ from vlmtune.cli.data_input import (
     AnnotationsOption,
     BadOption,
     ColumnsOption,
-    DataInput,
-    DataOptions,
     FormatOption,
     ImageDirOption,
     ModelOption,
     OutsideOption,
     PathsArgument,
     PromptOption,
-    Side,
     SplitOption,
     UrlsOption,
-    load_encoder,
-    open_input,
-    read_input,
     tell_bad_rows,
 )
-from vlmtune.cli.progress import progress
 from vlmtune.errors import VlmtuneError, plural
 
 if TYPE_CHECKING:
-    from vlmtune.data.duplicates import Overlap
     from vlmtune.data.measure import Measurer
-    from vlmtune.report.set_stats import SetStatistics
+    from vlmtune.data.tools.duplicates import Overlap
+    from vlmtune.report.data_stats import SetStatistics
+    from vlmtune.sessions.data_input import DataInput, Side
 
 
 @command
@@ -71,6 +65,8 @@ def stats_command(
     debug: DebugOption = False,
 ) -> None:
     """Count what is in the data; of a recipe in both sets, and what these share."""
+    from vlmtune.sessions.data_input import DataOptions, read_input
+
     given = read_input(
         DataOptions(
             data,
@@ -94,7 +90,7 @@ def stats_command(
     }
     shared = None
     if len(found) == 2:
-        from vlmtune.data.duplicates import overlap
+        from vlmtune.data.tools.duplicates import overlap
 
         shared = overlap(found["train"].table, found["eval"].table)
     for of_side in found.values():
@@ -110,6 +106,8 @@ def stats_command(
 
 
 def _measurer(given: DataInput, tokens: bool | None) -> Measurer | None:
+    from vlmtune.sessions.data_input import load_encoder
+
     if tokens is False:
         return None
     if given.recipe is None:
@@ -125,7 +123,9 @@ def _measurer(given: DataInput, tokens: bool | None) -> Measurer | None:
 def _look_at(
     given: DataInput, side: Side, *, measurer: Measurer | None, max_samples: int | None, quiet: bool
 ) -> SetStatistics:
-    from vlmtune.report.set_stats import set_statistics
+    from vlmtune.report.data_stats import set_statistics
+    from vlmtune.sessions.console import progress
+    from vlmtune.sessions.data_input import open_input
 
     files = open_input(given, side)
     total = sum(len(file.rows) for file in files)

@@ -13,23 +13,16 @@ import typer
 
 from vlmtune.cli.common import (
     DebugOption,
+    DtypeOption,
     JsonOption,
+    QuantizationOption,
     QuietOption,
+    TrustOption,
     command,
     print_json,
     setup_logging,
 )
-from vlmtune.cli.data_input import (
-    ColumnsOption,
-    DataOptions,
-    FormatOption,
-    ImageDirOption,
-    PromptOption,
-)
-from vlmtune.cli.eval_request import Request
-from vlmtune.cli.eval_tables import guard_line
-from vlmtune.cli.processes import is_main_process, joined_processes
-from vlmtune.cli.target import DtypeOption, QuantizationOption, TrustOption, check_bit
+from vlmtune.cli.data_input import ColumnsOption, FormatOption, ImageDirOption, PromptOption
 from vlmtune.errors import CheckFailed
 
 
@@ -170,6 +163,12 @@ def eval_command(
     debug: DebugOption = False,
 ) -> None:
     """Measure runs, adapters or models on a data file; compare several."""
+    from vlmtune.sessions.data_input import DataOptions
+    from vlmtune.sessions.eval_options import Request
+    from vlmtune.sessions.eval_tables import guard_line
+    from vlmtune.sessions.processes import is_main_process, joined_processes
+    from vlmtune.sessions.target import check_bit
+
     quiet = quiet or not is_main_process()
     setup_logging(quiet)
     check_bit(quantization_bit)

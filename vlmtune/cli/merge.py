@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 import typer
 
 from vlmtune.cli.common import DebugOption, JsonOption, QuietOption, command, print_json
-from vlmtune.cli.preload import preload
 from vlmtune.errors import VlmtuneError, plural
 
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?(KB|MB|GB|TB)")
@@ -54,6 +53,8 @@ def merge_command(
     The base is loaded again without quantisation. Exits 1, and leaves no output, where the written
     model's logits are not those of base + adapter.
     """
+    from vlmtune.sessions.preload import preload
+
     if SHARD_SIZE.fullmatch(shard_size) is None:
         raise VlmtuneError(
             "wrong value for --shard-size", got=shard_size, expected="a size, e.g. 5GB"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -20,20 +19,62 @@ from vlmtune.cli.common import (
     print_json,
     setup_logging,
 )
-from vlmtune.cli.preload import preload
-from vlmtune.cli.train_evaluation import build_evaluation, load_held_out, verdict_of_run
-from vlmtune.cli.train_summary import NOT_RUN, print_model, print_plan, print_summary, summary_of
-from vlmtune.errors import CheckFailed, ErrorGroup
+from vlmtune.errors import CheckFailed, plural
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    pass
 
-    from vlmtune.models.load import VLM
-    from vlmtune.recipe.load import LoadedRecipe
-    from vlmtune.recipe.schema import Recipe
-    from vlmtune.train.best import Best
-    from vlmtune.train.checkpoint import Checkpoint
-    from vlmtune.train.skips import SkipLedger
+
+def print_summary(summary: dict[str, Any]) -> None:
+    if summary["stopped_by"] is not None:
+        print(
+            f"stopped after step {summary['steps']}; a checkpoint is in {summary['run']}; "
+            "go on with --resume auto",
+            file=sys.stderr,
+        )
+        return
+    lines = []
+    if summary["trainable_parameters"] is None:
+        print(f"already finished: {summary['result']}", file=sys.stderr)
+    else:
+        loss = "" if summary["loss"] is None else f", loss {summary['loss']:.4f}"
+        lines = [f"{summary['result']}: {plural(summary['steps'], 'step')}{loss}"]
+    if summary["best"] is not None:
+        best = summary["best"]
+        lines.append(f"the result is step {best['step']}'s: {best['metric']} {best['value']:.4f}")
+    if summary["skipped"]:
+        lines.append(
+            f"{plural(summary['skipped'], 'sample was', 'samples were')} not trained on: see "
+            f"{summary['run'] / 'skipped.jsonl'}"
+        )
+    if summary["vision_cache"] is not None:
+        lines.append(_cache_line(summary["vision_cache"]))
+    lines += [
+        f"{plural(count, 'sample')}: {note}" for note, count in sorted(summary["notes"].items())
+    ]
+    if summary["guard"] is not None:
+        guard = summary["guard"]
+        verdict = "forgotten: the guard's" if guard["has_fallen"] else "the guard's"
+        lines.append(
+            f"{verdict} {guard['metric']} went from {guard['before']:.4f} to {guard['after']:.4f}, "
+            f"allowed is a drop of {guard['max_drop']:g}"
+        )
+    for line in lines:
+        print(line)
+
+
+def _cache_line(figures: dict[str, int]) -> str:
+    sizes = [
+        f"{figures[name] / 1e6:,.1f} MB {where}"
+        for name, where in (("memory_bytes", "in memory"), ("disk_bytes", "on disk"))
+        if name in figures
+    ]
+    left = f", {figures['not_kept']:,} not kept for want of room" if figures["not_kept"] else ""
+    return (
+        f"vision cache: {plural(figures['misses'], 'picture')} went through the tower, "
+        f"{plural(figures['hits'], 'time')} one was kept ({', '.join(sizes)}{left})"
+    )
+
 
 ResumeOption = Annotated[
     str | None,
@@ -58,13 +99,15 @@ def train_command(
 ) -> None:
     """Train a model from a recipe into the folder `output_dir`."""
     from vlmtune.recipe.load import load_recipe
+    from vlmtune.sessions.preload import preload
 
     is_main = os.environ.get("RANK", "0") == "0"
     quiet = quiet or not is_main
     setup_logging(quiet)
     loaded = load_recipe(recipe, overrides or ())
     # Only now: the start of torch and transformers takes seconds, a wrong recipe none.
-    preload("vlmtune.train.build", "vlmtune.train.loop")
+    preload("vlmtune.sessions.train")
+    from vlmtune.sessions.train import Session
     from vlmtune.train.run_folder import choose_start
     from vlmtune.train.runtime import build_accelerator, joined
 
@@ -81,200 +124,3 @@ def train_command(
         raise typer.Exit(summary["stopped_by"])
     if summary["guard"] is not None and summary["guard"]["has_fallen"]:
         raise typer.Exit(CheckFailed.exit_code)
-
-
-@dataclasses.dataclass(frozen=True)
-class Session:
-    """One run of the command: the recipe, the processes, and how it was asked to start."""
-
-    loaded: LoadedRecipe
-    accelerator: Accelerator
-    resume: str | None
-    quiet: bool
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.loaded.recipe
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.recipe.output_dir)
-
-    def run(self, start: Checkpoint | None) -> dict[str, Any]:
-        """Load, build, train, save; what `--json` prints. Contains collectives."""
-        from vlmtune.models.adapters.registry import build_adapter
-        from vlmtune.models.bfloat16 import bfloat16_errors, capability_of
-        from vlmtune.models.quantize import quantization_report
-        from vlmtune.models.summary import trained_rows
-        from vlmtune.train import build, checkpoint, run_folder
-        from vlmtune.train.best import best_by
-        from vlmtune.train.fingerprint import data_hashes_of, fingerprint_of
-        from vlmtune.train.loop import Schedule, is_finished, train
-
-        recipe = self.recipe
-        if errors := bfloat16_errors(recipe, capability_of(self.accelerator.device)):
-            raise ErrorGroup(errors)
-        hashes = data_hashes_of(recipe)
-        fingerprint = fingerprint_of(recipe, hashes)
-        if start is not None:
-            checkpoint.check_fingerprint(start.state.fingerprint, fingerprint, path=self.folder)
-            run_folder.check_same_run(self.folder, fingerprint)
-        data, skipped = build.open_training_data(recipe)
-        held_out = load_held_out(recipe)
-        total_steps = build.total_steps_of(recipe, data)
-        best_at = None
-        if start is not None:
-            best = best_by(start.state.best, recipe.eval.best_metric)
-            step = start.state.step
-            finished = run_folder.finished_result(self.folder)
-            if finished is not None and is_finished(start.state, recipe, total_steps):
-                return self.of_finished(finished, step, best)
-            if best is not None:
-                best_at = run_folder.find_best(self.folder, best, resume=self.resume, step=step)
-        ledger = build.build_ledger(recipe, folder=self.folder, data=data, num_skipped=len(skipped))
-        if start is not None:
-            ledger.restore(start.state.left_out, num_bad=start.state.num_bad)
-        ledger.add(build.left_out(skipped), write=False)
-        vlm = self.load_model()
-        linear_modules = quantization_report(vlm.model, vlm.family)
-        if not self.quiet:
-            print_model(vlm, build.num_samples_of(data), linear_modules)
-        # The adapter's random start is the same on every process; dropout afterwards is not.
-        build.seed_everything(recipe.seed, 0)
-        adapter = build_adapter(vlm, recipe, total_steps=total_steps)
-        build.seed_everything(recipe.seed, self.accelerator.process_index)
-        encoder = build.build_encoder(recipe, vlm)
-        trainee = build.build_trainee(
-            recipe,
-            vlm=vlm,
-            adapter=adapter,
-            data=data,
-            encoder=encoder,
-            accelerator=self.accelerator,
-        )
-        make_steps = build.build_steps(
-            recipe,
-            data=data,
-            encoder=encoder,
-            vlm=vlm,
-            accelerator=self.accelerator,
-            start=None if start is None else start.state,
-        )
-        trained = trained_rows(adapter.model, vlm.family)
-        if not self.quiet:
-            print_plan(recipe, adapter.name, trained, trainee, total_steps, start, self.accelerator)
-        evaluate = build_evaluation(
-            recipe,
-            vlm=dataclasses.replace(vlm, model=adapter.model),
-            trainee=trainee,
-            encoder=encoder,
-            accelerator=self.accelerator,
-            held_out=held_out,
-            folder=self.folder,
-        )
-
-        def prepare_folder() -> None:
-            # A process that failed on the way here leaves no folder and moves no old run.
-            self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
-                self.prepare_folder(hashes, vlm.commit, ledger, start, best_at)
-                run_folder.write_modules(
-                    self.folder, trained=trained, linear_modules=linear_modules
-                )
-            self.accelerator.wait_for_everyone()
-
-        result = train(
-            trainee,
-            section=recipe.train,
-            schedule=Schedule.of(recipe.train, recipe.eval, total_steps),
-            make_steps=make_steps,
-            prepare_folder=prepare_folder,
-            accelerator=self.accelerator,
-            folder=self.folder,
-            fingerprint=fingerprint,
-            skips=ledger,
-            evaluate=evaluate,
-            resume=start,
-            quiet=self.quiet,
-        )
-        saved = None
-        if result.stopped_by is None:
-            saved = self.folder / ("model" if adapter.name == "full" else "adapter")
-            if self.accelerator.is_main_process:
-                run_folder.write_result(self.folder, saved.name, build.saver(recipe, trainee))
-            self.accelerator.wait_for_everyone()
-        summary = summary_of(self.folder, saved, result, trainee)
-        if saved is not None:
-            summary["guard"] = self.guard_at(result.steps, result.best)
-        if self.accelerator.is_main_process:
-            run_folder.write_summary(self.folder, summary)
-        return summary
-
-    def of_finished(self, result: Path, steps: int, best: Best | None) -> dict[str, Any]:
-        """What `--json` prints of a run that has no step left to do."""
-        known = {"run": self.folder, "steps": steps, "result": result}
-        chosen = None if best is None else dataclasses.asdict(best)
-        return NOT_RUN | known | {"best": chosen, "guard": self.guard_at(steps, best)}
-
-    def guard_at(self, steps: int, best: Best | None) -> dict[str, object] | None:
-        """The guard's verdict on the result: the best step's, or the last of `steps`."""
-        step = steps if best is None else best.step
-        verdict = verdict_of_run(self.recipe, self.folder, step=step)
-        return None if verdict is None else verdict.as_dict()
-
-    def load_model(self) -> VLM:
-        from vlmtune.models.load import load_vlm
-        from vlmtune.train.runtime import DTYPES
-
-        recipe = self.recipe
-        return load_vlm(
-            recipe.model,
-            revision=recipe.revision,
-            trust_remote_code=recipe.trust_remote_code,
-            quantization_bit=recipe.quantization_bit,
-            quantization=recipe.quantization,
-            dtype=DTYPES[recipe.train.precision],
-            device=self.accelerator.device,
-            image=recipe.image,
-            parts=recipe.parts,
-        )
-
-    def prepare_folder(
-        self,
-        hashes: dict[str, str],
-        commit: str | None,
-        ledger: SkipLedger,
-        start: Checkpoint | None,
-        best_at: Path | None,
-    ) -> None:
-        """Set aside or remove what this run replaces, and write what it is."""
-        from vlmtune.recipe.load import dump_recipe
-        from vlmtune.train import run_folder
-        from vlmtune.train.runtime import describe_environment
-
-        if self.resume == "never":
-            old = run_folder.set_aside(self.folder)
-            if old is not None:
-                self.say(f"the old run is now {old}")
-        elif run_folder.drop_records(self.folder):
-            self.say(f"{self.folder}: a run ended here before its first checkpoint; it is replaced")
-        environment = describe_environment(self.accelerator)
-        run_folder.write_records(
-            self.folder,
-            recipe_text=self.loaded.text,
-            resolved_text=dump_recipe(self.recipe),
-            environment=environment | {"model_commit": commit, "data_sha256": hashes},
-        )
-        step = 0 if start is None else start.state.step
-        if start is not None:
-            run_folder.set_aside_newer(self.folder, step)
-            if self.resume != "auto":
-                other = Path(str(self.resume)).resolve().parent.parent
-                run_folder.bring_from(other, self.folder, step=step, best=best_at)
-        run_folder.drop_evaluations_after(self.folder, step)
-        ledger.write()
-
-    def say(self, text: str) -> None:
-        """A line for the person watching."""
-        if not self.quiet:
-            print(text, file=sys.stderr)

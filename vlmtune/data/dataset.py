@@ -1,35 +1,43 @@
-"""The samples of some entries by number: read, parsed and checked when they are asked for.
+"""Data files to conversations: by number, all at once before a model is loaded, or row by row.
 
     entries -> sources of rows -> format told from the first rows -> scan of every row, up to a size
       -> ConversationSet: number -> row -> Conversation
 
 A row that the scan finds bad is not part of the set. A larger set is not scanned: its bad rows are
 part of it, and raise when their turn comes.
+
+entries -> dataset.open_files -> scan: parse, unique ids, pictures exist -> ConversationSet
+
+Ids are compared over all files by 8-byte digests, so that a million rows take some 70 MB at most.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal, overload
 
+from vlmtune.data.formats.base import Row, check_trainable
 from vlmtune.data.formats.registry import (
     check_entry,
     detect_format,
     format_line,
     parse_row,
+    unused_keys,
 )
-from vlmtune.data.formats.rows import Row
+from vlmtune.data.media import locate_media
 from vlmtune.data.order import Order, num_slots
-from vlmtune.data.sources.registry import open_rows
-from vlmtune.data.sources.rows import Rows
-from vlmtune.data.types import LOCAL, Access, Conversation
-from vlmtune.errors import VlmtuneError, plural
-from vlmtune.recipe.data_section import DataEntry, FormatName
+from vlmtune.data.sources.base import Rows
+from vlmtune.data.sources.registry import digests_of, open_rows
+from vlmtune.data.types import LOCAL, Access, Conversation, Media, Skipped, Source, placed
+from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError, plural, shorten
+from vlmtune.recipe.data_section import DataEntry, DataSection, FormatName
 
 logger = logging.getLogger("vlmtune")
 
@@ -176,3 +184,258 @@ def _check_listed_once(all_rows: Sequence[Rows]) -> None:
         if place in seen:
             raise VlmtuneError("the data file is listed twice", file=rows.file, expected="once")
         seen.add(place)
+
+
+MAX_ERRORS_SHOWN = 20
+
+NEW_IDS = "change it, or take ids out; `vlmtune data convert --new-ids` gives new ones"
+
+Files = Sequence[str | Path | DataEntry]
+
+
+def load_conversations(
+    files: Files,
+    *,
+    on_bad_sample: OnBadSample = "error",
+    check_media: bool = True,
+    access: Access = LOCAL,
+) -> tuple[list[Conversation], list[Skipped]]:
+    """All conversations of `files`, in order and in memory, and with `skip` the rows that cannot
+    be used. For evaluation; training asks `open_conversations`.
+
+    With `error`, raises an ErrorGroup of every bad row (the first 20 in words). A file that
+    cannot be read, or a broken JSON array, is an error either way. `check_media` looks for every
+    picture file; none is decoded here.
+    """
+    conversations: list[Conversation] = []
+    opened = open_files(as_entries(files), access=access, cache_dir=cache_dir_of(access))
+    _, skipped = _scan(opened, on_bad_sample, check_media=check_media, into=conversations)
+    return conversations, skipped
+
+
+def open_conversations(
+    files: Files, *, on_bad_sample: OnBadSample, access: Access = LOCAL
+) -> tuple[ConversationSet, list[Skipped]]:
+    """The samples of `files` by number, and with `skip` the rows that are not among them.
+
+    A set of up to `SCANNED_OUTRIGHT` rows is checked as `load_conversations` does; of a larger one
+    a bad row raises when it is asked for, and that is said.
+    """
+    opened = open_files(as_entries(files), access=access, cache_dir=cache_dir_of(access))
+    num_rows = sum(len(file.rows) for file in opened)
+    if num_rows > SCANNED_OUTRIGHT:
+        logger.info(
+            "%s rows are checked when their turn comes; `vlmtune check` looks at all of them first",
+            f"{num_rows:,}",
+        )
+        return ConversationSet(tuple(opened), (None,) * len(opened)), []
+    kept, skipped = _scan(opened, on_bad_sample, check_media=True, into=None)
+    return ConversationSet(tuple(opened), tuple(kept)), skipped
+
+
+def access_of(section: DataSection) -> Access:
+    """What the recipe allows pictures and videos to be read from."""
+    return Access(
+        allow_outside_paths=section.allow_outside_paths,
+        allow_urls=section.allow_urls,
+        allow_private_addresses=section.allow_private_addresses,
+        max_download_bytes=section.max_download_bytes,
+        url_timeout_seconds=section.url_timeout_seconds,
+        cache_dir=None if section.cache_dir is None else Path(section.cache_dir),
+    )
+
+
+def all_rows(files: Files, *, access: Access = LOCAL) -> ConversationSet:
+    """Every row of `files` by number, unchecked: a bad one raises SampleError when asked for."""
+    opened = open_files(as_entries(files), access=access, cache_dir=cache_dir_of(access))
+    return ConversationSet(tuple(opened), (None,) * len(opened))
+
+
+def as_entries(files: Files) -> list[DataEntry]:
+    """Paths as entries that are nothing else."""
+    return [file if isinstance(file, DataEntry) else DataEntry(path=str(file)) for file in files]
+
+
+def cache_dir_of(access: Access) -> Path:
+    """Where indexes and downloads are kept: the recipe's `data.cache_dir`, or the user's cache."""
+    return access.cache_folder
+
+
+def content_hash(files: Files, *, cache_dir: Path | None = None) -> dict[str, str]:
+    """A digest of each file, shard, folder or data set, as a run folder records it."""
+    folder = cache_dir or cache_dir_of(LOCAL)
+    return {
+        path: digest
+        for entry in as_entries(files)
+        for path, digest in digests_of(entry, cache_dir=folder).items()
+    }
+
+
+def _scan(
+    files: Sequence[OpenFile],
+    on_bad_sample: OnBadSample,
+    *,
+    check_media: bool,
+    into: list[Conversation] | None,
+) -> tuple[list[list[int]], list[Skipped]]:
+    """The good rows of each file and, with `skip`, the bad ones; raises an ErrorGroup otherwise."""
+    kept: list[list[int]] = []
+    errors: list[SampleError] = []
+    skipped: list[Skipped] = []
+    places: dict[str, Source] = {}
+    for file in files:
+        unused: Counter[str] = Counter()
+        kept.append([])
+        for index in range(len(file.rows)):
+            source = file.rows.place(index)
+            try:
+                row = file.row(index)
+                unused.update(unused_keys(row.values, file.entry, file.format))
+                conversation = parse_row(row, file.format)
+                if into is None:
+                    check_trainable(conversation)
+                else:  # answers are told apart by id; training goes by place
+                    _check_id(conversation, places)
+                if check_media:
+                    check_located(conversation)
+            except SampleError as error:
+                errors.append(error)
+                skipped.append(Skipped(f"{file.label}:{source.line}", source, str(error)))
+                continue
+            kept[-1].append(index)
+            if into is not None:
+                into.append(conversation)
+        if unused:
+            names = ", ".join(f"{key} ({count})" for key, count in sorted(unused.items()))
+            logger.info("%s: keys kept out of training, with their rows: %s", file.rows.file, names)
+    if errors and on_bad_sample == "error":
+        raise _group(errors)
+    return kept, skipped
+
+
+def check_located(conversation: Conversation) -> None:
+    """Look for every picture and video. Raises SampleError with the row's place."""
+    everything: tuple[Media, ...] = (*conversation.images, *conversation.videos)
+    for media in everything:
+        try:
+            locate_media(media)
+        except VlmtuneError as error:
+            raise placed(error, conversation.source) from error
+
+
+def _check_id(conversation: Conversation, places: dict[str, Source]) -> None:
+    first = places.setdefault(conversation.id, conversation.source)
+    if first is not conversation.source:
+        raise SampleError(
+            f"the id {shorten(conversation.id, 60)!r} is taken",
+            file=conversation.source.file,
+            line=conversation.source.line,
+            got=f"the same id at {first.file}:{first.line}",
+            expected="an id of its own",
+            do=NEW_IDS,
+        )
+
+
+def _group(errors: Sequence[SampleError]) -> ErrorGroup:
+    shown: list[VlmtuneError] = list(errors[:MAX_ERRORS_SHOWN])
+    if len(errors) > MAX_ERRORS_SHOWN:
+        shown.append(
+            VlmtuneError(f"and {plural(len(errors) - MAX_ERRORS_SHOWN, 'more bad sample')}")
+        )
+    return ErrorGroup(shown)
+
+
+MAX_NAMED = 20
+"""Bad rows that are told in words; the others are counted."""
+
+
+@dataclass
+class BadRows:
+    """The rows that cannot be used: how many, and the first in words."""
+
+    count: int = 0
+    named: list[str] = field(default_factory=list)
+
+    def add(self, error: SampleError) -> None:
+        self.count += 1
+        if len(self.named) < MAX_NAMED:
+            self.named.append(str(error))
+
+    def as_error(self) -> ErrorGroup:
+        """All of them as one error: the first in words, the rest counted."""
+        errors = [VlmtuneError(text) for text in self.named]
+        if self.count > len(self.named):
+            errors.append(
+                VlmtuneError(f"and {plural(self.count - len(self.named), 'more bad row')}")
+            )
+        return ErrorGroup(errors)
+
+
+@dataclass
+class RowWalk:
+    """`files` in order. `unused` counts, by name, the keys that no conversation is made from.
+
+    `new_ids`: rows are called by file and line, whatever ids they have.
+    """
+
+    files: Sequence[OpenFile]
+    new_ids: bool = False
+    unused: Counter[str] = field(default_factory=Counter)
+    _ids: set[int] = field(default_factory=set, repr=False)
+
+    def __len__(self) -> int:
+        return sum(len(file.rows) for file in self.files)
+
+    def rows(
+        self, *, start: int = 0, only: Sequence[int] | None = None
+    ) -> Iterator[tuple[Source, Conversation | SampleError]]:
+        """From row `start` (0-based, over all files) on, each with its place; or the rows `only`,
+        whose numbers rise."""
+        numbers = range(start, len(self)) if only is None else only
+        for file, index in _located(self.files, numbers):
+            source = file.rows.place(index)
+            try:
+                yield source, self._conversation(file, index)
+            except SampleError as error:
+                yield source, error
+
+    def place(self, number: int) -> Source:
+        """Where row `number` stands."""
+        [(file, index)] = _located(self.files, [number])
+        return file.rows.place(index)
+
+    def take_id(self, name: str) -> None:
+        """Note the id of a row that is used: from now on it is taken."""
+        self._ids.add(_digest(name))
+
+    def _conversation(self, file: OpenFile, index: int) -> Conversation:
+        row = file.row(index)
+        self.unused.update(unused_keys(row.values, file.entry, file.format))
+        conversation = parse_row(row, file.format)
+        if self.new_ids:
+            conversation = replace(conversation, id=row.fallback_id)
+        if _digest(conversation.id) in self._ids:
+            raise SampleError(
+                f"the id {shorten(conversation.id, 60)!r} is taken",
+                file=conversation.source.file,
+                line=conversation.source.line,
+                got="the same id in an earlier row",
+                expected="an id of its own",
+                do=NEW_IDS,
+            )
+        return conversation
+
+
+def _digest(name: str) -> int:
+    content = name.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def _located(files: Sequence[OpenFile], numbers: Sequence[int]) -> Iterator[tuple[OpenFile, int]]:
+    """The file and the row in it of each of `numbers`, which rise."""
+    at = before = 0
+    for number in numbers:
+        while number >= before + len(files[at].rows):
+            before += len(files[at].rows)
+            at += 1
+        yield files[at], number - before

@@ -2,37 +2,100 @@
 
     Conversation -> pictures and videos decoded                       media.py, video.py
       -> chat template with the answers' characters                   template.py
-      -> processor: input_ids (T,), media, each token's characters    process.py, alignment.py
-      -> targets (T,), decoded and compared with the answers          masks.py
-      -> too long: refused, left out, shrunk or cut                   over_length.py
+      -> processor: input_ids (T,), media, each token's characters    processing.py, tokens.py
+      -> targets (T,), decoded and compared with the answers          tokens.py
+      -> too long: refused, left out, shrunk or cut                   shrink_images, cut_text
 
 T tokens of a sample.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import PIL.Image
 
-from vlmtune.data.collate import MediaLayout
-from vlmtune.data.masks import MaskError, label_targets
+from vlmtune.data.batches import MediaLayout
 from vlmtune.data.media import read_image
-from vlmtune.data.media_units import media_keys_of
-from vlmtune.data.over_length import TURNS_LEFT_OUT, cut_text, shrink_images
-from vlmtune.data.placed import placed
-from vlmtune.data.process import ProcessError, process
+from vlmtune.data.processing import ProcessError, media_keys_of, process
 from vlmtune.data.sample_cache import SampleCache, fingerprint_of
 from vlmtune.data.template import ChatTemplate, Rendered, TemplateError, special_tokens
-from vlmtune.data.types import Conversation, Sample, Text, Turn
+from vlmtune.data.tokens import MaskError, label_targets
+from vlmtune.data.types import IGNORED, Conversation, Sample, Text, Turn, placed
 from vlmtune.data.video import Clip, read_video
 from vlmtune.errors import SampleError, VlmtuneError, plural
 from vlmtune.recipe.data_section import VideoSection
 from vlmtune.recipe.schema import Recipe
+
+SHRUNK = "pictures shrunk to fit data.max_tokens"
+TRIMMED = "text cut at the end to fit data.max_tokens"
+TURNS_LEFT_OUT = "last turns left out to fit data.max_tokens"
+
+_SMALLEST_SIDE = 4
+_REFINEMENTS = 4
+
+
+def shrink_images(
+    encode: Callable[[float], Sample],
+    sample: Sample,
+    *,
+    num_text_tokens: int,
+    shortest_side: int,
+    max_tokens: int,
+) -> Sample | None:
+    """The sample with its pictures' sides scaled down until it fits, or None if it never does.
+
+    `encode(scale)` gives the sample at a scale in (0, 1]; `shortest_side` is that of the smallest
+    picture, in pixels.
+    """
+    too_large, scale = 1.0, 1.0
+    room = max_tokens - num_text_tokens
+    if room <= 0 or not (sample.num_images or sample.num_videos):
+        return None
+    while sample.num_tokens > max_tokens:
+        too_large = scale
+        wanted = math.sqrt(room / (sample.num_tokens - num_text_tokens))
+        scale *= min(wanted, 0.9)
+        if scale * shortest_side < _SMALLEST_SIDE:
+            return None
+        sample = encode(scale)
+    # The first guess may have overshot by far: the processor has a pixel budget of its own.
+    for _ in range(_REFINEMENTS):
+        middle = math.sqrt(too_large * scale)
+        candidate = encode(middle)
+        if candidate.num_tokens <= max_tokens:
+            sample, scale = candidate, middle
+        else:
+            too_large = middle
+    return replace(sample, notes=(*sample.notes, SHRUNK))
+
+
+def cut_text(sample: Sample, *, media_end: int, max_tokens: int) -> Sample | None:
+    """The first `max_tokens` tokens; None where that cuts a picture or leaves nothing to learn.
+
+    `media_end` is the position after the last picture. The last token kept predicts nothing: an
+    answer that was cut is not taught to end there.
+    """
+    if max_tokens < media_end:
+        return None
+    targets = sample.targets[:max_tokens].clone()
+    targets[-1] = IGNORED
+    if not bool((targets != IGNORED).any()):
+        return None
+    return replace(
+        sample,
+        input_ids=sample.input_ids[:max_tokens].clone(),
+        targets=targets,
+        weights=None if sample.weights is None else sample.weights[:max_tokens].clone(),
+        token_fields={n: f[:max_tokens].clone() for n, f in sample.token_fields.items()},
+        notes=(*sample.notes, TRIMMED),
+    )
+
 
 TrainOn = Literal["assistant", "last_turn"]
 OverLengthPolicy = Literal["error", "drop", "shrink_images", "trim_text"]

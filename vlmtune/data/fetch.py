@@ -1,8 +1,15 @@
-"""Pictures and videos from http(s) URLs, once: kept by the hash of their content.
+"""Pictures and videos from http(s) URLs, downloaded once and kept by the hash of their content.
+
+    URL -> resolve once -> every address public? -> connect to that address (TLS: the host's name)
+        -> redirect: the same again, at most five times -> body, counted as it comes
+
+Nothing is looked up twice: a name that resolves otherwise a moment later (DNS rebinding) leads
+nowhere else. Proxies named by environment variables are not used: what they connect to cannot be
+checked.
 
     URL -> allowed?            check_url: no network
         -> kept and unbroken?  CACHE/downloads/urls/<sha256 of URL> -> CACHE/downloads/<sha256>
-        -> download            download.py, up to three times
+        -> download            up to three times
         -> file beside, synced, renamed; then the URL's entry likewise
 
 Two processes may fetch the same URL at once, and a kill may come anywhere: a file under its final
@@ -11,23 +18,302 @@ name is whole, and is compared with its name before it is used.
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import http.client
+import io
+import ipaddress
 import os
 import re
+import socket
+import ssl
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
-from urllib.parse import SplitResult
+from typing import Any, BinaryIO
+from urllib.parse import SplitResult, quote, unquote, urljoin
 
-from vlmtune.data.content_kind import HEAD_BYTES, content_kind
-from vlmtune.data.download import Limits, PassingError, download
+from vlmtune import __version__
+from vlmtune.data.locations import (
+    HEAD_BYTES,
+    check_literal_address,
+    content_kind,
+    is_public,
+    printable,
+    private_address,
+    shown_url,
+    split_url,
+)
 from vlmtune.data.types import Access
-from vlmtune.data.url import check_literal_address, is_url, shown_url, split_url
 from vlmtune.errors import VlmtuneError
 
-__all__ = ["check_url", "fetch", "is_url", "shown_url"]
+MAX_REDIRECTS = 5
+REDIRECTS = (301, 302, 303, 307, 308)
+LONGEST_WAIT_SECONDS = 30.0
+CHUNK_BYTES = 1 << 16
+_PORTS = {"http": 80, "https": 443}
+_UNCHANGED = "/%:@!$&'()*+,;=~-._?"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`seconds`: for all of it, redirects included; only the name's look-up has the system's own
+    limit."""
+
+    max_bytes: int
+    seconds: float
+    allow_private_addresses: bool
+
+
+class PassingError(VlmtuneError):
+    """It may work a moment later."""
+
+    retry_after_seconds = 0.0
+
+
+def download(url: str, into: BinaryIO, *, limits: Limits) -> None:
+    """Write what `url` holds into `into`.
+
+    Raises PassingError for time-outs, broken connections, 429 and 5xx, and VlmtuneError for
+    whatever else is wrong.
+    """
+    deadline = time.monotonic() + limits.seconds
+    current = url
+    for _ in range(MAX_REDIRECTS + 1):
+        parts = split_url(current)
+        try:
+            target = _one_request(parts, into, limits=limits, deadline=deadline)
+        except TimeoutError as error:
+            raise PassingError(
+                f"the download took longer than {limits.seconds:g} seconds",
+                got=shown_url(url),
+                do="raise data.url_timeout_seconds, or download the picture yourself",
+            ) from error
+        except ssl.SSLCertVerificationError as error:
+            raise VlmtuneError(
+                f"the server's certificate is not valid ({error.verify_message})",
+                got=shown_url(current),
+            ) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise PassingError(
+                f"the connection failed ({_reason(error)})",
+                got=shown_url(current),
+                do="look whether the address is right and the network is there",
+            ) from error
+        if target is None:
+            return
+        current = target
+    raise VlmtuneError(f"the URL leads on more than {MAX_REDIRECTS} times", got=shown_url(url))
+
+
+def _one_request(
+    parts: SplitResult, into: BinaryIO, *, limits: Limits, deadline: float
+) -> str | None:
+    """None after the body is written; where the server sends elsewhere, the URL of that."""
+    sock = _connect(parts, limits=limits, deadline=deadline)
+    connection = http.client.HTTPConnection(str(parts.hostname), _port(parts))
+    connection.sock = _TimedSocket(sock, deadline)  # already at the address that was checked
+    try:
+        connection.request("GET", _request_target(parts), headers=_headers(parts))
+        with connection.getresponse() as response:
+            if response.status in REDIRECTS:
+                return _next_url(parts, response)
+            _check_status(parts, response)
+            _write_body(parts, response, into, limits=limits)
+            return None
+    finally:
+        connection.close()
+
+
+def _connect(parts: SplitResult, *, limits: Limits, deadline: float) -> socket.socket:
+    host, port = str(parts.hostname), _port(parts)
+    addresses = _resolve(parts, host, port)
+    if not limits.allow_private_addresses:
+        for found in addresses:
+            address = ipaddress.ip_address(found)
+            if not is_public(address):
+                raise private_address(parts.geturl(), address)
+    failure: OSError | None = None
+    for found in addresses:
+        try:
+            sock = socket.create_connection((found, port), timeout=_remaining(deadline))
+        except TimeoutError:
+            raise
+        except OSError as error:
+            failure = error
+            continue
+        if parts.scheme == "http":
+            return sock
+        try:
+            sock.settimeout(_remaining(deadline))
+            return ssl.create_default_context().wrap_socket(sock, server_hostname=host)
+        except BaseException:
+            sock.close()
+            raise
+    assert failure is not None
+    raise failure
+
+
+def _resolve(parts: SplitResult, host: str, port: int) -> list[str]:
+    """Every address of the host, in the system's order."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        kind = PassingError if error.errno == socket.EAI_AGAIN else VlmtuneError
+        raise kind(
+            f"the host's name is not known ({error.strerror})",
+            got=shown_url(parts.geturl()),
+            do="look whether the address is right and the network is there",
+        ) from error
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+def _request_target(parts: SplitResult) -> str:
+    path = quote(parts.path or "/", safe=_UNCHANGED)
+    return path + ("?" + quote(parts.query, safe=_UNCHANGED) if parts.query else "")
+
+
+def _headers(parts: SplitResult) -> dict[str, str]:
+    host = str(parts.hostname)
+    host = f"[{host}]" if ":" in host else host.encode("idna").decode()
+    if parts.port is not None and parts.port != _PORTS[parts.scheme]:
+        host += f":{parts.port}"
+    headers = {
+        "Host": host,
+        "User-Agent": f"vlmtune/{__version__}",
+        "Accept": "image/*,video/*;q=0.9,*/*;q=0.5",
+        "Connection": "close",
+    }
+    if parts.username is not None:
+        named = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
+        headers["Authorization"] = f"Basic {base64.b64encode(named).decode()}"
+    return headers
+
+
+def _next_url(parts: SplitResult, response: http.client.HTTPResponse) -> str:
+    location = response.getheader("Location")
+    if not location:
+        raise VlmtuneError(
+            f"the server answered {response.status} without saying where to",
+            got=shown_url(parts.geturl()),
+        )
+    try:
+        return urljoin(parts.geturl(), location)
+    except ValueError as error:
+        raise VlmtuneError(
+            f"the server leads on to what is no URL ({error})", got=printable(location)
+        ) from error
+
+
+def _check_status(parts: SplitResult, response: http.client.HTTPResponse) -> None:
+    if response.status == http.client.OK:
+        return
+    passes = response.status == http.client.TOO_MANY_REQUESTS or response.status >= 500
+    error = (PassingError if passes else VlmtuneError)(
+        f"the server answered {response.status} {printable(response.reason)}".rstrip(),
+        got=shown_url(parts.geturl()),
+        do="correct the URL, or take the sample out" if not passes else "try again later",
+    )
+    wait = response.getheader("Retry-After", "")
+    if isinstance(error, PassingError) and wait.isdecimal():
+        error.retry_after_seconds = min(float(wait), LONGEST_WAIT_SECONDS)
+    raise error
+
+
+def _write_body(
+    parts: SplitResult,
+    response: http.client.HTTPResponse,
+    into: BinaryIO,
+    *,
+    limits: Limits,
+) -> None:
+    into.seek(0)
+    into.truncate()
+    num_bytes = response.length or 0  # what the header says, to begin with
+    if num_bytes <= limits.max_bytes:
+        num_bytes = 0
+        while chunk := response.read1(CHUNK_BYTES):
+            num_bytes += len(chunk)
+            if num_bytes > limits.max_bytes:
+                break
+            _write(into, chunk)
+    if num_bytes > limits.max_bytes:
+        raise VlmtuneError(
+            "the download is too large",
+            got=f"{shown_url(parts.geturl())}: {num_bytes} bytes or more",
+            expected=f"at most {limits.max_bytes} (data.max_download_bytes)",
+        )
+    if response.length:
+        raise http.client.IncompleteRead(b"", response.length)
+
+
+def _write(into: BinaryIO, chunk: bytes) -> None:
+    try:
+        into.write(chunk)
+    except OSError as error:  # a full disk is no broken connection
+        raise VlmtuneError(
+            f"the download cannot be written ({error.strerror})",
+            do="make room, or name another folder with data.cache_dir",
+        ) from error
+
+
+def _port(parts: SplitResult) -> int:
+    return _PORTS[parts.scheme] if parts.port is None else parts.port
+
+
+def _remaining(deadline: float) -> float:
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise TimeoutError
+    return remaining
+
+
+def _reason(error: OSError | http.client.HTTPException) -> str:
+    if isinstance(error, http.client.IncompleteRead):
+        return "it broke off in the middle"
+    text = error.strerror if isinstance(error, OSError) else str(error)
+    return printable(text or str(error) or type(error).__name__)
+
+
+class _TimedSocket:
+    """A connected socket as http.client uses it, each of whose calls ends at `deadline`: a server
+    that sends a byte now and then is not waited for longer."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self._sock = sock
+        self._deadline = deadline
+
+    def sendall(self, data: bytes) -> None:
+        self._sock.settimeout(_remaining(self._deadline))
+        self._sock.sendall(data)
+
+    def makefile(self, mode: str, *_: Any) -> BinaryIO:
+        assert mode == "rb"
+        return io.BufferedReader(_TimedReader(self._sock, self._deadline))
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+class _TimedReader(io.RawIOBase):
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self._sock = sock
+        self._raw = sock.makefile("rb", buffering=0)  # keeps the connection open until closed
+        self._deadline = deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._sock.settimeout(_remaining(self._deadline))
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
 
 ATTEMPTS = 3
 BACKOFF_SECONDS = 0.5

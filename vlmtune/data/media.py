@@ -1,16 +1,21 @@
 """A picture from a path, a URL, a `data:` URL, base64 or bytes to upright RGB.
 
-ref -> file below the row's folder        safe_path.py
+first frame -> EXIF orientation -> 16 bit scaled to 8 -> transparency laid on white -> RGB
+
+ref -> file below the row's folder        locations.py
     -> downloaded file, by content        fetch.py
-    -> bytes in the row                   embedded.py
-file or bytes -> header (format and size checked here) -> decode -> upright RGB    pixels.py
+    -> bytes in the row
+file or bytes -> header (format and size checked here) -> decode -> upright RGB
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import contextlib
 import hashlib
 import io
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -18,15 +23,134 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import PIL.Image
+from PIL import ExifTags
+from PIL.Image import Transpose
 
-from vlmtune.data.content_kind import HEAD_BYTES, content_kind, is_readable_kind
-from vlmtune.data.embedded import decode_bare_base64, decode_data_url
-from vlmtune.data.fetch import check_url, fetch, is_url, shown_url
-from vlmtune.data.pixels import frame_notes, orientation_of, to_rgb, upright, upright_sides
-from vlmtune.data.safe_path import NoSuchFile, find_file, printable
+from vlmtune.data.fetch import check_url, fetch
+from vlmtune.data.locations import (
+    HEAD_BYTES,
+    NoSuchFile,
+    content_kind,
+    find_file,
+    is_readable_kind,
+    is_url,
+    printable,
+    shown_url,
+)
 from vlmtune.data.types import Access, Image, Media, Video
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import VlmtuneError, shorten
+
+ANIMATED = "animated pictures: the first frame is used"
+PAGES = "pictures of several pages: the first is used"
+BROKEN_EXIF = "pictures with broken EXIF data: taken as upright"
+
+_DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+_TURNS = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+_SIDES_SWAPPED = (5, 6, 7, 8)
+
+
+def frame_notes(opened: PIL.Image.Image) -> tuple[str, ...]:
+    """A note where the file holds more than the frame that is used."""
+    notes = {"GIF": ANIMATED, "WEBP": ANIMATED, "PNG": ANIMATED, "TIFF": PAGES}
+    # A JPEG's further pictures (format MPO) are previews and depth maps, no frames.
+    if opened.format not in notes or not opened.is_animated:  # type: ignore[attr-defined]
+        return ()
+    return (notes[opened.format],)
+
+
+def orientation_of(opened: PIL.Image.Image) -> tuple[int, tuple[str, ...]]:
+    """The EXIF orientation, 1 to 8, and a note where the EXIF data cannot be read."""
+    try:
+        value = opened.getexif().get(ExifTags.Base.Orientation, 1)
+    except (SyntaxError, ValueError, KeyError, TypeError, EOFError, struct.error):
+        return 1, (BROKEN_EXIF,)
+    return (value if value in _TURNS else 1), ()
+
+
+def upright(picture: PIL.Image.Image, orientation: int) -> PIL.Image.Image:
+    turn = _TURNS.get(orientation)
+    return picture if turn is None else picture.transpose(turn)
+
+
+def upright_sides(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """(width, height) after `upright`."""
+    return (size[1], size[0]) if orientation in _SIDES_SWAPPED else size
+
+
+def to_rgb(picture: PIL.Image.Image, name: str) -> PIL.Image.Image:
+    """A new picture in RGB, detached from its file; `name` is for messages.
+
+    Raises VlmtuneError for values whose brightness is not defined.
+    """
+    if picture.mode == "F":
+        raise VlmtuneError(
+            "a picture of floating-point values has no defined brightness",
+            got=name,
+            expected="8 or 16 bit per channel",
+        )
+    if picture.mode in _DEEP_MODES:
+        values = np.asarray(picture).astype(np.int64)  # (height, width)
+        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+            raise VlmtuneError(
+                "a picture of 32-bit values has no defined brightness",
+                got=name,
+                expected="8 or 16 bit per channel",
+            )
+        # Pillow's own conversion clips at 255: a 16-bit picture would come out white.
+        scaled = ((values + 128) // 257).astype(np.uint8)
+        return PIL.Image.fromarray(scaled).convert("RGB")
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        layers = picture.convert("RGBA")
+        white = PIL.Image.new("RGBA", layers.size, (255, 255, 255, 255))
+        return PIL.Image.alpha_composite(white, layers).convert("RGB")
+    return picture.convert("RGB") if picture.mode != "RGB" else picture.copy()
+
+
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+_DATA_URL = re.compile(r"data:(?P<kind>[^;,]*)(?:;[^;,]+)*?(?P<base64>;base64)?,", re.IGNORECASE)
+_HEADERS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
+
+
+def decode_data_url(ref: str) -> bytes:
+    """The bytes of a base64 `data:` URL. Raises VlmtuneError."""
+    match = _DATA_URL.match(ref)
+    if match is None or not match["base64"]:
+        raise VlmtuneError(
+            "not a data: URL of a picture",
+            got=shorten(ref, 60),
+            expected="data:image/png;base64,…",
+        )
+    try:
+        decoded = base64.b64decode("".join(ref[match.end() :].split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise VlmtuneError(
+            f"the data: URL does not hold base64 ({error})", got=shorten(ref, 60)
+        ) from error
+    if not decoded:
+        raise VlmtuneError("the data: URL is empty", got=shorten(ref, 60))
+    return decoded
+
+
+def decode_bare_base64(ref: str) -> bytes | None:
+    """The bytes of `ref` where it is base64 of something that starts like a picture."""
+    if len(ref) < 32 or not _BASE64.fullmatch(ref):
+        return None
+    try:
+        decoded = base64.b64decode("".join(ref.split()), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    return decoded if decoded.startswith(_HEADERS) else None
+
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """What Pillow may read: no format whose reader starts a program (EPS) or is rarely looked at."""

@@ -16,11 +16,9 @@ from typing import Literal
 
 import torch
 
-from vlmtune.data.batches import BatchLayout
-from vlmtune.data.collate import collate
+from vlmtune.data.batches import BatchLayout, collate, plan_padded
 from vlmtune.data.encode import Encoder
 from vlmtune.data.media import content_digest
-from vlmtune.data.packing import plan_padded
 from vlmtune.data.types import Conversation, Image, Part, Sample, SideBatch, Source, Text, Turn
 from vlmtune.errors import SampleError, VlmtuneError
 

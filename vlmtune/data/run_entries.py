@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmtune.data.sources.dataset_rows import is_dataset_folder
-from vlmtune.data.text import shorten
-from vlmtune.errors import VlmtuneError
+from vlmtune.data.sources.hf import is_dataset_folder
+from vlmtune.errors import VlmtuneError, shorten
 from vlmtune.recipe.data_section import DataEntry
 from vlmtune.recipe.paths import HUB
 from vlmtune.recipe.schema import Recipe

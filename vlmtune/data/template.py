@@ -17,9 +17,8 @@ from typing import Any
 
 import jinja2
 
-from vlmtune.data.text import shorten
 from vlmtune.data.types import Image, Text, Turn
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import VlmtuneError, shorten
 
 logger = logging.getLogger("vlmtune")
 

@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 import PIL.Image
 
 from vlmtune.data.media import locate_video, read_image
-from vlmtune.data.text import shorten
 from vlmtune.data.types import Image, Video
-from vlmtune.errors import VlmtuneError, plural
+from vlmtune.errors import VlmtuneError, plural, shorten
 from vlmtune.recipe.data_section import VideoSection
 
 if TYPE_CHECKING:
     import av
     from av.container import InputContainer
     from av.video.stream import VideoStream
+
 
 FRAMES_LEFT_OUT = "frames of a video left out to fit video.max_frames"
 

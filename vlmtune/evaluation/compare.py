@@ -4,7 +4,7 @@ rows of both, by id -> statistics of each metric -> figures of each, their diffe
                        bootstrap interval, McNemar's test where scores are right or wrong
 
 Paired: both are drawn the same pictures in each resample, so that what makes a sample hard for both
-cancels out. The interval is the percentile one of metrics/bootstrap.py.
+cancels out. The interval is the percentile one of metrics/base.py.
 
 Letters for shapes: N samples, K numbers of a sample's statistics.
 """
@@ -19,8 +19,15 @@ from typing import Any
 import numpy as np
 
 from vlmtune.errors import VlmtuneError
-from vlmtune.evaluation.metrics.base import Floats, Mean, Metric, Statistics
-from vlmtune.evaluation.metrics.bootstrap import cluster_sums, interval_of, resample_weights
+from vlmtune.evaluation.metrics.base import (
+    Floats,
+    Mean,
+    Metric,
+    Statistics,
+    cluster_sums,
+    interval_of,
+    resample_weights,
+)
 from vlmtune.evaluation.metrics.registry import CHOICE_LIKELIHOOD, metrics_for
 from vlmtune.evaluation.results import Result
 from vlmtune.evaluation.retrieval.runner import wanted_figures

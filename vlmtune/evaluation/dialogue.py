@@ -15,8 +15,7 @@ from transformers import TextStreamer
 from vlmtune.data.encode import Encoder
 from vlmtune.data.media import open_image
 from vlmtune.data.types import Access, Conversation, Image, Part, Source, Text, Turn
-from vlmtune.evaluation.decoding import greedy_config
-from vlmtune.evaluation.generate import evaluating
+from vlmtune.evaluation.generate import evaluating, greedy_config
 from vlmtune.evaluation.prompts import prompt_inputs
 from vlmtune.models.load import VLM
 

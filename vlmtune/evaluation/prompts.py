@@ -18,14 +18,13 @@ from typing import Any
 
 from torch import Tensor
 
-from vlmtune.data.collate import collate_prompts
-from vlmtune.data.media_units import media_keys_of
+from vlmtune.data.batches import collate_prompts
+from vlmtune.data.processing import media_keys_of
 from vlmtune.data.types import Sample
 from vlmtune.models.forward import base_of, has_media
-from vlmtune.models.load import VLM
-from vlmtune.models.processor import pad_token_id
+from vlmtune.models.load import VLM, pad_token_id
+from vlmtune.models.vision import VisionFeatures
 from vlmtune.models.vision_cache import FeatureCache, size_of
-from vlmtune.models.vision_features import VisionFeatures
 
 MAX_BYTES = 2**30
 SIMILAR = 1.1

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vlmtune.data.media import locate_image
-from vlmtune.data.text import shorten
 from vlmtune.data.types import Conversation, Image
-from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError, plural
+from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError, plural, shorten
 from vlmtune.evaluation.metrics.base import Answered, Metric
-from vlmtune.evaluation.metrics.multiple_choice import reference_options
+from vlmtune.evaluation.metrics.choice import reference_options
 from vlmtune.evaluation.metrics.registry import CHOICE_LIKELIHOOD, TASKS, metrics_for
 
 MAX_ERRORS_SHOWN = 20
@@ -110,3 +110,24 @@ def picture_name(image: Image) -> str:
         if isinstance(found, Path)
         else f"sha256:{sha256(found).hexdigest()[:16]}"
     )
+
+
+Item = TypeVar("Item")
+
+
+def fixed_subset(items: Sequence[Item], num: int | None, *, seed: int) -> list[Item]:
+    """`num` of `items` in their order, chosen by `seed` alone; all where there are no more."""
+    if num is None or num >= len(items):
+        return list(items)
+    return [items[index] for index in sorted(random.Random(seed).sample(range(len(items)), num))]
+
+
+def check_some_left(key: str, *, num_left: int, num_given: int) -> None:
+    """Raise VlmtuneError where none of the samples under a key of the recipe can be used: nothing
+    would be measured, and it would not be seen."""
+    if num_given and not num_left:
+        raise VlmtuneError(
+            f"{key}: no sample is left to evaluate on",
+            got=f"{num_given:,} of {num_given:,} left out",
+            do="`vlmtune check` says what is wrong with each",
+        )

@@ -1,17 +1,69 @@
-"""A finished evaluation in its folder: `predictions.jsonl` and `metrics.json`, written and read."""
+"""What an evaluation gives back, and how it stands in its folder."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vlmtune.errors import VlmtuneError
-from vlmtune.evaluation.metrics.base import Answered
-from vlmtune.evaluation.types import EvalReport
+from vlmtune.evaluation.metrics.base import Answered, Interval
+
+
+class Row(Protocol):
+    """One line of `predictions.jsonl`."""
+
+    def as_row(self) -> dict[str, object]: ...
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answered question; `scores` holds the metrics that apply to it."""
+
+    id: str
+    images: tuple[str, ...]
+    question: str
+    answer: str | None
+    answers: tuple[str, ...]
+    options: tuple[str, ...]
+    prediction: str
+    scores: dict[str, float]
+    question_type: str | None
+
+    @property
+    def score(self) -> float | None:
+        """The first score that applies; None where no metric does."""
+        return next(iter(self.scores.values()), None)
+
+    def as_row(self) -> dict[str, object]:
+        return asdict(self) | {"score": self.score}
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """`slices` maps a question type to its metrics; empty where no sample has one."""
+
+    task: str
+    num_samples: int
+    metrics: dict[str, Interval]
+    slices: dict[str, dict[str, Interval]]
+    predictions: Sequence[Row]
+
+    def summary(self) -> dict[str, object]:
+        """Everything but the rows, as `metrics.json` and `--json` hold it."""
+        return {
+            "task": self.task,
+            "num_samples": self.num_samples,
+            "metrics": {name: interval.as_dict() for name, interval in self.metrics.items()},
+            "slices": {
+                kind: {name: interval.as_dict() for name, interval in metrics.items()}
+                for kind, metrics in self.slices.items()
+            },
+        }
+
 
 PREDICTIONS = "predictions.jsonl"
 METRICS = "metrics.json"

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmtune.models.family import Family
+from vlmtune.models.families import Family
 from vlmtune.models.forward import base_of
 from vlmtune.models.likelihood import CACHE
-from vlmtune.models.packed import GRIDS, can_pack
+from vlmtune.models.packing import GRIDS, can_pack
 
 REFILL_FRACTION = 0.25
 """Prompts enter once so much of the batch is free: a prompt alone makes a poor forward pass."""

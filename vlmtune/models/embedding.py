@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmtune.models.family import Family
+from vlmtune.models.families import Family
 from vlmtune.models.forward import base_of, has_media, media_zero, trained_media_names
 
 if TYPE_CHECKING:
-    from vlmtune.models.vision_features import VisionFeatures
+    from vlmtune.models.vision import VisionFeatures
+
 
 RECORD_FILE = "contrastive.json"
 """Beside the weights of a model or adapter that was trained contrastively: its prompt."""

@@ -27,32 +27,44 @@ from torch import Tensor, nn
 from vlmtune.errors import VlmtuneError, plural
 from vlmtune.models.embedding import RECORD_FILE
 from vlmtune.models.forward import base_of
-from vlmtune.models.merge_probes import Probe, build_probes, probe_logits
-from vlmtune.models.merge_shards import OutputPlan, output_tensor, plan_output, write_merged
-from vlmtune.models.merge_source import Folding, OnDisk, open_on_disk
-from vlmtune.models.merge_tensors import (
-    TensorError,
-    error_of,
-    keys_error,
-    loads_as_written,
-    tensor_errors,
-)
+from vlmtune.models.load import load_processor, read_config
 from vlmtune.models.merge_verify import (
     MergeFailed,
     MergeReport,
+    Probe,
     Reference,
+    TensorError,
+    build_probes,
+    error_of,
     float32_tolerance,
+    keys_error,
     largest_difference,
+    loads_as_written,
     no_logits,
     peak_memory_bytes,
+    probe_logits,
     require,
+    tensor_errors,
 )
 from vlmtune.models.merge_whole import merge_whole
+from vlmtune.models.merge_write import (
+    Folding,
+    OnDisk,
+    OutputPlan,
+    open_on_disk,
+    output_tensor,
+    plan_output,
+    write_merged,
+)
 from vlmtune.models.open import result_of_run
-from vlmtune.models.processor import load_processor
-from vlmtune.models.source import read_config
-from vlmtune.models.streamed import Reader, place, streaming
-from vlmtune.models.tensor_files import size_in_bytes, stored_tensors, weight_files
+from vlmtune.models.streamed import (
+    Reader,
+    place,
+    size_in_bytes,
+    stored_tensors,
+    streaming,
+    weight_files,
+)
 
 logger = logging.getLogger("vlmtune")
 

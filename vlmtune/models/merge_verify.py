@@ -1,5 +1,7 @@
 """Does a merged checkpoint answer as base + adapter do? Logits on samples, and tensor by tensor.
 
+Letters: K compared positions of a sample, V vocabulary.
+
     base + adapter, float32            A    PEFT's forward pass, nothing folded
     the same folded, float32           F    |F - A| <= float32's own error: nothing was lost
     F rounded to the checkpoint dtype  R    |R - F| is what the rounding costs, measured
@@ -7,22 +9,172 @@
                                             and nearer to A than to the base alone
 
 All of them are computed in float32 on the CPU. Letters: K compared positions of a sample, V
-vocabulary. The tensors: `merge_tensors.py`.
+vocabulary.
+
+    untouched by the adapter   the base's, bit for bit (rounded, where another dtype was asked for)
+    trained in full            the trained one, rounded
+    low-rank change            W + change by the formula, within the rounding of the dtype
+    other layers               none: the logits alone speak for them
+
+A second opinion: what was written came from PEFT's merge.
 """
 
 from __future__ import annotations
 
+import base64
+import inspect
+import io
+import logging
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
 
-from vlmtune.errors import CheckFailed
-from vlmtune.models.merge_probes import Probe
+from vlmtune.data.batches import collate
+from vlmtune.data.dataset import access_of, all_rows, load_conversations
+from vlmtune.data.encode import Encoder
+from vlmtune.data.types import LOCAL, Conversation, Image, Part, Sample, Source, Text, Turn
+from vlmtune.errors import CheckFailed, SampleError, VlmtuneError, plural
+from vlmtune.models.forward import base_of, full_logits
+from vlmtune.models.load import VLM, quiet_transformers
+from vlmtune.models.merge_write import Folding, OutputPlan
+from vlmtune.models.streamed import (
+    HeapKeeper,
+    Placed,
+    StoredTensor,
+    read_tensor,
+    stored_tensors,
+    weight_files,
+)
+from vlmtune.recipe.data_section import DataSection
+from vlmtune.recipe.schema import Recipe
+
+logger = logging.getLogger("vlmtune")
+
+NUM_PROBES = 4
+MAX_POSITIONS = 64
+MAX_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One sample and the positions of it that are compared."""
+
+    id: str
+    inputs: dict[str, Tensor]
+    positions: Tensor  # (K,) int64
+
+
+def build_probes(vlm: VLM, recipe: Recipe | None, data: Sequence[Path]) -> list[Probe]:
+    """Samples to compare on: of `data`; else of the run's data; else a text and a picture of ours.
+
+    Raises VlmtuneError where `data` is given and cannot be used.
+    """
+    encoder = Encoder(
+        vlm.processor,
+        max_tokens=MAX_TOKENS,
+        over_length="drop",
+        max_image_pixels=int(DataSection.model_fields["max_image_pixels"].default),
+    )
+    if data:
+        access = LOCAL if recipe is None else access_of(recipe.data)
+        conversations, _ = load_conversations(data, access=access)
+        samples = [encoder.encode(c) for c in conversations[:NUM_PROBES]]
+    else:
+        samples = _samples_of_run(encoder, recipe)
+    if not samples:
+        logger.info("compared on a text and a picture made for it: give --data for samples")
+        samples = [encoder.encode(c) for c in synthetic_conversations()]
+    return [_probe(sample, vlm) for sample in samples]
+
+
+@torch.no_grad()
+def probe_logits(model: nn.Module, probes: Sequence[Probe]) -> list[Tensor]:
+    """The logits of every probe at its positions, each (K, V) float32.
+
+    Where the model can, it computes no others: with a large vocabulary they are larger than it.
+    """
+    model.eval()
+    base = base_of(model)
+    if "logits_to_keep" not in inspect.signature(type(base).forward).parameters:
+        return [full_logits(model, probe.inputs)[0, probe.positions] for probe in probes]
+    return [
+        base(**probe.inputs, use_cache=False, logits_to_keep=probe.positions).logits[0].float()
+        for probe in probes
+    ]
+
+
+def synthetic_conversations() -> Iterator[Conversation]:
+    """A question without and one with a picture, for a target that comes without data."""
+    picture = PIL.Image.new("RGB", (64, 64), (200, 30, 30))
+    picture.paste((20, 60, 200), (8, 8, 40, 40))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    for name, parts in (
+        ("text", (Text("What is the capital of France?"),)),
+        ("picture", (Image(url, Path()), Text("What is in this picture?"))),
+    ):
+        yield _conversation(f"made:{name}", parts)
+
+
+def _conversation(name: str, parts: tuple[Part, ...]) -> Conversation:
+    turns = (Turn("user", parts), Turn("assistant", (Text("A blue square on red, I think."),)))
+    return Conversation(id=name, turns=turns, source=Source(name, 1))
+
+
+def _samples_of_run(encoder: Encoder, recipe: Recipe | None) -> list[Sample]:
+    """A few of the run's evaluation data, or of its training data; none where both are gone, or
+    cannot be read by number."""
+    if recipe is None:
+        return []
+    for files in (recipe.data.eval, recipe.data.train):
+        try:
+            rows = all_rows(files or [], access=access_of(recipe.data))
+        except VlmtuneError as error:
+            logger.debug("not compared on the run's own data: %s", error)
+            continue
+        samples = _encodable(encoder, rows)
+        if samples:
+            return samples
+    return []
+
+
+def _encodable(encoder: Encoder, conversations: Sequence[Conversation]) -> list[Sample]:
+    """The first few that can be encoded: pictures of an old run may be gone."""
+    samples: list[Sample] = []
+    for number in range(min(len(conversations), 10 * NUM_PROBES)):
+        try:
+            samples.append(encoder.encode(conversations[number]))
+        except SampleError:
+            continue
+        if len(samples) == NUM_PROBES:
+            break
+    return samples
+
+
+def _probe(sample: Sample, vlm: VLM) -> Probe:
+    """The supervised positions, where the answers are; of many, the first."""
+    tokenizer = vlm.processor.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    batch = collate([sample], pad_token_id=pad, media_layout=vlm.family.media_layout)
+    positions = batch.supervised[0].nonzero().squeeze(1)[:MAX_POSITIONS]
+    if positions.numel() == 0:
+        raise VlmtuneError(
+            "a sample to compare on has no answer",
+            file=sample.source.file,
+            line=sample.source.line,
+            expected="an assistant turn",
+        )
+    return Probe(sample.id, batch.inputs, positions)
+
 
 FLOAT32_ERROR = 1e-4
 """Of a logit, relative to the largest one (1 where that is smaller)."""
@@ -184,3 +336,97 @@ class Difference:
     value: float
     sample: str
     position: int
+
+
+FORMULA_ERROR = 1e-5
+"""Between two ways to fold in float32, relative to the largest number of the weight."""
+
+
+def keys_error(folder: Path, plan: OutputPlan) -> str | None:
+    """What is wrong with the set of tensors in `folder`; None where each is there exactly once.
+
+    Raises VlmtuneError where a file is damaged or a tensor is in two of them.
+    """
+    written = stored_tensors(weight_files(str(folder)))
+    missing, added = plan.tensors.keys() - written.keys(), written.keys() - plan.tensors.keys()
+    if not missing and not added:
+        return None
+    names = ", ".join(sorted([*missing, *added])[:3])
+    return f"{plural(len(missing), 'tensor')} missing and {len(added)} not the base's: {names}"
+
+
+def tensor_errors(folder: Path, folding: Folding, plan: OutputPlan) -> Iterator[TensorError]:
+    """One for each tensor in `folder`, named as in the model where that has it."""
+    written = stored_tensors(weight_files(str(folder)))
+    heap = HeapKeeper()
+    for key in plan.tensors:
+        if key not in written:
+            continue
+        name = plan.name_of.get(key)
+        is_folded = name is not None and name in folding.changed
+        expected = folding.expected(name) if name is not None and is_folded else None
+        if is_folded and expected is None:
+            continue
+        if expected is None:
+            expected = read_tensor(plan.stored_of[key])
+        is_exact = not is_folded or folding.is_saved(str(name))
+        yield error_of(name or key, read_tensor(written[key]), expected, is_exact=is_exact)
+        heap.passed(expected.nbytes)
+
+
+def loads_as_written(folder: Path, placed: Placed, dtype: torch.dtype, trust: bool) -> str | None:
+    """Load `folder` with stock transformers; the first weight that is not the file's, or None.
+
+    File by file: what was compared is dropped, so that no more than one file is mapped.
+    """
+    with quiet_transformers():
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust
+        )
+    state: dict[str, Tensor] = model.state_dict()
+    by_file: dict[Path, list[tuple[str, StoredTensor]]] = {}
+    for name, key in placed.key_of.items():
+        by_file.setdefault(placed.stored[key].file, []).append((name, placed.stored[key]))
+    owners = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    for tensor in owners.values():
+        tensor.data = torch.empty(0, dtype=tensor.dtype)
+    owners.clear()
+    for group in by_file.values():
+        for name, stored in group:
+            tensor = state.pop(name)
+            if not torch.equal(tensor, read_tensor(stored).to(tensor.dtype)):
+                return name
+            del tensor
+    return None
+
+
+def error_of(name: str, written: Tensor, expected: Tensor, *, is_exact: bool) -> TensorError:
+    """How far `written` is from `expected`, rounded to its dtype (bit for bit if `is_exact`)."""
+    if written.shape != expected.shape:
+        return TensorError(name, float("inf"), is_wrong=True)
+    rounded = expected.to(written.dtype)
+    if torch.equal(_bytes(rounded), _bytes(written)):
+        return TensorError(name, 0.0, is_wrong=False)
+    if not written.is_floating_point():
+        return TensorError(name, float("inf"), is_wrong=True)
+    gap = (written.float() - expected.float()).abs_()
+    size = torch.linalg.norm(expected.float()).clamp(min=torch.finfo(torch.float32).tiny)
+    relative = float(torch.linalg.norm(gap) / size)
+    step = torch.finfo(written.dtype).eps
+    largest = float(expected.abs().max())
+    allowed = expected.float().abs().mul_(step).add_(FORMULA_ERROR * largest)
+    is_near = bool((gap <= allowed).all())  # False for NaN
+    return TensorError(name, relative, is_wrong=is_exact or not is_near)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """How far a written tensor is from what it should be: `relative` by norms."""
+
+    name: str
+    relative: float
+    is_wrong: bool

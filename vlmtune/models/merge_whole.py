@@ -19,20 +19,20 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from vlmtune.models.adapters.folded import folded_weights
-from vlmtune.models.adapters.wrapping import tuner_layers
-from vlmtune.models.merge_probes import build_probes, probe_logits
+from vlmtune.models.adapters.base import tuner_layers
+from vlmtune.models.adapters.full import save_model
+from vlmtune.models.adapters.merged_weight import folded_weights
+from vlmtune.models.load import load_processor, quiet_transformers, read_config
 from vlmtune.models.merge_verify import (
     MergeReport,
     Reference,
+    build_probes,
     float32_tolerance,
     largest_difference,
+    probe_logits,
     require,
 )
 from vlmtune.models.open import OpenTarget, open_target
-from vlmtune.models.processor import load_processor
-from vlmtune.models.save import save_model
-from vlmtune.models.source import quiet_transformers, read_config
 
 MAX_KEPT = 4096
 """Numbers kept of a weight, to compare the written one with."""

@@ -26,11 +26,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmtune.errors import VlmtuneError
-from vlmtune.models.adapters.own_forward import use_own_forward
-from vlmtune.models.adapters.wrapping import WEIGHTS_FILE, adapter_tensors, expected_warnings
-from vlmtune.models.load import VLM, load_vlm
-from vlmtune.models.processor import TOKENIZER_FILES, load_processor
-from vlmtune.models.source import ADAPTER_FILE, check_source, first_line
+from vlmtune.models.adapters.base import WEIGHTS_FILE, adapter_tensors, expected_warnings
+from vlmtune.models.adapters.lora_kernels import use_own_forward
+from vlmtune.models.load import (
+    ADAPTER_FILE,
+    TOKENIZER_FILES,
+    VLM,
+    check_source,
+    first_line,
+    load_processor,
+    load_vlm,
+)
 from vlmtune.recipe.load import load_resolved
 from vlmtune.recipe.schema import Recipe
 

@@ -19,14 +19,11 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from vlmtune.errors import VlmtuneError
 from vlmtune.models.adapters.registry import build_adapter
-from vlmtune.models.families.registry import family_for
-from vlmtune.models.family import Family, lies_under, part_of
+from vlmtune.models.families import Family, family_for, lies_under, part_of
 from vlmtune.models.forward import base_name
-from vlmtune.models.load import VLM, build_on_meta
+from vlmtune.models.load import VLM, build_on_meta, commit_of, read_config
 from vlmtune.models.quantize import check_skip_leaves_head, expand_skip
-from vlmtune.models.source import commit_of, read_config
-from vlmtune.models.summary import TrainedRow, trained_rows
-from vlmtune.models.targets import linear_modules, resolve_modules_to_save
+from vlmtune.models.targets import TrainedRow, linear_modules, resolve_modules_to_save, trained_rows
 from vlmtune.recipe.schema import Recipe
 
 INDEX = "model.safetensors.index.json"

@@ -8,30 +8,34 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import ProcessorMixin
 
+from vlmtune.data.dataset import access_of, cache_dir_of
 from vlmtune.data.encode import Encoder
-from vlmtune.data.source import access_of, cache_dir_of
 from vlmtune.data.stream import Stream
+from vlmtune.data.tools.duplicates import Overlap, overlap
+from vlmtune.data.types import Conversation
 from vlmtune.errors import VlmtuneError, plural
-from vlmtune.models.bfloat16 import bfloat16_errors, capability_of
-from vlmtune.models.load import VLM
-from vlmtune.models.packed import can_pack
-from vlmtune.models.processor import load_processor
-from vlmtune.preflight import disk as disks
-from vlmtune.preflight.figures import TrainingFigures, training_figures
-from vlmtune.preflight.held_out import check_scorable
+from vlmtune.evaluation.guard import guard_section, guarded_metric
+from vlmtune.evaluation.references import check_references, check_some_left
+from vlmtune.evaluation.retrieval.ranking import retrieval_items
+from vlmtune.evaluation.runner import figure_names
+from vlmtune.models.load import VLM, load_processor
+from vlmtune.models.packing import can_pack
+from vlmtune.models.precision import bfloat16_errors, capability_of
+from vlmtune.preflight import epoch_stats
+from vlmtune.preflight.epoch_stats import TrainingFigures, training_figures
 from vlmtune.preflight.memory import Memory, optimizer_bytes
 from vlmtune.preflight.model import MetaModel, Trained, check_weight_files, open_on_meta, trained_by
-from vlmtune.preflight.overlap import add_overlap
-from vlmtune.preflight.places import Places
-from vlmtune.preflight.problems import Problems
+from vlmtune.preflight.problems import Problems, Severity
 from vlmtune.preflight.rows import FileRows, RowSettings
 from vlmtune.preflight.sets import (
+    GOOD,
     CheckedSet,
     SetName,
     ShowProgress,
@@ -44,13 +48,115 @@ from vlmtune.preflight.sets import (
     open_set,
     opened_one_by_one,
 )
-from vlmtune.preflight.table import GOOD
 from vlmtune.recipe.data_section import DataEntry
+from vlmtune.recipe.explain import Place
 from vlmtune.recipe.load import LoadedRecipe
 from vlmtune.recipe.rules import keys_without_data_eval
 from vlmtune.recipe.schema import Recipe
-from vlmtune.train.build import build_encoder, embedding_prompt_of
+from vlmtune.recipe.yaml import dotted
+from vlmtune.train.build import build_encoder, check_best_metric, embedding_prompt_of
 from vlmtune.train.run_folder import choose_start, is_run
+
+_QUOTED = re.compile(r"(?<!\w)(['\"]).*?\1(?!\w)")
+_WORD = re.compile(r"(?<![\w./\\-])[a-z][a-z_]*(?:\.[a-z_]+)*(?![\w/\\-])")
+
+
+class Places:
+    """Where the keys of a recipe were written: a line of its file, or an override."""
+
+    def __init__(self, loaded: LoadedRecipe) -> None:
+        self._model = loaded.recipe.model
+        self._places = {dotted(path): place for path, place in loaded.places.items()}
+
+    def add_error(
+        self,
+        problems: Problems,
+        error: VlmtuneError,
+        *,
+        about: Sequence[str] = ("model",),
+        severity: Severity = "error",
+    ) -> None:
+        """Note `error`; one that names no file gets the place of the key that it names, or else
+        of the first of the keys `about` that is written."""
+        if error.file is None:
+            place = self._place(error, about)
+            error.file, error.line = place.file, place.line
+        problems.add_error(error, severity=severity)
+
+    def _place(self, error: VlmtuneError, about: Sequence[str]) -> Place:
+        named = [key for text in (error.message, error.do or "") for key in self._named(text)]
+        written = (key for key in (*named, *about, "model") if key in self._places)
+        return self._places[next(written)]
+
+    def _named(self, text: str) -> Iterator[str]:
+        """The keys that `text` names. Values are none of them: the model's name or folder, what
+        is quoted, paths. A key that is an English word (`model`, `train`) is meant as one only at
+        the beginning or before a colon."""
+        text = _QUOTED.sub("", text.replace(self._model, ""))
+        for found in _WORD.finditer(text):
+            key, rest = found.group(), text[found.end() :]
+            is_no_english_word = "_" in key or "." in key
+            if is_no_english_word or found.start() == 0 or rest.startswith(":"):
+                yield key
+
+
+def check_scorable(
+    checked: CheckedSet, chosen: Set[int], recipe: Recipe, *, encoder: Encoder | None
+) -> None:
+    """Raise VlmtuneError where none of the `chosen` rows of a set is usable, where one cannot be
+    scored, or where a figure that the recipe names is not measured on them."""
+    left = chosen & set(checked.table.rows(GOOD).tolist())
+    check_some_left(checked.name, num_left=len(left), num_given=len(chosen) or len(checked.table))
+    conversations = _conversations(checked, chosen)
+    guard = recipe.eval.guard
+    is_guard = checked.name == "eval.guard.data"
+    section = guard_section(recipe.eval) if is_guard else recipe.eval
+    if section.task == "retrieval":
+        retrieval_items(conversations)
+    else:
+        check_references(conversations, task=section.task, metrics=section.metrics)
+    names = figure_names(conversations, section)
+    if is_guard and guard is not None:
+        guarded_metric(dict.fromkeys(names), guard.metric)
+    elif encoder is not None:
+        check_best_metric(recipe, conversations, encoder=encoder, figures=names)
+
+
+def _conversations(checked: CheckedSet, chosen: Set[int]) -> list[Conversation]:
+    limit = len(checked.table) if checked.is_partial else None
+    rows = FileRows(checked.files, limit)()
+    return [row.conversation() for number, row in enumerate(rows) if number in chosen]
+
+
+def add_overlap(train: CheckedSet, held_out: CheckedSet, problems: Problems) -> Overlap:
+    """Warnings for pictures, and for pictures with their question, that both sets have."""
+    found = overlap(train.table.digests, held_out.table.digests)
+    table = held_out.table
+    place = None
+    if found.examples:
+        place = table.source(table.digest_rows[found.examples[0]])
+    file, line = (None, None) if place is None else (place.file, place.line)
+    total = len(table.digests)
+    if found.num_with_both:
+        problems.add(
+            "warning",
+            f"{held_out.name}: {found.num_with_both:,} of {plural(total, 'sample')} with the "
+            "question and the pictures of a training sample",
+            file=file,
+            line=line,
+        )
+    if found.num_with_picture:
+        shown = (None, None) if found.num_with_both else (file, line)
+        problems.add(
+            "warning",
+            f"{held_out.name}: also trained on: {plural(found.num_pictures, 'picture')}, in "
+            f"{found.num_with_picture:,} of {plural(total, 'sample')}; `vlmtune data split` keeps "
+            "each picture on one side",
+            file=shown[0],
+            line=shown[1],
+        )
+    return found
+
 
 logger = logging.getLogger("vlmtune")
 
@@ -66,7 +172,7 @@ class Report:
     figures: TrainingFigures | None = None
     trained: Trained | None = None
     memory: Memory | None = None
-    disk: disks.Disk | None = None
+    disk: epoch_stats.Disk | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +210,7 @@ class Preflight:
     def _check_folder(self, report: Report) -> None:
         folder = Path(self.recipe.output_dir)
         with _noted(report.problems):
-            disks.check_writable(folder)
+            epoch_stats.check_writable(folder)
         try:
             choose_start(folder, None)
         except VlmtuneError as error:
@@ -261,22 +367,22 @@ class Preflight:
         _check_pictures(trained, train, problems, places)
         report.memory = figures.memory(recipe, meta, trained, processor)
         cache_bytes = figures.cache_bytes if recipe.data.cache == "disk" else 0
-        report.disk = disks.disk_of(
+        report.disk = epoch_stats.disk_of(
             recipe,
             trained,
             optimizer_bytes=optimizer_bytes(recipe, trained),
             cache_bytes=cache_bytes,
         )
         with _noted(problems):
-            disks.check_room(report.disk, Path(recipe.output_dir))
+            epoch_stats.check_room(report.disk, Path(recipe.output_dir))
         if recipe.data.cache == "disk":
             folder = cache_dir_of(access_of(recipe.data))
             try:
-                disks.check_cache_folder(folder)
+                epoch_stats.check_cache_folder(folder)
             except VlmtuneError as error:
                 problems.add_error(error, severity="warning")
             with _noted(problems):
-                disks.check_cache_room(cache_bytes, folder)
+                epoch_stats.check_cache_room(cache_bytes, folder)
 
 
 def _check_pictures(

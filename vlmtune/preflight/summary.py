@@ -11,8 +11,7 @@ import numpy as np
 from vlmtune.preflight.memory import Memory
 from vlmtune.preflight.problems import kind_of
 from vlmtune.preflight.run import Report
-from vlmtune.preflight.sets import CheckedSet
-from vlmtune.preflight.table import GOOD, NO_MEDIA, NOT_A_ROW, NOT_ENCODED, TOO_LONG
+from vlmtune.preflight.sets import GOOD, NO_MEDIA, NOT_A_ROW, NOT_ENCODED, TOO_LONG, CheckedSet
 
 PERCENTILES = (50, 90, 99, 100)
 

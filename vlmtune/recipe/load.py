@@ -11,9 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.errors import ErrorGroup, VlmtuneError
-from vlmtune.recipe import yaml12
-from vlmtune.recipe.explain import Place, Settings, type_name, unknown_key, validate
-from vlmtune.recipe.keys import accepts_null, is_mapping_at, section_keys
+from vlmtune.recipe import yaml
+from vlmtune.recipe.explain import (
+    Place,
+    Settings,
+    accepts_null,
+    is_mapping_at,
+    section_keys,
+    type_name,
+    unknown_key,
+    validate,
+)
 from vlmtune.recipe.paths import resolve_paths
 from vlmtune.recipe.rules import unused_keys
 from vlmtune.recipe.schema import Recipe
@@ -27,7 +35,7 @@ class LoadedRecipe:
     recipe: Recipe
     path: Path
     text: str
-    places: Mapping[yaml12.Path, Place]
+    places: Mapping[yaml.Path, Place]
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -40,7 +48,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     cannot be read.
     """
     text = _read(path)
-    document, errors = yaml12.parse_yaml(text, file=str(path))
+    document, errors = yaml.parse_yaml(text, file=str(path))
     settings = _settings(document, str(path))
     for override in overrides:
         errors += _apply_override(override, settings)
@@ -51,7 +59,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
 
 def load_resolved(path: Path) -> Recipe:
     """The resolved recipe of a finished run; unlike for training, its data may be gone since."""
-    document, errors = yaml12.parse_yaml(_read(path), file=str(path))
+    document, errors = yaml.parse_yaml(_read(path), file=str(path))
     return _checked(_settings(document, str(path)), errors, [str(path)], written_by_us=True)
 
 
@@ -69,7 +77,7 @@ def resolved_values(recipe: Recipe) -> dict[str, Any]:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that loads back to an equal one."""
-    return yaml12.dump_yaml(resolved_values(recipe))
+    return yaml.dump_yaml(resolved_values(recipe))
 
 
 def recipe_json_schema() -> dict[str, Any]:
@@ -110,7 +118,7 @@ def _read(path: Path) -> str:
         ) from None
 
 
-def _settings(document: yaml12.Document, file: str) -> Settings:
+def _settings(document: yaml.Document, file: str) -> Settings:
     if document.value is None:
         raise VlmtuneError("the recipe is empty", file=file, line=1, expected="keys and values")
     if not isinstance(document.value, dict):
@@ -141,9 +149,9 @@ def _apply_override(override: str, settings: Settings) -> list[VlmtuneError]:
     if (known is None or last not in known) and not is_mapping_at(above):
         return [unknown_key(path, place)]
     try:
-        document, errors = yaml12.parse_yaml(text, file=place.file)
+        document, errors = yaml.parse_yaml(text, file=place.file)
     except VlmtuneError as error:
-        document, errors = yaml12.Document(None), [error]
+        document, errors = yaml.Document(None), [error]
     if errors:
         for problem in errors:
             problem.line = None

@@ -10,7 +10,7 @@ from typing import Any
 
 from vlmtune.errors import VlmtuneError
 from vlmtune.recipe.explain import Place, Settings
-from vlmtune.recipe.yaml12 import Path
+from vlmtune.recipe.yaml import Path
 
 HUB = "hub:"
 """What the path of a data set of the hub starts with."""

@@ -15,9 +15,16 @@ from pydantic import (
     model_validator,
 )
 
-from vlmtune.recipe.data_section import DataSection, Entries, ImageSection, VideoSection
+from vlmtune.recipe.data_section import (
+    DataSection,
+    Entries,
+    ImageSection,
+    Name,
+    Names,
+    Section,
+    VideoSection,
+)
 from vlmtune.recipe.rules import WRITTEN_BY_US, check_rules
-from vlmtune.recipe.section import Name, Names, Section
 
 
 def _whole_above_one(value: float) -> float:
@@ -372,3 +379,11 @@ class Recipe(Section):
     def _keeps_the_rules(self, info: ValidationInfo) -> Recipe:
         check_rules(self, may_be_unused=bool(info.context and info.context[WRITTEN_BY_US]))
         return self
+
+
+LOWER_IS_BETTER = ("loss", "rank", "unparsed")
+"""How the names of figures end that are better where they are lower (`median_rank`)."""
+
+
+def is_lower_better(figure: str) -> bool:
+    return figure.endswith(LOWER_IS_BETTER)

@@ -2,23 +2,151 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from pydantic_core import PydanticUndefined
+
 from vlmtune.errors import VlmtuneError, plural
 from vlmtune.evaluation.guard import guard_verdict, guarded_metric
-from vlmtune.evaluation.metrics.bootstrap import Interval
-from vlmtune.report.change import apart, difference
-from vlmtune.report.evaluations import Evaluation, Pair, is_right
-from vlmtune.report.figures import Figure, number, sentence, short_number, spoken
-from vlmtune.report.gallery import clipped
-from vlmtune.report.mistakes import mixups, worst_slices
-from vlmtune.report.recipe_diff import value_at
-from vlmtune.report.run import RunRecord
+from vlmtune.evaluation.metrics.base import Interval, Mean, bootstrap_intervals
+from vlmtune.recipe.explain import section_of, walk_keys
+from vlmtune.recipe.yaml import parse_yaml
+from vlmtune.report.format import Figure, number, sentence, short_number, spoken
+from vlmtune.report.gallery import clipped, mixups, worst_slices
+from vlmtune.report.run import Evaluation, Pair, RunRecord, is_right, row_key
+
+NO_DEFAULT = "required"
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A dotted key, its value and its default as text, and what the key means."""
+
+    key: str
+    value: str
+    default: str
+    meaning: str
+
+
+def parse_recipe(text: str | None) -> dict[str, Any] | None:
+    """The values of a resolved recipe as they stand, unchecked; None where it cannot be read.
+
+    Not validated: a run of another version may have keys that this one does not know.
+    """
+    if text is None:
+        return None
+    try:
+        document, errors = parse_yaml(text, file="recipe.resolved.yaml")
+    except VlmtuneError:
+        return None
+    return document.value if not errors and isinstance(document.value, dict) else None
+
+
+def differences(values: dict[str, Any]) -> list[Difference]:
+    """The keys of `values` that differ from their defaults, in the schema's order; keys that the
+    schema does not know come last."""
+    known = dict(walk_keys())
+    sections = {key for key, info in known.items() if section_of(info.annotation) is not None}
+    given = dict(_flat(values, sections))
+    found = []
+    for key, info in known.items():
+        if key not in given:
+            continue
+        default = info.get_default(call_default_factory=True)
+        if key in sections and given[key] is None:
+            continue  # a section that is absent, which is its default
+        if default is PydanticUndefined:
+            found.append(Difference(key, _shown(given[key]), NO_DEFAULT, info.description or ""))
+        elif given[key] != default:
+            found.append(
+                Difference(key, _shown(given[key]), _shown(default), info.description or "")
+            )
+    found += [
+        Difference(key, _shown(value), UNKNOWN, "not a key of this version")
+        for key, value in given.items()
+        if key not in known
+    ]
+    return found
+
+
+def value_at(values: dict[str, Any] | None, key: str) -> Any:
+    """The value of a dotted key, or None."""
+    holder: Any = values
+    for name in key.split("."):
+        holder = holder.get(name) if isinstance(holder, dict) else None
+    return holder
+
+
+def _flat(values: dict[str, Any], sections: set[str], prefix: str = "") -> Iterator[tuple]:
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if key in sections and isinstance(value, dict):
+            yield from _flat(value, sections, f"{key}.")
+        else:
+            yield key, value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+SAME = 1e-6
+"""How far the mean of the scores may be from a figure that is their mean."""
+
+
+def difference(pair: Pair, name: str) -> Interval | None:
+    """The mean of `after - before` of a figure over the samples of both, with its paired 95 %
+    interval (pictures resampled as wholes); None where the figure is no mean of scores."""
+    if pair.before is None or pair.after is None:
+        return None
+    before = {row_key(row): row for row in pair.before.rows}
+    changes, clusters = [], []
+    for row in pair.after.rows:
+        old, new = _score(before.get(row_key(row)), name), _score(row, name)
+        if old is None or new is None:
+            continue
+        changes.append(new - old)
+        clusters.append(tuple(row.get("images") or ()) or (str(row.get("id")),))
+    if not changes or not all(_is_mean(e, name) for e in (pair.before, pair.after)):
+        return None
+    sums = np.array([(change, 1.0) for change in changes])
+    mean = Mean(name, lambda _: None)
+    return bootstrap_intervals(sums, figures=mean.figures, clusters=clusters, seed=0)[name]
+
+
+def apart(before: Figure, after: Figure, sign: int) -> tuple[float, float]:
+    """How far the two intervals are apart at least and at most; the better way is up."""
+    lows = [f.value if f.low is None else f.low for f in (before, after)]
+    highs = [f.value if f.high is None else f.high for f in (before, after)]
+    if sign < 0:
+        return lows[0] - highs[1], highs[0] - lows[1]
+    return lows[1] - highs[0], highs[1] - lows[0]
+
+
+def _score(row: Mapping[str, Any] | None, name: str) -> float | None:
+    scores = None if row is None else row.get("scores")
+    direction = None if row is None else row.get("direction")
+    if direction is not None:  # the figures of both directions stand side by side, a row's do not
+        name = name.removeprefix(f"{direction}_")
+    return number(scores.get(name)) if isinstance(scores, dict) else None
+
+
+def _is_mean(evaluation: Evaluation, name: str) -> bool:
+    scores = [s for row in evaluation.rows if (s := _score(row, name)) is not None]
+    return bool(scores) and abs(float(np.mean(scores)) - evaluation.figures[name].value) < SAME
+
 
 MAX_REASONS = 8
 

@@ -27,26 +27,24 @@ from vlmtune.data.run_entries import RunData, run_data
 from vlmtune.errors import VlmtuneError, plural
 from vlmtune.recipe.load import load_resolved
 from vlmtune.recipe.schema import Recipe
-from vlmtune.report.curves import Chart
+from vlmtune.report.charts import Chart, draw_rank_map, metric_charts
 from vlmtune.report.data_stats import PERCENTILES, DataStatistics, data_statistics
-from vlmtune.report.evaluations import (
+from vlmtune.report.format import number, sentence, short_number, spoken, spoken_bytes
+from vlmtune.report.gallery import build_gallery, clipped, draw_scale, mixups
+from vlmtune.report.headline import differences, findings, grouped_reasons, parse_recipe, value_at
+from vlmtune.report.pictures import Thumbnails
+from vlmtune.report.run import (
     RIGHT_FROM,
     Evaluation,
     Pair,
+    RunRecord,
     choose_pair,
     choose_widest,
     guard_pair,
     read_evaluations,
+    read_run,
+    spoken_time,
 )
-from vlmtune.report.figures import number, sentence, short_number, spoken, spoken_bytes
-from vlmtune.report.gallery import build_gallery, clipped
-from vlmtune.report.headline import findings, grouped_reasons
-from vlmtune.report.metrics_charts import metric_charts
-from vlmtune.report.mistakes import draw_scale, mixups
-from vlmtune.report.pictures import Thumbnails
-from vlmtune.report.rank_map import draw_rank_map
-from vlmtune.report.recipe_diff import differences, parse_recipe, value_at
-from vlmtune.report.run import RunRecord, read_run, spoken_time
 
 MAX_SKIPPED_SHOWN = 50
 

@@ -1,4 +1,8 @@
-"""Small copies of pictures as `data:` addresses, within a budget of bytes for the whole page."""
+"""Small copies of pictures for the page, and what the processor makes of each.
+
+the sample's own grid of patches (t, h, w), where the processor gives one
+else each picture put through the processor alone; told only where the tokens add up
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,14 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 
+from vlmtune.data.encode import Encoder
 from vlmtune.data.media import open_image
-from vlmtune.data.types import Image
-from vlmtune.errors import VlmtuneError
+from vlmtune.data.types import Conversation, Image, Sample
+from vlmtune.errors import VlmtuneError, plural
 
 SIDE = 160
 QUALITY = 72
@@ -78,3 +84,66 @@ def spread(total: int, wanted: int) -> Sequence[int]:
     if wanted == 1:
         return [0]
     return [number * (total - 1) // (wanted - 1) for number in range(wanted)]
+
+
+GRID = "image_grid_thw"
+PIXELS = "pixel_values"
+
+
+@dataclass(frozen=True)
+class PictureSize:
+    """`width` and `height` in pixels, upright. `processed`: what the model sees, as `616 x 476` or
+    `5 tiles of 512 x 512`; None, as `num_tokens`, where it cannot be told for one picture."""
+
+    width: int
+    height: int
+    processed: str | None
+    num_tokens: int | None
+
+    @property
+    def text(self) -> str:
+        """`640 x 480 -> 616 x 476, 374 tokens`."""
+        text = f"{self.width} x {self.height}"
+        if self.processed is not None:
+            text += f" -> {self.processed}"
+        return text if self.num_tokens is None else f"{text}, {plural(self.num_tokens, 'token')}"
+
+
+def picture_sizes(
+    conversation: Conversation, sample: Sample, encoder: Encoder
+) -> tuple[PictureSize, ...]:
+    """Of each picture that is in `sample`, in order."""
+    images = conversation.images[: sample.num_images]  # the last ones may have been left out
+    pictures = [open_image(image, max_pixels=encoder.max_image_pixels) for image in images]
+    processor = encoder.processor
+    grid = sample.media.get(GRID)
+    if grid is not None and len(grid) == len(pictures):
+        seen = [_of_grid(row, processor.image_processor) for row in grid.tolist()]
+    else:
+        seen = [_alone(picture, processor) for picture in pictures]
+    image_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    if sum(tokens for _, tokens in seen) != int((sample.input_ids == image_id).sum()):
+        return tuple(PictureSize(p.width, p.height, None, None) for p in pictures)
+    return tuple(
+        PictureSize(picture.width, picture.height, processed, tokens)
+        for picture, (processed, tokens) in zip(pictures, seen)
+    )
+
+
+def _of_grid(grid: Sequence[int], image_processor: Any) -> tuple[str, int]:
+    frames, rows, columns = grid  # in patches
+    side = image_processor.patch_size
+    tokens = frames * rows * columns // image_processor.merge_size**2
+    return f"{columns * side} x {rows * side}", tokens
+
+
+def _alone(picture: PIL.Image.Image, processor: Any) -> tuple[str, int]:
+    output = processor(text=[processor.image_token], images=[picture], return_tensors="pt")
+    image_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    tokens = int((output["input_ids"] == image_id).sum())
+    *count, _, height, width = output[PIXELS].shape  # (…, channels, height, width)
+    tiles = 1
+    for number in count:
+        tiles *= number
+    size = f"{width} x {height}"
+    return (size if tiles == 1 else f"{tiles} tiles of {size}"), tokens

@@ -8,36 +8,36 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator
 
-from vlmtune.data.batches import BatchLayout
-from vlmtune.data.dataset import ConversationSet
+from vlmtune.data.batches import BatchLayout, Budget, num_steps
+from vlmtune.data.dataset import ConversationSet, access_of, cache_dir_of, open_conversations
 from vlmtune.data.encode import Encoder, OverLength, encoder_for
-from vlmtune.data.packing import Budget, num_steps
+from vlmtune.data.measure import WorkScale
 from vlmtune.data.pairs import encode_pair
-from vlmtune.data.source import access_of, cache_dir_of, open_conversations
 from vlmtune.data.stream import Stream, StreamCursor, open_stream
 from vlmtune.data.types import Batch, Conversation, Skipped
-from vlmtune.data.work import WorkScale
-from vlmtune.errors import SampleError, VlmtuneError
+from vlmtune.errors import SampleError, VlmtuneError, plural
 from vlmtune.models.adapters.base import Adapter
-from vlmtune.models.adapters.own_forward import needs_autocast
+from vlmtune.models.adapters.lora_kernels import needs_autocast
 from vlmtune.models.embedding import EmbeddingForward, write_embedding_record
-from vlmtune.models.family import part_of
+from vlmtune.models.families import part_of
 from vlmtune.models.forward import (
     MEDIA_PARTS,
     SupervisedForward,
     base_name,
     base_of,
     set_gradient_checkpointing,
+    trained_media_names,
 )
-from vlmtune.models.load import VLM
-from vlmtune.models.packed import can_pack, use_packed_attention
-from vlmtune.models.processor import pad_token_id
+from vlmtune.models.load import VLM, pad_token_id
+from vlmtune.models.packing import can_pack, use_packed_attention
+from vlmtune.models.vision import Level, VisionFeatures, kept_level, tower_digest
+from vlmtune.models.vision_cache import DiskStore, FeatureCache, MemoryStore, open_disk_store
 from vlmtune.recipe.schema import Recipe
-from vlmtune.train.best import updated
-from vlmtune.train.checkpoint import TrainState
+from vlmtune.train.checkpoint import TrainState, updated
 from vlmtune.train.contrastive import Contrastive
 from vlmtune.train.feed import (
     FeedSettings,
@@ -46,19 +46,103 @@ from vlmtune.train.feed import (
     StepData,
     StepDataset,
     steps_from,
+    stream_steps,
 )
-from vlmtune.train.first_batch import TrainingData, first_batch
 from vlmtune.train.optim import build_optimizer, own_group, parameter_groups
-from vlmtune.train.probe import check_forward, check_packs, freeze_unreached
-from vlmtune.train.runtime import DTYPES, leave_out_autocast
-from vlmtune.train.skips import SkipLedger
+from vlmtune.train.probe import (
+    TrainingData,
+    check_forward,
+    check_packs,
+    first_batch,
+    freeze_unreached,
+)
+from vlmtune.train.run_folder import SkipLedger
+from vlmtune.train.runtime import DTYPES, leave_out_autocast, to_device
+from vlmtune.train.state import Trainee
 from vlmtune.train.step import NextToken, Objective
-from vlmtune.train.stream_feed import stream_steps
-from vlmtune.train.trainee import Trainee
-from vlmtune.train.transfer import to_device
-from vlmtune.train.vision import build_vision_features, keeps_features
 
 log = logging.getLogger("vlmtune")
+
+KEPT_PARTS: dict[Level, tuple[str, ...]] = {
+    "features": ("vision", "connector"),
+    "tower": ("vision",),
+}
+"""The parts whose weights decide what is kept."""
+
+
+def keeps_features(recipe: Recipe, vlm: VLM) -> bool:
+    """Whether something of each picture is kept: the recipe wants it and the tower is frozen."""
+    level = kept_level(base_of(vlm.model), vlm.family)
+    return recipe.train.vision_cache != "off" and level is not None
+
+
+def build_vision_features(
+    recipe: Recipe, *, vlm: VLM, accelerator: Accelerator
+) -> VisionFeatures | None:
+    """What makes the features of pictures, and keeps them as `train.vision_cache` says; None where
+    the model makes them in each forward pass. Says which, in one line.
+
+    `vlm.model` is adapted already, and on its device. Raises VlmtuneError where the recipe wants
+    features kept that change while the model trains.
+    """
+    base, mode = base_of(vlm.model), recipe.train.vision_cache
+    level = kept_level(base, vlm.family)
+    if level is None:
+        _refuse(recipe, vlm)
+        return None
+    if mode == "off":
+        return VisionFeatures(base, vlm.family)
+    stores: list[MemoryStore | DiskStore] = []
+    bound, num_processes = recipe.train.vision_cache_bytes, accelerator.num_processes
+    if mode != "disk":
+        free = int(psutil.virtual_memory().available) // 2
+        stores.append(MemoryStore(min(bound, free) // num_processes))
+    if mode != "memory":
+        store = open_disk_store(
+            cache_dir_of(access_of(recipe.data)),
+            tower_digest(base, vlm.family, KEPT_PARTS[level]),
+            max_bytes=bound,
+            num_processes=num_processes,
+        )
+        stores.append(store)
+    if num_processes > 1:
+        # Each process sees other samples in the next epoch: what they share is asked first.
+        stores.reverse()
+    what = "pictures' features" if level == "features" else "what the tower gives the connector"
+    places = ", then ".join(_place(store, num_processes) for store in stores)
+    log.info("vision cache: %s kept %s", what, places)
+    return VisionFeatures(base, vlm.family, FeatureCache(stores))
+
+
+def _place(store: MemoryStore | DiskStore, num_processes: int) -> str:
+    """Where a store keeps what it is given, and how much more of it, over all processes."""
+    name = "in memory" if isinstance(store, MemoryStore) else "on disk"
+    return f"{name} (up to {max(0, store.max_bytes) * num_processes / 1e9:.1f} GB)"
+
+
+def _refuse(recipe: Recipe, vlm: VLM) -> None:
+    """Say why nothing is kept; raise where the recipe wants it kept."""
+    mode = recipe.train.vision_cache
+    trained = trained_media_names(base_of(vlm.model), vlm.family)
+    if not vlm.family.takes_features:
+        reason = f"a model of the family {vlm.family.name} makes them itself"
+        if recipe.parts is not None:
+            reason += " where the recipe states its parts"
+    else:
+        reason = (
+            f"the vision tower trains ({plural(len(trained), 'tensor')} of it and the connector)"
+        )
+    if mode in ("memory", "disk"):
+        raise VlmtuneError(
+            f"pictures' features cannot be kept: {reason}",
+            got=f"train.vision_cache: {mode}; trained is {', '.join(trained[:3]) or 'none of it'}",
+            expected="a vision tower without a trained module",
+            do="set train.vision_cache: auto or off, or take the tower's modules out of "
+            "lora_target and modules_to_save",
+        )
+    if mode == "auto":
+        log.info("vision cache: off, %s", reason)
+
 
 DEFAULT_EPOCHS = 3.0
 

@@ -1,4 +1,4 @@
-"""Checkpoints: written beside, synced, renamed; complete or absent.
+"""Checkpoints: what they hold, and how they are written beside, synced, and renamed.
 
     checkpoints/
       step-000100/
@@ -9,28 +9,137 @@
       .writing-step-000150/   an unfinished one; removed by the next save
 
 A reader only looks at `step-*`; a kill at any moment leaves the last complete one in place.
+
+    step -> copies of the tensors and the optimizer's state -> thread: write, sync, rename, prune
+         -> training goes on; the next save, and the end, wait for the thread
+
+The thread does what `save_checkpoint` does, so that a kill leaves complete checkpoints only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import math
 import os
 import pickle
 import random
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vlmtune.data.dataset import access_of, cache_dir_of, content_hash
+from vlmtune.data.stream import stream_identity
 from vlmtune.errors import VlmtuneError
-from vlmtune.train.best import Best
+from vlmtune.recipe.data_section import DataSection, VideoSection
+from vlmtune.recipe.schema import Recipe, TrainSection, is_lower_better
+from vlmtune.train.runtime import Arrival, to_host
+
+
+@dataclass(frozen=True)
+class Best:
+    """`value` of `metric` at optimizer step `step`; `num_since`: evaluations after it."""
+
+    metric: str
+    step: int
+    value: float
+    num_since: int = 0
+
+
+def best_by(best: Best | None, metric: str | None) -> Best | None:
+    """`best` where it is one by `metric`. Of another metric (the recipe was changed between a stop
+    and its resume) it says nothing."""
+    return best if best is not None and best.metric == metric else None
+
+
+def is_better(metric: str, value: float, than: float) -> bool:
+    """Whether `value` beats `than`; NaN never does, and everything else beats NaN."""
+    if math.isnan(value) or math.isnan(than):
+        return not math.isnan(value)
+    return value < than if is_lower_better(metric) else value > than
+
+
+def updated(best: Best | None, *, metric: str, step: int, values: Mapping[str, float]) -> Best:
+    """The best after an evaluation at `step`. Raises VlmtuneError where it has no such metric."""
+    if metric not in values:
+        raise VlmtuneError(
+            "eval.best_metric is no figure of the evaluation on data.eval",
+            got=metric,
+            expected=" or ".join(values),
+        )
+    value = values[metric]
+    best = best_by(best, metric)
+    if best is None or is_better(metric, value, best.value):
+        return Best(metric, step, value)
+    return replace(best, num_since=best.num_since + 1)
+
+
+def is_over(best: Best | None, patience: int | None) -> bool:
+    """Whether `patience` evaluations in a row brought nothing better."""
+    return best is not None and patience is not None and best.num_since >= patience
+
+
+# Changing these between a stop and its resume changes no step's result.
+FREE_KEYS = {"output_dir", "eval", "data.eval", "data.num_workers"} | {
+    f"train.{key}" for key in ("log_every", "eval_every", "save_every", "keep_checkpoints")
+}
+FREE_KEYS |= {f"data.{key}" for key in ("cache", "cache_dir", "url_timeout_seconds")}
+FREE_KEYS |= {"quantization.cache_dequantized", "train.vision_cache", "train.vision_cache_bytes"}
+
+LATER_KEYS: dict[str, object] = {
+    f"{name}.{key}": section.model_fields[key].default
+    for name, section, keys in (
+        ("data", DataSection, ("streaming", "shuffle_buffer", "train_on", "allow_outside_paths")),
+        ("data", DataSection, ("allow_urls", "allow_private_addresses", "max_download_bytes")),
+        ("video", VideoSection, VideoSection.model_fields),
+        ("train", TrainSection, ("packing", "micro_batch_supervised_tokens")),
+    )
+    for key in keys
+}
+"""Keys that came after the first checkpoints, and their defaults: with those, a checkpoint from
+before there was such a key goes on."""
+
+
+def fingerprint_of(recipe: Recipe, data_hashes: dict[str, str]) -> dict[str, Any]:
+    """Every recipe key and data file that decides a step's result."""
+    flat: dict[str, Any] = {}
+    for key, value in recipe.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{inner}": x for inner, x in value.items()}
+        else:
+            flat[key] = value
+    kept = {
+        k: v for k, v in flat.items() if k not in FREE_KEYS and k.split(".")[0] not in FREE_KEYS
+    }
+    if recipe.objective == "contrastive":  # a key of `eval` that decides what is trained
+        kept["eval.embedding_prompt"] = recipe.eval.embedding_prompt
+    else:  # left out: a checkpoint from before there were objectives goes on
+        new = ("objective", "contrastive")
+        kept = {k: v for k, v in kept.items() if k.split(".")[0] not in new}
+    for key, default in LATER_KEYS.items():
+        if kept.get(key) == default:
+            kept.pop(key, None)
+    return kept | {f"content of {name}": digest for name, digest in data_hashes.items()}
+
+
+def data_hashes_of(recipe: Recipe) -> dict[str, str]:
+    """What the training files are told by: their content; of streamed ones size and time."""
+    if recipe.data.streaming:
+        return stream_identity(recipe.data.train)
+    cache_dir = cache_dir_of(access_of(recipe.data))
+    return {str(k): v for k, v in content_hash(recipe.data.train, cache_dir=cache_dir).items()}
+
 
 WRITING = ".writing-"
 
@@ -199,3 +308,119 @@ def sync_folder(folder: Path) -> None:
     for path in folder.rglob("*"):
         sync_path(path)
     sync_path(folder)
+
+
+log = logging.getLogger("vlmtune")
+
+COPY_FRACTION = 0.25
+"""Of the host's free memory: a state that is larger is written without a copy, while training
+waits."""
+
+
+def copied(checkpoint: Checkpoint) -> Checkpoint:
+    """`checkpoint` with every tensor copied to the host: training on does not change it."""
+    copies: dict[int, Tensor] = {}
+    copy = replace(
+        checkpoint,
+        tensors=_copied(checkpoint.tensors, copies),
+        optimizer=_copied(checkpoint.optimizer, copies),
+    )
+    if torch.cuda.is_available():
+        Arrival(torch.device("cuda")).wait()
+    return copy
+
+
+def state_bytes(checkpoint: Checkpoint) -> int:
+    """The size of a copy of the checkpoint's tensors."""
+    found = _tensors([checkpoint.tensors, checkpoint.optimizer])
+    return sum({id(t): t.nbytes for t in found}.values())
+
+
+class CheckpointWriter:
+    """Writes into `folder`, one checkpoint at a time, and keeps what `save_checkpoint` keeps.
+
+    Used as a context manager: what is being written is finished before the block is left, also on
+    an error. An error of the thread is raised by the next call, at the latest on leaving.
+    """
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self._folder = folder
+        self._keep = keep
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
+        self._has_said = False
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+        if value is None:
+            self.wait()
+        elif self._writing is not None and (error := self._writing.exception()) is not None:
+            log.error("%s", error)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Begin to write `checkpoint`, once the one before is there; its tensors may change after.
+
+        Raises `VlmtuneError` where the disk refused the one before.
+        """
+        self.wait()
+        size, free = state_bytes(checkpoint), psutil.virtual_memory().available
+        if size > COPY_FRACTION * free:
+            self._say_waiting(size, free)
+            save_checkpoint(self._folder, checkpoint, keep=self._keep)
+            return
+        copy = copied(checkpoint)
+        self._writing = self._thread.submit(save_checkpoint, self._folder, copy, keep=self._keep)
+
+    def check(self) -> None:
+        """Raise the `VlmtuneError` of a write that has failed; does not wait for one that goes
+        on."""
+        if self.is_idle():
+            self.wait()
+
+    def is_idle(self) -> bool:
+        """Whether nothing is being written."""
+        return self._writing is None or self._writing.done()
+
+    def wait(self) -> None:
+        """Return when everything is on the disk. Raises `VlmtuneError` where it refused."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _say_waiting(self, size: int, free: int) -> None:
+        if not self._has_said:
+            self._has_said = True
+            log.info(
+                "a checkpoint holds %.1f GB and %.1f GB of memory are free: training waits for "
+                "each to be written",
+                size / 1e9,
+                free / 1e9,
+            )
+
+
+def _copied(value: Any, copies: dict[int, Tensor]) -> Any:
+    """A tensor that occurs twice (the optimizer's tables) is copied once."""
+    if isinstance(value, Tensor):
+        if id(value) not in copies:
+            copies[id(value)] = to_host(value)
+        return copies[id(value)]
+    if isinstance(value, dict):
+        return {key: _copied(item, copies) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(item, copies) for item in value)
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)

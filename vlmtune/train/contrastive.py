@@ -32,8 +32,8 @@ from vlmtune.data.types import Conversation, SideBatch
 from vlmtune.errors import SampleError
 from vlmtune.train.checkpoint import random_state, restore_random_state
 from vlmtune.train.feed import StepData
+from vlmtune.train.runtime import ahead, to_device
 from vlmtune.train.step import reduced_at_last
-from vlmtune.train.transfer import ahead, to_device
 
 MAX_SCALE = 100.0
 """Similarities are never multiplied by more (Radford et al. 2021, section 2.5)."""

@@ -1,4 +1,4 @@
-"""Optimizer steps from conversations, encoded ahead of the loop.
+"""Optimizer steps from conversations, by number or streamed, encoded ahead of the loop.
 
     step -> its samples, unread -> this process's share -> read -> encode -> micro-batches
 
@@ -6,7 +6,10 @@ With an embedding prompt a sample is encoded as a pair, its picture and its answ
 
 An item of the dataset is a whole optimizer step, a pure function of (seed, step, data): any number
 of workers gives the same steps, and a resumed run starts at the step it needs. Rows that are read
-from front to back have a feed of their own, in `stream_feed.py`.
+from front to back are fed by `StreamDataset`.
+
+Worker w of W makes the steps first + w, first + w + W, …: each reads every raw row on the way, and
+parses, decodes and encodes those of its own steps and this process alone.
 """
 
 from __future__ import annotations
@@ -22,20 +25,19 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from vlmtune.data.batches import BatchLayout, make_batches
+from vlmtune.data.batches import BatchLayout, balanced_shares, make_batches, step_samples
 from vlmtune.data.dataset import ConversationSet
 from vlmtune.data.encode import Encoder, OverLength
-from vlmtune.data.formats.rows import check_trainable
+from vlmtune.data.formats.base import check_trainable
+from vlmtune.data.measure import WorkScale
 from vlmtune.data.order import Order
-from vlmtune.data.packing import balanced_shares, step_samples
 from vlmtune.data.pairs import Pair, encode_pair, side_batches
-from vlmtune.data.stream import StreamCursor
+from vlmtune.data.stream import OpenStream, Stream, StreamCursor
 from vlmtune.data.types import IGNORED, Batch, Conversation, Sample, SideBatch, Source
-from vlmtune.data.work import WorkScale
 from vlmtune.errors import SampleError, VlmtuneError
-from vlmtune.train.transfer import pinned
+from vlmtune.train.runtime import pinned
 
 OPEN_FILES = 10_240
 """As many as macOS lets a process have."""
@@ -355,3 +357,55 @@ def loaded(
         if isinstance(item, VlmtuneError):
             raise item
         yield item
+
+
+class StreamDataset(IterableDataset[StepData | VlmtuneError]):
+    """The steps `first` to `last`; `cursor` is where the stream stands before the first of them,
+    None at its start.
+
+    An error of the data comes back as a value: raised in a worker, it would reach the loop as a
+    traceback in a string.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        builder: StepBuilder,
+        *,
+        first: int,
+        last: int,
+        cursor: StreamCursor | None,
+    ) -> None:
+        self.stream = stream
+        self.builder = builder
+        self.steps = range(first, last + 1)
+        self.cursor = cursor
+
+    def __iter__(self) -> Iterator[StepData | VlmtuneError]:
+        worker = get_worker_info()
+        own, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        opened = OpenStream(self.stream, self.cursor)
+        try:
+            for number, _ in enumerate(self.steps):
+                rows = [opened.take() for _ in range(self.builder.settings.batch_size)]
+                if number % num_workers == own:
+                    cursor = opened.cursor
+                    yield self.builder.build(
+                        rows, epoch=float(cursor.entries[0].epoch), cursor=cursor
+                    )
+        except VlmtuneError as error:
+            yield with_traceback(error)
+
+
+def stream_steps(
+    stream: Stream,
+    builder: StepBuilder,
+    first: int,
+    last: int,
+    *,
+    cursor: StreamCursor | None,
+    num_workers: int,
+) -> Iterator[StepData]:
+    """The steps `first` to `last`, both included, in order. Raises the first `VlmtuneError`."""
+    dataset = StreamDataset(stream, builder, first=first, last=last, cursor=cursor)
+    return loaded(dataset, sampler=None, num_workers=num_workers)

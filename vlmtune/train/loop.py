@@ -23,27 +23,28 @@ from accelerate.utils import gather_object
 
 from vlmtune.data.stream import StreamCursor
 from vlmtune.recipe.schema import EvalSection, Recipe, TrainSection
-from vlmtune.train import trainee as trainees
-from vlmtune.train.background import CheckpointWriter
-from vlmtune.train.best import Best, best_by, is_over, updated
+from vlmtune.train import state as trainees
 from vlmtune.train.checkpoint import (
+    Best,
     Checkpoint,
+    CheckpointWriter,
     TrainState,
+    best_by,
     checkpoint_path,
+    is_over,
     load_checkpoint,
     random_state,
     restore_random_state,
+    updated,
 )
 from vlmtune.train.feed import StepData, lost_workers_told
-from vlmtune.train.interrupt import StopSignal
 from vlmtune.train.optim import learning_rate_factor, resolve_count, set_learning_rate
-from vlmtune.train.pending import PendingStep, StepResult, reads_late
-from vlmtune.train.runtime import peak_memory_bytes
-from vlmtune.train.skips import SkipLedger
+from vlmtune.train.run_folder import SkipLedger
+from vlmtune.train.runtime import StopSignal, peak_memory_bytes
+from vlmtune.train.state import Trainee
 from vlmtune.train.step import train_step
-from vlmtune.train.tracker import Tracker
-from vlmtune.train.trainee import Trainee
-from vlmtune.train.window import Window
+from vlmtune.train.step_metrics import PendingStep, StepResult, reads_late
+from vlmtune.train.tracker import Tracker, Window
 
 Progress = Callable[[int, int], None]
 """Told how many of how many samples are done."""

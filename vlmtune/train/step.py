@@ -1,4 +1,4 @@
-"""One optimizer step: token-exact over micro-batches and processes.
+"""One optimizer step, token-exact over micro-batches and processes, and the loss on held-out data.
 
     loss of the step = (sum of its weighted terms over all processes and micro-batches)
                        / (sum of their weights over all processes)
@@ -20,12 +20,14 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from vlmtune.data.packing import share_mark
-from vlmtune.data.types import Batch
-from vlmtune.models.loss import total_weight
+from vlmtune.data.batches import BatchLayout, make_batches, share_mark
+from vlmtune.data.encode import Encoder
+from vlmtune.data.types import Batch, Conversation
+from vlmtune.errors import SampleError
+from vlmtune.models.forward import total_weight
 from vlmtune.train.feed import StepData
-from vlmtune.train.pending import PendingStep, counts_of
-from vlmtune.train.transfer import ahead
+from vlmtune.train.runtime import ahead, to_device
+from vlmtune.train.step_metrics import PendingStep, counts_of
 
 
 class Method(Protocol):
@@ -195,3 +197,43 @@ def _part_norms(
         if parameter.grad is not None:
             parts.setdefault(part_of_name[name], []).append(parameter.grad)
     return {part: torch.nn.utils.get_total_norm(g) for part, g in sorted(parts.items())}
+
+
+CHUNK = 256
+"""Samples encoded at once: bounds the memory of their pictures."""
+
+
+@torch.no_grad()
+def evaluation_loss(
+    forward: nn.Module,
+    conversations: Sequence[Conversation],
+    *,
+    encoder: Encoder,
+    accelerator: Accelerator,
+    layout: BatchLayout,
+) -> dict[str, float]:
+    """`loss` in nats per supervised token, weighted as in training, and `skipped`, the samples that
+    could not be used. Without a supervised token there is no `loss`.
+
+    Samples that have no answer to learn, as where `answers` alone are given, count in neither.
+    `forward` is the unwrapped module. Contains one collective.
+    """
+    learnt = [c for c in conversations if encoder.is_supervised(c)]
+    mine = learnt[accelerator.process_index :: accelerator.num_processes]
+    total, weight, skipped = 0.0, 0.0, 0
+    for start in range(0, len(mine), CHUNK):
+        samples = []
+        for conversation in mine[start : start + CHUNK]:
+            try:
+                samples.append(encoder.encode(conversation))
+            except SampleError:
+                skipped += 1
+        for made in make_batches(samples, layout):
+            batch = to_device(made, accelerator.device)
+            with accelerator.autocast():
+                total += forward(batch).item()
+            weight += total_weight(batch.targets, batch.weights)
+    sums = torch.tensor([total, weight, skipped], dtype=torch.float64, device=accelerator.device)
+    total, weight, skipped = accelerator.reduce(sums, "sum").tolist()
+    result = {"loss": total / weight} if weight else {}
+    return result | ({"skipped": float(skipped)} if skipped else {})

@@ -8,19 +8,101 @@ does anything.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from vlmtune.train.finite import finite_or_null
+from vlmtune.train.feed import StepData
+from vlmtune.train.runtime import peak_memory_bytes
+from vlmtune.train.step import Objective
+from vlmtune.train.step_metrics import StepResult
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+
+def finite_or_null(value: object) -> object:
+    """`value` with every NaN and infinity in it as None. Python's own JSON would hold the words
+    `NaN` and `Infinity`, on which other readers stop."""
+    if isinstance(value, Mapping):
+        return {key: finite_or_null(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_null(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass
+class Window:
+    """Sums since the last logged line."""
+
+    started: float = field(default_factory=time.monotonic)
+    loss_sum: float = 0.0
+    num_terms: int = 0
+    weight: float = 0.0
+    num_samples: int = 0
+    num_tokens: int = 0
+    num_images: int = 0
+    wait_seconds: float = 0.0
+    num_scaler_skips: int = 0
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / (self.weight or 1.0)
+
+    def launched(self, data: StepData, *, num_processes: int) -> None:
+        """Count a step's data, all but what was left out of it."""
+        self.num_samples += data.num_step_samples
+        # Of this process, times their number: an estimate that costs no collective.
+        self.num_tokens += num_processes * sum(b.num_tokens for b in data.micro_batches)
+        self.num_images += num_processes * sum(b.num_images for b in data.micro_batches)
+
+    def add(self, done: StepResult) -> None:
+        """Count what a launched step did."""
+        self.loss_sum += done.loss * done.weight
+        self.num_terms += done.num_terms
+        self.weight += done.weight
+        self.num_samples -= done.num_left_out
+        self.num_scaler_skips += done.was_skipped
+
+    def line(
+        self,
+        done: StepResult,
+        rates: dict[str, float],
+        *,
+        epoch: float,
+        objective: Objective,
+        accelerator: Accelerator,
+    ) -> dict[str, Any]:
+        """What `metrics.jsonl` holds of a logged step, `done`."""
+        seconds = time.monotonic() - self.started
+        line: dict[str, Any] = {
+            "epoch": epoch,
+            "loss": self.loss,
+            "learning_rate": rates,
+            "grad_norm": {"total": done.grad_norm, **done.part_grad_norms},
+            objective.unit: self.num_terms,
+            **objective.log(),
+            "samples_per_second": self.num_samples / seconds,
+            "tokens_per_second": self.num_tokens / seconds,
+            "images_per_second": self.num_images / seconds,
+            "data_wait_fraction": self.wait_seconds / seconds,
+            "peak_memory_bytes": peak_memory_bytes(accelerator.device),
+        }
+        if done.penalty is not None:
+            line["orthogonal_penalty"] = done.penalty
+        if self.num_scaler_skips:
+            line["steps_skipped_by_loss_scaler"] = self.num_scaler_skips
+        return line
+
 
 EVALUATED = ("eval_", "guard_")
 """How the names of an evaluation's figures start."""

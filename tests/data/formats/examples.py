@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vlmtune.data.formats.base import Row
 from vlmtune.data.formats.registry import parse_row
-from vlmtune.data.formats.rows import Row
 from vlmtune.data.types import Conversation, Source
 from vlmtune.recipe.data_section import DataEntry, FormatName
 

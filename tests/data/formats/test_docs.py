@@ -9,9 +9,9 @@ import PIL.Image
 import pytest
 
 from tests.conftest import ROOT
+from vlmtune.data.dataset import load_conversations, open_conversations
 from vlmtune.data.formats.registry import FORMATS
 from vlmtune.data.formats.table import USUAL_NAMES
-from vlmtune.data.source import load_conversations, open_conversations
 from vlmtune.recipe.load import load_recipe
 
 PAGE = (ROOT / "docs" / "data.md").read_text()

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.formats.examples import ROWS, row_of
+from vlmtune.data.formats.base import COMMON_KEYS, check_trainable
 from vlmtune.data.formats.registry import FORMATS, parse_row, unused_keys
-from vlmtune.data.formats.rows import COMMON_KEYS, check_trainable
 from vlmtune.data.types import Conversation
 from vlmtune.errors import SampleError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.data.formats.examples import FOLDER, ROWS, read, said
-from vlmtune.data.formats.pictured import CAPTION_PROMPT, CLASS_PROMPT
+from vlmtune.data.formats.flat import CAPTION_PROMPT, CLASS_PROMPT
 from vlmtune.data.types import Image
 from vlmtune.errors import SampleError
 

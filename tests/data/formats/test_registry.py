@@ -8,8 +8,8 @@ import logging
 import pytest
 
 from tests.data.formats.examples import ASSISTANT, ROWS, USER, read, row_of
+from vlmtune.data.dataset import load_conversations
 from vlmtune.data.formats.registry import FORMATS, check_entry, parse_row, unused_keys
-from vlmtune.data.source import load_conversations
 from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
 from vlmtune.recipe.data_section import DataEntry
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from vlmtune.data import index
+from vlmtune.data.sources import base
 
 
 @pytest.fixture
 def always_kept(monkeypatch):
     """Every index goes through the cache, and every table is mapped, however small."""
-    monkeypatch.setattr(index, "KEPT_FROM_BYTES", 1)
+    monkeypatch.setattr(base, "KEPT_FROM_BYTES", 1)
 
 
 @pytest.fixture

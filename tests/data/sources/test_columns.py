@@ -11,9 +11,8 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from vlmtune.data.sources import parquet
-from vlmtune.data.sources.arrow import ArrowRows, open_arrow
-from vlmtune.data.sources.parquet import ParquetRows, open_parquet
+from vlmtune.data.sources import arrow
+from vlmtune.data.sources.arrow import ArrowRows, ParquetRows, open_arrow, open_parquet
 from vlmtune.errors import VlmtuneError
 
 ROWS = [
@@ -84,7 +83,7 @@ def test_rows_are_read_in_forked_processes_after_the_parent_has_read(
     tmp_path, write, copied, monkeypatch
 ):
     if copied:
-        monkeypatch.setattr(parquet, "LARGE_GROUP_BYTES", 1)
+        monkeypatch.setattr(arrow, "LARGE_GROUP_BYTES", 1)
     rows = write(tmp_path / "data")
     rows.read(0)
     context = multiprocessing.get_context("fork")
@@ -110,7 +109,7 @@ def test_one_row_group_is_read_once_for_its_neighbours(tmp_path, monkeypatch):
 @pytest.fixture
 def large(monkeypatch):
     """Row groups of any size count as large."""
-    monkeypatch.setattr(parquet, "LARGE_GROUP_BYTES", 1)
+    monkeypatch.setattr(arrow, "LARGE_GROUP_BYTES", 1)
 
 
 def test_large_row_groups_are_copied_once_and_read_by_row(tmp_path, large, caplog):

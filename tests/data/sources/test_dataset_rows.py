@@ -11,7 +11,7 @@ import huggingface_hub.constants
 import PIL.Image
 import pytest
 
-from vlmtune.data.sources.dataset_rows import load_hub, open_dataset_folder, open_hub
+from vlmtune.data.sources.hf import load_hub, open_dataset_folder, open_hub
 from vlmtune.errors import VlmtuneError
 from vlmtune.recipe.data_section import DataEntry
 

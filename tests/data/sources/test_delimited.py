@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmtune.data.sources.delimited import open_delimited
+from vlmtune.data.sources.csv import open_delimited
 from vlmtune.errors import SampleError, VlmtuneError
 
 CELLS = st.text(st.sampled_from('aé😀 ,;\t"\n\x85\u2028'), max_size=6)

@@ -7,9 +7,9 @@ import os
 
 import pytest
 
-from vlmtune.data import index
-from vlmtune.data.source import content_hash
-from vlmtune.data.sources.digest import digests_of
+from vlmtune.data.dataset import content_hash
+from vlmtune.data.sources import base
+from vlmtune.data.sources.registry import digests_of
 from vlmtune.errors import VlmtuneError
 from vlmtune.recipe.data_section import DataEntry
 
@@ -30,13 +30,13 @@ def test_the_digest_is_of_the_bytes_and_kept_for_the_next_time(
         raise AssertionError("the file was read again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("vlmtune.data.sources.digest.read_chunks", not_again)
+        patch.setattr("vlmtune.data.sources.registry.read_chunks", not_again)
         assert digests_of(entry, cache_dir=cache_dir) == {str(path): _sha(b"abc" * 1000)}
         path.write_bytes(b"abd" * 1001)
         with pytest.raises(AssertionError, match="read again"):
             digests_of(entry, cache_dir=cache_dir)
     assert digests_of(entry, cache_dir=cache_dir) == {str(path): _sha(b"abd" * 1001)}
-    assert index.KEPT_FROM_BYTES == 1
+    assert base.KEPT_FROM_BYTES == 1
 
 
 def test_shards_and_files_of_answers_have_digests_of_their_own(tmp_path, cache_dir):

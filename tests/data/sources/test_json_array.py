@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmtune.data.sources.json_array import open_json_array
-from vlmtune.data.sources.json_scan import JsonScanner
+from vlmtune.data.sources.json_array import JsonScanner, open_json_array
 from vlmtune.errors import SampleError
 
 VALUES = st.recursive(

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmtune.data.index import stamp_of
+from vlmtune.data.sources.base import stamp_of
 from vlmtune.data.sources.jsonl import JsonLines, open_jsonl, scan_lines
 from vlmtune.errors import SampleError, VlmtuneError
 

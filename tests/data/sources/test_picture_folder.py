@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from vlmtune.data.sources.picture_folder import Names, open_picture_folder
+from vlmtune.data.sources.folder import Names, open_picture_folder
 from vlmtune.errors import SampleError, VlmtuneError
 
 

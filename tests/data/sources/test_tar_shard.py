@@ -9,8 +9,7 @@ import tarfile
 
 import pytest
 
-from vlmtune.data.sources.tar_sample import Member, row_of, split_name
-from vlmtune.data.sources.tar_shard import open_tar
+from vlmtune.data.sources.tar import Member, open_tar, row_of, split_name
 from vlmtune.data.types import Source
 from vlmtune.errors import SampleError, VlmtuneError
 

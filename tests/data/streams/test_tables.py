@@ -10,10 +10,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from vlmtune.data.sources.arrow import ParquetShard
+from vlmtune.data.sources.hf import shards_of
+from vlmtune.data.sources.registry import open_shards
 from vlmtune.data.stream import OpenStream, StreamCursor, open_stream, stream_identity
-from vlmtune.data.streams.hub import shards_of
-from vlmtune.data.streams.parquet import ParquetShard
-from vlmtune.data.streams.registry import open_shards
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.recipe.data_section import DataEntry
 

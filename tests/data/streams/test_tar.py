@@ -13,11 +13,10 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from vlmtune.data.sources.tar_shard import open_tar
+from vlmtune.data.sources import tar as module
+from vlmtune.data.sources.registry import open_shards
+from vlmtune.data.sources.tar import TarShard, open_tar
 from vlmtune.data.stream import OpenStream, open_stream
-from vlmtune.data.streams import tar as module
-from vlmtune.data.streams.registry import open_shards
-from vlmtune.data.streams.tar import TarShard
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.recipe.data_section import DataEntry
 

@@ -3,8 +3,8 @@ import random
 import pytest
 from anls import anls_score
 
-from vlmtune.evaluation.metrics.anls import anls
 from vlmtune.evaluation.metrics.base import Answered
+from vlmtune.evaluation.metrics.text import anls
 
 
 @pytest.mark.parametrize(

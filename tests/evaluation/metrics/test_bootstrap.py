@@ -4,8 +4,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 import pytest
 
-from vlmtune.evaluation.metrics.base import Mean, divided
-from vlmtune.evaluation.metrics.bootstrap import Interval, bootstrap_intervals
+from vlmtune.evaluation.metrics.base import Interval, Mean, bootstrap_intervals, divided
 
 
 def bootstrap_interval(

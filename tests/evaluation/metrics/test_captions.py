@@ -15,9 +15,8 @@ import pytest
 from nltk.translate.bleu_score import corpus_bleu
 
 from vlmtune.evaluation.metrics.base import Answered
+from vlmtune.evaluation.metrics.captions import rouge_l, tokenize_caption
 from vlmtune.evaluation.metrics.registry import METRICS
-from vlmtune.evaluation.metrics.rouge_l import rouge_l
-from vlmtune.evaluation.metrics.tokenize import tokenize_caption
 
 COCO = json.loads((Path(__file__).parent / "coco_captions.json").read_text(encoding="utf-8"))
 SAMPLES = [Answered(row["prediction"], None, tuple(row["references"])) for row in COCO["samples"]]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from nltk.metrics.scores import accuracy, f_measure
 
-from vlmtune.evaluation.metrics import classification
+from vlmtune.evaluation.metrics import choice
 from vlmtune.evaluation.metrics.base import Answered, Floats
 
 WANTED = ["cat", "cat", "cat", "dog", "dog", "bird"]
@@ -10,8 +10,8 @@ GIVEN = ["Cat.", "a cat", "dog", "dog", "a fox", "bird"]
 
 
 def figures_of(wanted: list[str], given: list[str]) -> dict[str, Floats]:
-    entries = classification.statistics([Answered(g, w) for g, w in zip(given, wanted)])
-    return classification.figures(np.sum([entry.sums for entry in entries if entry], axis=0))
+    entries = choice.classification_statistics([Answered(g, w) for g, w in zip(given, wanted)])
+    return choice.classification_figures(np.sum([entry.sums for entry in entries if entry], axis=0))
 
 
 def test_figures_by_hand() -> None:
@@ -59,13 +59,13 @@ def test_figures_are_scikit_learns() -> None:
 
 def test_the_mean_is_over_the_classes_at_hand() -> None:
     # A slice without a bird: its F1 is not averaged, not even as 0.
-    entries = classification.statistics([Answered(g, w) for g, w in zip(GIVEN, WANTED)])
+    entries = choice.classification_statistics([Answered(g, w) for g, w in zip(GIVEN, WANTED)])
     sums = np.sum([entry.sums for entry in entries[:5] if entry], axis=0)
-    assert classification.figures(sums)["macro_f1"] == pytest.approx((4 / 5 + 2 / 4) / 2)
+    assert choice.classification_figures(sums)["macro_f1"] == pytest.approx((4 / 5 + 2 / 4) / 2)
 
 
 def test_an_undecided_reference_does_not_count() -> None:
-    entries = classification.statistics(
+    entries = choice.classification_statistics(
         [Answered("cat", None, ("cat", "dog")), Answered("cat", None, ("cat", "cat", "dog"))]
     )
     assert [entry and entry.score for entry in entries] == [None, 1.0]

@@ -85,9 +85,11 @@ def test_figures_by_hand() -> None:
         Answered("[0, 0, 1, 1]", None, (reference, "[0, 0, 1, 1]")),  # 1: the best reference
         Answered("[0, 0, 1, 1]", "left"),  # no box to compare with
     ]
-    entries = grounding.statistics(samples)
+    entries = grounding.grounding_statistics(samples)
     assert [entry and entry.score for entry in entries] == [1.0, 1.0, 0.0, 0.0, 1.0, None]
-    figures = grounding.figures(np.sum([entry.sums for entry in entries if entry], axis=0))
+    figures = grounding.grounding_figures(
+        np.sum([entry.sums for entry in entries if entry], axis=0)
+    )
     assert figures["box_accuracy"] == pytest.approx(3 / 5)
     assert figures["mean_iou"] == pytest.approx((1 + 0.5 + 1 / 3 + 0 + 1) / 5)
     assert figures["box_unparsed"] == pytest.approx(1 / 5)

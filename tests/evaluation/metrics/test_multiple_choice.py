@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from vlmtune.evaluation.metrics import multiple_choice
+from vlmtune.evaluation.metrics import choice
 from vlmtune.evaluation.metrics.base import Answered
-from vlmtune.evaluation.metrics.multiple_choice import option_index, option_texts, parse_choice
+from vlmtune.evaluation.metrics.choice import option_index, option_texts, parse_choice
 
 ANIMALS = ("a cat", "a dog", "a black dog", "a cow")
 
@@ -102,14 +102,18 @@ def test_figures_by_hand() -> None:
         Answered("a dog", "a dog"),  # no options
         Answered("a dog", "a fox", options=ANIMALS),  # none of them
     ]
-    entries = multiple_choice.statistics(samples)
+    entries = choice.multiple_choice_statistics(samples)
     assert [entry and entry.score for entry in entries] == [1.0, 1.0, 0.0, 0.0, None, None]
-    figures = multiple_choice.figures(np.sum([entry.sums for entry in entries if entry], axis=0))
+    figures = choice.multiple_choice_figures(
+        np.sum([entry.sums for entry in entries if entry], axis=0)
+    )
     assert figures == {"choice_accuracy": 2 / 4, "choice_unparsed": 1 / 4}
 
 
 def test_any_right_option_will_do() -> None:
-    entries = multiple_choice.statistics([Answered("C", None, ("B", "a black dog"), ANIMALS)])
+    entries = choice.multiple_choice_statistics(
+        [Answered("C", None, ("B", "a black dog"), ANIMALS)]
+    )
     assert entries[0] is not None and entries[0].score == 1.0
 
 

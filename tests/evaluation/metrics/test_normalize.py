@@ -1,6 +1,6 @@
 import pytest
 
-from vlmtune.evaluation.metrics.normalize import CONTRACTIONS, normalize_answer
+from vlmtune.evaluation.metrics.text import CONTRACTIONS, normalize_answer
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 import pytest
 
 from vlmtune.evaluation.metrics.base import Answered
-from vlmtune.evaluation.metrics.relaxed_accuracy import relaxed_accuracy
+from vlmtune.evaluation.metrics.text import relaxed_accuracy
 
 
 @pytest.mark.parametrize(

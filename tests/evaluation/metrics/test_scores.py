@@ -1,8 +1,7 @@
 import pytest
 
 from vlmtune.evaluation.metrics.base import Answered
-from vlmtune.evaluation.metrics.exact_match import exact_match
-from vlmtune.evaluation.metrics.vqa_accuracy import vqa_accuracy
+from vlmtune.evaluation.metrics.text import exact_match, vqa_accuracy
 
 
 def test_exact_match_compares_normalized_answers() -> None:

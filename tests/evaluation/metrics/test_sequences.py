@@ -2,7 +2,7 @@ import random
 
 from nltk.metrics.distance import edit_distance as nltk_edit_distance
 
-from vlmtune.evaluation.metrics.sequences import common_length, edit_distance
+from vlmtune.evaluation.metrics.text import common_length, edit_distance
 
 
 def common_length_by_table(a: str, b: str) -> int:

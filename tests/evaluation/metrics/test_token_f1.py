@@ -4,7 +4,7 @@ import pytest
 from nltk.metrics.scores import f_measure
 
 from vlmtune.evaluation.metrics.base import Answered
-from vlmtune.evaluation.metrics.token_f1 import token_f1
+from vlmtune.evaluation.metrics.text import token_f1
 
 
 @pytest.mark.parametrize(

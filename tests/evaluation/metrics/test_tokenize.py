@@ -1,6 +1,6 @@
 import pytest
 
-from vlmtune.evaluation.metrics.tokenize import tokenize_caption
+from vlmtune.evaluation.metrics.captions import tokenize_caption
 
 # What Stanford's PTBTokenizer (CoreNLP 3.4.1) gave for these, as pycocoevalcap 1.2 calls it.
 STANFORD = [

@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 from nltk.metrics.scores import accuracy, f_measure, precision, recall
 
-from vlmtune.evaluation.metrics import yes_no
+from vlmtune.evaluation.metrics import text as yes_no
 from vlmtune.evaluation.metrics.base import Answered, Floats
-from vlmtune.evaluation.metrics.yes_no import parse_yes_no
+from vlmtune.evaluation.metrics.text import parse_yes_no
 
 
 def figures_of(samples: list[Answered]) -> dict[str, Floats]:
-    entries = [entry.sums for entry in yes_no.statistics(samples) if entry is not None]
-    return yes_no.figures(np.array(entries).sum(axis=0))
+    entries = [entry.sums for entry in yes_no.yes_no_statistics(samples) if entry is not None]
+    return yes_no.yes_no_figures(np.array(entries).sum(axis=0))
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_figures_are_nltks() -> None:
 
 def test_only_samples_with_a_yes_or_no_reference_count() -> None:
     samples = [Answered("yes", "red"), Answered("yes", None, ("yes",) * 6 + ("no",) * 4)]
-    assert [entry and entry.score for entry in yes_no.statistics(samples)] == [None, 1.0]
-    assert yes_no.statistics([Answered("yes", None, ("yes", "no"))]) == [None]  # undecided
+    assert [entry and entry.score for entry in yes_no.yes_no_statistics(samples)] == [None, 1.0]
+    assert yes_no.yes_no_statistics([Answered("yes", None, ("yes", "no"))]) == [None]  # undecided
 
 
 def test_precision_without_a_yes_is_not_defined() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from vlmtune.data.dataset import load_conversations
 from vlmtune.data.encode import Encoder
-from vlmtune.data.source import load_conversations
 from vlmtune.data.types import Conversation
 from vlmtune.models.load import VLM, load_vlm
 

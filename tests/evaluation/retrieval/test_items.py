@@ -9,7 +9,7 @@ import pytest
 
 from vlmtune.data.types import Conversation, Image, Source, Text, Turn
 from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
-from vlmtune.evaluation.retrieval.items import retrieval_items
+from vlmtune.evaluation.retrieval.ranking import retrieval_items
 
 
 @pytest.fixture

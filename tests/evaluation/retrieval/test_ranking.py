@@ -10,12 +10,13 @@ import pytest
 
 from tests.evaluation.retrieval.processes import run_processes
 from vlmtune.errors import VlmtuneError
-from vlmtune.evaluation.retrieval.figures import direction_figures, median_interval
 from vlmtune.evaluation.retrieval.ranking import (
     Block,
     Blocks,
     Rankings,
     Relevance,
+    direction_figures,
+    median_interval,
     rank_blocks,
     rank_with_ties,
 )

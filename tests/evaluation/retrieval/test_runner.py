@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from tests.evaluation.retrieval.processes import run_processes
-from vlmtune.data.answers import without_images
-from vlmtune.data.collate import collate
+from vlmtune.data.batches import collate
 from vlmtune.data.encode import Encoder
 from vlmtune.data.pairs import picture_side, text_side
+from vlmtune.data.tokens import without_images
 from vlmtune.data.types import Conversation, Image, Text, Turn
 from vlmtune.errors import SampleError, VlmtuneError
-from vlmtune.evaluation.retrieval.items import answered, retrieval_items
+from vlmtune.evaluation.results import EvalReport
+from vlmtune.evaluation.retrieval.ranking import answered, retrieval_items
 from vlmtune.evaluation.retrieval.runner import evaluate_retrieval
-from vlmtune.evaluation.types import EvalReport
 from vlmtune.models.forward import full_logits
 from vlmtune.models.load import VLM, load_vlm
 from vlmtune.recipe.schema import EvalSection

@@ -1,1 +1,1 @@
-"""Data formats: one file each, a function from a row to a `Conversation`."""
+"""Data formats: functions from a row to a `Conversation`; `FORMATS` in `registry.py` lists them."""

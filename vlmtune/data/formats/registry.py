@@ -7,23 +7,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmtune.data.formats import (
-    alpaca,
-    chartqa,
-    class_folders,
-    coco_captions,
-    docvqa,
-    image_text,
-    messages,
-    openai,
-    query_response,
-    sharegpt,
-    table,
-    vqav2,
-)
-from vlmtune.data.formats.rows import COMMON_KEYS, Row
-from vlmtune.data.formats.turns import has_turns, unused_turn_keys
-from vlmtune.data.sources.rows import Rows
+from vlmtune.data.formats import chat, flat, table
+from vlmtune.data.formats.base import COMMON_KEYS, Row
+from vlmtune.data.formats.chat import has_turns, unused_turn_keys
+from vlmtune.data.sources.base import Rows
 from vlmtune.data.types import Conversation
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.recipe.data_section import DataEntry, FormatName
@@ -48,17 +35,29 @@ class Format:
 
 
 FORMATS: dict[FormatName, Format] = {
-    "messages": Format(messages.matches, messages.parse, messages.KEYS, messages.TURN_KEYS),
-    "openai": Format(openai.matches, openai.parse, openai.KEYS, openai.TURN_KEYS),
-    "sharegpt": Format(sharegpt.matches, sharegpt.parse, sharegpt.KEYS, sharegpt.TURN_KEYS),
-    "vqav2": Format(vqav2.matches, vqav2.parse, vqav2.KEYS),
-    "docvqa": Format(docvqa.matches, docvqa.parse, docvqa.KEYS),
-    "chartqa": Format(chartqa.matches, chartqa.parse, chartqa.KEYS),
-    "query_response": Format(query_response.matches, query_response.parse, query_response.KEYS),
-    "alpaca": Format(alpaca.matches, alpaca.parse, alpaca.KEYS),
-    "coco_captions": Format(coco_captions.matches, coco_captions.parse, coco_captions.KEYS),
-    "image_text": Format(image_text.matches, image_text.parse, image_text.KEYS),
-    "class_folders": Format(class_folders.matches, class_folders.parse, class_folders.KEYS),
+    "messages": Format(
+        chat.matches_messages, chat.parse_messages, chat.MESSAGES_KEYS, chat.MESSAGES_TURN_KEYS
+    ),
+    "openai": Format(
+        chat.matches_openai, chat.parse_openai, chat.OPENAI_KEYS, chat.OPENAI_TURN_KEYS
+    ),
+    "sharegpt": Format(
+        chat.matches_sharegpt, chat.parse_sharegpt, chat.SHAREGPT_KEYS, chat.SHAREGPT_TURN_KEYS
+    ),
+    "vqav2": Format(flat.matches_vqav2, flat.parse_vqav2, flat.VQAV2_KEYS),
+    "docvqa": Format(flat.matches_docvqa, flat.parse_docvqa, flat.DOCVQA_KEYS),
+    "chartqa": Format(flat.matches_chartqa, flat.parse_chartqa, flat.CHARTQA_KEYS),
+    "query_response": Format(
+        flat.matches_query_response, flat.parse_query_response, flat.QUERY_RESPONSE_KEYS
+    ),
+    "alpaca": Format(flat.matches_alpaca, flat.parse_alpaca, flat.ALPACA_KEYS),
+    "coco_captions": Format(
+        flat.matches_coco_captions, flat.parse_coco_captions, flat.COCO_CAPTIONS_KEYS
+    ),
+    "image_text": Format(flat.matches_image_text, flat.parse_image_text, flat.IMAGE_TEXT_KEYS),
+    "class_folders": Format(
+        flat.matches_class_folders, flat.parse_class_folders, flat.CLASS_FOLDERS_KEYS
+    ),
     "table": Format(table.matches, table.parse, table.keys_of),
 }
 """Where the first rows look like several, the first of them is taken."""

@@ -13,18 +13,17 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, get_args
 
-from vlmtune.data.formats.pictured import (
+from vlmtune.data.formats.base import Row, listed
+from vlmtune.data.formats.chat import has_turns
+from vlmtune.data.formats.flat import (
     CAPTION_PROMPT,
     CLASS_PROMPT,
     answers_of,
     asked_of_pictures,
     best_answer,
 )
-from vlmtune.data.formats.rows import Row, listed
-from vlmtune.data.formats.turns import has_turns
-from vlmtune.data.text import describe
 from vlmtune.data.types import Conversation
-from vlmtune.errors import nearest
+from vlmtune.errors import describe, nearest
 from vlmtune.recipe.data_section import ColumnRole, DataEntry
 
 USUAL_NAMES: dict[ColumnRole, tuple[str, ...]] = {

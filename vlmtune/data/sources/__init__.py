@@ -1,1 +1,1 @@
-"""Where rows come from: one file for each kind of file or folder, all giving rows by number."""
+"""Where rows come from: one file for each kind of file or folder, by number or in order."""

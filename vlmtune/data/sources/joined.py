@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from vlmtune.data.index import Stamp, Table, open_table, read_span
-from vlmtune.data.sources.containers import Container, find_keys
+from vlmtune.data.sources.base import Stamp, Table, open_table, read_span
+from vlmtune.data.sources.json_array import Container, find_keys
 from vlmtune.data.sources.json_text import parse_line
-from vlmtune.data.text import describe
 from vlmtune.data.types import Source
-from vlmtune.errors import SampleError, VlmtuneError
+from vlmtune.errors import SampleError, VlmtuneError, describe
 
 _PICTURE_NAMES = {
     "mscoco": "COCO_{subtype}_{image_id:012d}.jpg",

@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from vlmtune.data.text import describe, shorten
 from vlmtune.data.types import Source
-from vlmtune.errors import SampleError
+from vlmtune.errors import SampleError, describe, shorten
 
 BOM = b"\xef\xbb\xbf"
 

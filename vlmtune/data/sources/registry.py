@@ -1,4 +1,4 @@
-"""Which source an entry of the recipe names: told by what a file starts with, then by its ending.
+"""Which source an entry of the recipe names, how it is streamed, and what tells its content.
 
 A file that is in no known form is an error; nothing is guessed from its name alone but CSV, TSV
 and JSON lines, which every text could be.
@@ -6,30 +6,53 @@ and JSON lines, which every text could be.
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from vlmtune.data.index import stamp_of, unreadable
-from vlmtune.data.sources.arrow import FILE_MAGIC, STREAM_MAGIC, open_arrow
-from vlmtune.data.sources.containers import (
+import numpy as np
+
+from vlmtune.data.sources.arrow import (
+    FILE_MAGIC,
+    STREAM_MAGIC,
+    ParquetShard,
+    open_arrow,
+    open_parquet,
+)
+from vlmtune.data.sources.base import (
+    Extra,
+    Numbers,
+    RawRow,
+    Rows,
+    Shard,
+    open_table,
+    read_chunks,
+    stamp_of,
+    unreadable,
+)
+from vlmtune.data.sources.csv import open_delimited
+from vlmtune.data.sources.folder import open_picture_folder
+from vlmtune.data.sources.hf import (
+    is_dataset_folder,
+    open_dataset_folder,
+    open_hub,
+    open_hub_shards,
+)
+from vlmtune.data.sources.joined import open_coco, open_vqa
+from vlmtune.data.sources.json_array import (
     Container,
     looks_like_container,
     open_container,
     open_items,
+    open_json_array,
 )
-from vlmtune.data.sources.dataset_rows import is_dataset_folder, open_dataset_folder, open_hub
-from vlmtune.data.sources.delimited import open_delimited
-from vlmtune.data.sources.joined import open_coco, open_vqa
-from vlmtune.data.sources.json_array import open_json_array
 from vlmtune.data.sources.json_text import BOM
-from vlmtune.data.sources.jsonl import open_jsonl
-from vlmtune.data.sources.parquet import open_parquet
-from vlmtune.data.sources.picture_folder import open_picture_folder
-from vlmtune.data.sources.rows import Rows
-from vlmtune.data.sources.tar_shard import open_tar
-from vlmtune.data.text import escaped, shorten
-from vlmtune.errors import VlmtuneError
+from vlmtune.data.sources.jsonl import LineShard, open_jsonl
+from vlmtune.data.sources.tar import COMPRESSED, TarShard, open_tar
+from vlmtune.errors import VlmtuneError, escaped, shorten
 from vlmtune.recipe.data_section import DataEntry
 from vlmtune.recipe.paths import HUB, expand_shards
 
@@ -59,10 +82,10 @@ def open_rows(entry: DataEntry, *, cache_dir: Path) -> Sequence[Rows]:
     paths = [Path(name) for name in expand_shards(entry.path)]
     if not paths:
         raise VlmtuneError("no file matches the pattern", file=entry.path, do="correct the path")
-    return [_open(path, entry, cache_dir) for path in paths]
+    return [_open_rows(path, entry, cache_dir) for path in paths]
 
 
-def _open(path: Path, entry: DataEntry, cache_dir: Path) -> Rows:
+def _open_rows(path: Path, entry: DataEntry, cache_dir: Path) -> Rows:
     if os.path.isdir(path):
         if is_dataset_folder(path):
             _check_keys(entry, {"split"}, "a datasets folder")
@@ -181,3 +204,117 @@ def _check_keys(entry: DataEntry, used: set[str], kind: str) -> None:
         raise VlmtuneError(
             f"{', '.join(unused)} has no effect on {kind}", file=entry.path, do="remove it"
         )
+
+
+_CHUNK_BYTES = 1 << 20
+
+
+def digests_of(entry: DataEntry, *, cache_dir: Path) -> dict[str, str]:
+    """A SHA-256 for each file of an entry, by its path: of its bytes; of a folder, of the names,
+    sizes and times of what is in it; of a data set of the hub, its fingerprint.
+
+    Those of large files are kept in the cache, by size, time and inode. Raises VlmtuneError.
+    """
+    if entry.path.startswith(HUB):
+        rows = open_hub(entry)
+        return {rows.file: rows.fingerprint}
+    names = expand_shards(entry.path)
+    names += [] if entry.annotations is None else [entry.annotations]
+    return {
+        name: _of_folder(Path(name)) if os.path.isdir(name) else _of_file(Path(name), cache_dir)
+        for name in names
+    }
+
+
+def _of_file(path: Path, cache_dir: Path) -> str:
+    def build(extra: Extra) -> list[Numbers]:
+        digest = hashlib.sha256()
+        for chunk in read_chunks(path, _CHUNK_BYTES):
+            digest.update(chunk)
+        return [np.frombuffer(digest.digest(), "<i8").reshape(1, 4)]
+
+    table = open_table(
+        "sha256", [(path, stamp_of(path))], columns=4, build=build, cache_dir=cache_dir
+    )
+    return np.asarray(table.values).astype("<i8").tobytes().hex()
+
+
+def _of_folder(path: Path) -> str:
+    digest = hashlib.sha256()
+    found = []
+    try:
+        for above, _, files in os.walk(path):
+            for name in files:
+                file = os.path.join(above, name)
+                status = os.lstat(file)
+                found.append((os.path.relpath(file, path), status.st_size, status.st_mtime_ns))
+    except OSError as error:
+        raise VlmtuneError(f"the folder cannot be read ({error.strerror})", file=path) from error
+    for line in sorted(found):
+        digest.update(repr(line).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class NumberedShard:
+    """What has an index anyway: JSON arrays, folders of pictures, Arrow files."""
+
+    source: Rows
+
+    @property
+    def file(self) -> str:
+        return self.source.file
+
+    @property
+    def base_dir(self) -> Path:
+        return self.source.base_dir
+
+    def rows(self, start: int) -> Iterator[RawRow]:
+        for number in range(start, len(self.source)):
+            yield RawRow(number, self.source.place(number).line)
+
+    def parse(self, row: RawRow) -> Mapping[str, Any]:
+        return self.source.read(row.number)
+
+
+LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz")
+
+
+def open_shards(entry: DataEntry, *, cache_dir: Path) -> Sequence[Shard]:
+    """The shards of an entry, in order. Raises VlmtuneError where there is none, or one is in no
+    form that can be read from front to back.
+
+    Told by their endings: JSON lines and tar shards, plain or compressed, and parquet. Everything
+    else is read through its index.
+    """
+    if entry.path.startswith(HUB):
+        return open_hub_shards(entry)
+    shards = [s for path in expand_shards(entry.path) for s in _open_shard(path, entry, cache_dir)]
+    if not shards:
+        raise VlmtuneError("no file matches the pattern", file=entry.path, do="correct the path")
+    if isinstance(shards[0], TarShard):
+        shards[0].say_not_read()
+    return shards
+
+
+def _open_shard(name: str, entry: DataEntry, cache_dir: Path) -> Sequence[Shard]:
+    path, ending = Path(name), name.lower()
+    if path.is_dir() or entry.annotations is not None:
+        return _numbered(name, entry, cache_dir)
+    if ending.endswith(LINES):
+        shard: Shard = LineShard(path)
+    elif ending.endswith((".tar", *COMPRESSED)):
+        shard = TarShard(path)
+    elif ending.endswith(".parquet"):
+        shard = ParquetShard(path)
+    else:
+        return _numbered(name, entry, cache_dir)
+    stamp_of(path)  # says what is no file, and opens no pipe
+    for key in entry.model_fields_set & {"split", "subset", "revision"}:
+        raise VlmtuneError(f"{key} has no effect on a file", file=path, do="remove it")
+    return [shard]
+
+
+def _numbered(path: str, entry: DataEntry, cache_dir: Path) -> list[Shard]:
+    alone = entry.model_copy(update={"path": path})
+    return [NumberedShard(rows) for rows in open_rows(alone, cache_dir=cache_dir)]

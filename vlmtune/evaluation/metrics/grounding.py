@@ -60,12 +60,12 @@ class Box:
         return (self.x2 - self.x1) * (self.y2 - self.y1)
 
 
-def statistics(samples: Sequence[Answered]) -> list[Statistics | None]:
+def grounding_statistics(samples: Sequence[Answered]) -> list[Statistics | None]:
     """Answers with an IoU of at least 0.5, the IoU, answers without a box, answers."""
     return [_statistics_of(sample) for sample in samples]
 
 
-def figures(sums: Floats) -> dict[str, Floats]:
+def grounding_figures(sums: Floats) -> dict[str, Floats]:
     return {
         "box_accuracy": divided(sums[..., 0], sums[..., 3]),
         "mean_iou": divided(sums[..., 1], sums[..., 3]),

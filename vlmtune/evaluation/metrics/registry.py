@@ -1,6 +1,6 @@
-"""The metrics by name, and which a task reports. A new metric is one file and one line here.
+"""The metrics by name, and which a task reports. A new metric is one function and one line here.
 
-A metric is a `Mean` of a score per sample, or a module with `statistics` and `figures`.
+A metric is a `Mean` of a score per sample, or figures of the `Totals` of a set.
 """
 
 from __future__ import annotations
@@ -8,21 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from vlmtune.errors import VlmtuneError, nearest
-from vlmtune.evaluation.metrics import (
-    bleu,
-    cider,
-    classification,
-    grounding,
-    multiple_choice,
-    yes_no,
+from vlmtune.evaluation.metrics import captions, choice, grounding, text
+from vlmtune.evaluation.metrics.base import Mean, Metric, Totals
+from vlmtune.evaluation.metrics.captions import rouge_l
+from vlmtune.evaluation.metrics.text import (
+    anls,
+    exact_match,
+    relaxed_accuracy,
+    token_f1,
+    vqa_accuracy,
 )
-from vlmtune.evaluation.metrics.anls import anls
-from vlmtune.evaluation.metrics.base import Mean, Metric
-from vlmtune.evaluation.metrics.exact_match import exact_match
-from vlmtune.evaluation.metrics.relaxed_accuracy import relaxed_accuracy
-from vlmtune.evaluation.metrics.rouge_l import rouge_l
-from vlmtune.evaluation.metrics.token_f1 import token_f1
-from vlmtune.evaluation.metrics.vqa_accuracy import vqa_accuracy
 
 METRICS: dict[str, Metric] = {
     "exact_match": Mean("exact_match", exact_match),
@@ -30,12 +25,12 @@ METRICS: dict[str, Metric] = {
     "token_f1": Mean("token_f1", token_f1),
     "anls": Mean("anls", anls),
     "relaxed_accuracy": Mean("relaxed_accuracy", relaxed_accuracy),
-    "yes_no": yes_no,
-    "multiple_choice": multiple_choice,
-    "classification": classification,
-    "grounding": grounding,
-    "cider": cider,
-    "bleu": bleu,
+    "yes_no": Totals(text.yes_no_statistics, text.yes_no_figures),
+    "multiple_choice": Totals(choice.multiple_choice_statistics, choice.multiple_choice_figures),
+    "classification": Totals(choice.classification_statistics, choice.classification_figures),
+    "grounding": Totals(grounding.grounding_statistics, grounding.grounding_figures),
+    "cider": Totals(captions.cider_statistics, captions.cider_figures),
+    "bleu": Totals(captions.bleu_statistics, captions.bleu_figures),
     "rouge_l": Mean("rouge_l", rouge_l),
 }
 
@@ -50,7 +45,7 @@ TASKS: dict[str, tuple[str, ...]] = {
 }
 
 CHOICE_LIKELIHOOD = "choice_likelihood"
-"""Of the task `choice`; asks the model itself which option is likeliest (evaluation/choice.py)."""
+"""Of the task `choice`; asks the model which option is likeliest (evaluation/likelihood.py)."""
 
 NOT_FRACTIONS = ("cider", "rank", "loss")
 """How the names of figures end that are no share of 1, and are shown without a percent sign."""

@@ -1,4 +1,4 @@
-"""Ranks of every query in both directions, from a score matrix that comes in blocks of rows.
+"""The pictures and texts of a data set, and the rank of every query in both directions.
 
     blocks, first pass  -> picture to text: done within a row
                         -> text to picture: each text's best relevant score
@@ -17,19 +17,40 @@ Deviations:
   it down.
 
 Letters for shapes: b pictures of a block, M texts, N pictures.
+
+Rows of the same pictures, by content, are one picture with several captions; the same caption in
+several rows is one text that is right for all of their pictures. So a text that is also true of
+another picture, in other words, still counts as wrong there, as in the usual benchmarks.
+
+Deviation from the usual evaluation of Flickr30k and COCO: there every caption is an item of its
+own, also where two are the same string; then one of the two is wrong though nothing could tell.
+
+Letters for shapes: Q queries, R resamples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmtune.errors import VlmtuneError
+from vlmtune.data.pairs import picture_key
+from vlmtune.data.types import Conversation, Text, Turn
+from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
+from vlmtune.evaluation.metrics.base import (
+    CHUNK_NUMBERS,
+    Floats,
+    Interval,
+    bootstrap_intervals,
+    divided,
+    interval_of,
+    resample_weights,
+)
+from vlmtune.evaluation.references import MAX_ERRORS_SHOWN, reference_answer
 
 CUTOFFS = (1, 5, 10)
 NUM_TOP = 5
@@ -242,3 +263,132 @@ def _ranked(
 ) -> Ranked:
     recalls, rank, reciprocal = rank_with_ties(num_above, num_relevant, num_irrelevant)
     return Ranked(recalls, rank, reciprocal, top)
+
+
+@dataclass(frozen=True)
+class TextItem:
+    """A text; `conversation` is the first row that has it, as its last turn. `number` counts the
+    texts that are that row's, from 0."""
+
+    text: str
+    conversation: Conversation
+    number: int
+
+
+@dataclass(frozen=True)
+class RetrievalItems:
+    """`pictures` are the first row of each picture (of each tuple of pictures, where rows have
+    several): its question is the one the picture is shown with."""
+
+    pictures: tuple[Conversation, ...]
+    texts: tuple[TextItem, ...]
+    relevance: Relevance
+
+
+def retrieval_items(conversations: Sequence[Conversation]) -> RetrievalItems:
+    """The items of all rows; a row's texts are its last assistant turn and its `answers`.
+
+    Reads the picture files. Raises SampleError, or an ErrorGroup, for rows without a picture
+    or without a text.
+    """
+    pictures: dict[str, Conversation] = {}
+    texts: dict[str, TextItem] = {}
+    relevant: dict[str, dict[str, None]] = {}
+    errors: list[VlmtuneError] = []
+    for conversation in conversations:
+        try:
+            key, captions = _key(conversation), captions_of(conversation)
+        except VlmtuneError as error:
+            errors.append(error)
+            continue
+        pictures.setdefault(key, conversation)
+        number = 0
+        for caption in captions:
+            if caption not in texts:
+                texts[caption] = TextItem(caption, answered(conversation, caption), number)
+                number += 1
+            relevant.setdefault(key, {})[caption] = None
+    if errors:
+        raise errors[0] if len(errors) == 1 else ErrorGroup(errors[:MAX_ERRORS_SHOWN])
+    if not pictures:
+        raise VlmtuneError("no rows to retrieve from")
+    numbers = {text: number for number, text in enumerate(texts)}
+    texts_of = tuple(tuple(numbers[text] for text in relevant[key]) for key in pictures)
+    return RetrievalItems(
+        tuple(pictures.values()), tuple(texts.values()), Relevance(texts_of, len(texts))
+    )
+
+
+def captions_of(conversation: Conversation) -> tuple[str, ...]:
+    """A row's texts, each once. Raises SampleError where there is none."""
+    written = [reference_answer(conversation) or "", *conversation.answers]
+    captions = tuple(dict.fromkeys(text.strip() for text in written if text.strip()))
+    if not captions:
+        raise _error(conversation, "row has no text to retrieve", "an assistant turn, or `answers`")
+    return captions
+
+
+def answered(conversation: Conversation, text: str) -> Conversation:
+    """The conversation with `text` as its last turn."""
+    turns = conversation.turns
+    asked = turns[:-1] if turns[-1].role == "assistant" else turns
+    return replace(conversation, turns=(*asked, Turn("assistant", (Text(text),))))
+
+
+def _key(conversation: Conversation) -> str:
+    if not conversation.images:
+        raise _error(conversation, "row has no picture to retrieve", "a picture")
+    return picture_key(conversation)
+
+
+def _error(conversation: Conversation, message: str, expected: str) -> SampleError:
+    source = conversation.source
+    return SampleError(message, file=source.file, line=source.line, expected=expected)
+
+
+RECALLS = tuple(f"r{cutoff}" for cutoff in CUTOFFS)
+FIGURES = (*RECALLS, "median_rank", "mrr")
+"""In this order; `median_rank` alone is better where it is lower."""
+
+
+def direction_figures(
+    ranked: Sequence[Ranked], *, clusters: Sequence[Hashable], seed: int
+) -> dict[str, Interval]:
+    """The figures of a direction's queries (Q); `clusters[i]` is the picture of query i."""
+    sums = np.array([(*query.recalls, query.reciprocal_rank, 1.0) for query in ranked])
+    intervals = bootstrap_intervals(sums, figures=_means, clusters=clusters, seed=seed)
+    ranks = np.array([query.rank for query in ranked])
+    intervals["median_rank"] = median_interval(ranks, clusters=clusters, seed=seed)
+    return {name: intervals[name] for name in FIGURES}
+
+
+def median_interval(ranks: Floats, *, clusters: Sequence[Hashable], seed: int) -> Interval:
+    """The median of `ranks` (Q,) with its interval over resampled pictures."""
+    order = np.argsort(ranks)
+    numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
+    of_query = np.array([numbers[cluster] for cluster in clusters])[order]  # (Q,)
+    rows = max(1, CHUNK_NUMBERS // len(ranks))
+    medians = [
+        _medians(ranks[order], weights[start : start + rows, of_query])
+        for weights in resample_weights(len(numbers), seed=seed)
+        for start in range(0, len(weights), rows)
+    ]
+    value = float(np.median(ranks))
+    return Interval(value, *interval_of(np.concatenate(medians), value), len(ranks))
+
+
+def _medians(ranks: Floats, counts: Floats) -> Floats:
+    """The medians (R,) of ascending `ranks` (Q,) that are drawn `counts` (R, Q) times."""
+    below = np.cumsum(counts, axis=1)  # (R, Q)
+    total = below[:, -1]
+    lower, upper = (
+        ranks[(below <= place[:, None]).sum(axis=1)]
+        for place in (np.floor((total - 1) / 2), np.floor(total / 2))
+    )
+    middle: Floats = (lower + upper) / 2
+    return middle
+
+
+def _means(sums: Floats) -> dict[str, Floats]:
+    names = (*RECALLS, "mrr")
+    return {name: divided(sums[..., i], sums[..., -1]) for i, name in enumerate(names)}

@@ -1,5 +1,4 @@
-"""LoRA, rsLoRA and DoRA: PEFT's layers, with forward passes of our own in them (`fused.py`,
-`dora.py`).
+"""LoRA, rsLoRA and DoRA: PEFT's layers, with forward passes of our own in them (`lora_kernels.py`).
 
 LoRA: Hu et al. 2021, arXiv 2106.09685, eq. 3: `W x + (alpha / r) B A x`. rsLoRA: Kalajdzievski
 2023, arXiv 2312.03732: `alpha / sqrt(r)`. DoRA: Liu et al. 2024, arXiv 2402.09353, eq. 5, with the
@@ -17,18 +16,18 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from vlmtune.models.adapters.base import AdapterPlan, plan_modules
-from vlmtune.models.adapters.dora import set_exact_magnitudes
-from vlmtune.models.adapters.own_forward import use_own_forward
-from vlmtune.models.adapters.wrapping import (
+from vlmtune.models.adapters.base import (
+    AdapterPlan,
     check_wrapped,
     exact,
     load_tensors,
     plain_number,
+    plan_modules,
     trained_tensors,
     wrap,
     write_adapter,
 )
+from vlmtune.models.adapters.lora_kernels import set_exact_magnitudes, use_own_forward
 from vlmtune.models.load import VLM
 from vlmtune.recipe.schema import Recipe
 

@@ -9,8 +9,8 @@ from vlmtune.models.adapters.adalora import build_adalora
 from vlmtune.models.adapters.base import Adapter
 from vlmtune.models.adapters.full import build_full
 from vlmtune.models.adapters.lora import build_lora
-from vlmtune.models.dequantized import keep_dequantized
 from vlmtune.models.load import VLM
+from vlmtune.models.quantize import keep_dequantized
 from vlmtune.recipe.schema import Recipe
 
 Method = Literal["lora", "adalora", "full"]

@@ -1,0 +1,317 @@
+"""What every source gives, by number or from front to back, and the kept tables of where rows are.
+
+    file -> stamp (path, size, time, inode) -> the table in the cache, if it is of this stamp
+                                             -> else built, written beside, renamed
+
+A table holds whole numbers, one line a row. A small one is in memory; a large one is mapped from
+its file, so that it costs none, and workers map it anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import stat
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from vlmtune.data.types import Source
+from vlmtune.errors import VlmtuneError
+
+
+class Rows(Protocol):
+    """The rows of one file or folder. Pickles into worker processes, which open files anew.
+
+    `file` names it in messages; `base_dir` is what its pictures are relative to, unless the entry
+    says otherwise.
+    """
+
+    @property
+    def file(self) -> str: ...
+
+    @property
+    def base_dir(self) -> Path: ...
+
+    def __len__(self) -> int: ...
+
+    def place(self, index: int) -> Source:
+        """Where row `index` (0-based) stands."""
+
+    def read(self, index: int) -> Mapping[str, Any]:
+        """The row as read: JSON values, and bytes where a column holds them. Raises SampleError
+        with the place where it cannot be."""
+
+
+logger = logging.getLogger("vlmtune")
+
+VERSION = 1
+"""Raised when what the tables mean changes: older ones are then built anew."""
+
+KEPT_FROM_BYTES = 1 << 20
+"""Smaller files are looked through every time. Also the size from which a table is mapped."""
+
+Numbers = npt.NDArray[np.int64]
+Extra = dict[str, Any]
+Build = Callable[[Extra], Iterable[Numbers]]
+"""Gives a table in pieces of shape (n, columns), and may add JSON values to what it is given."""
+
+_HEADER = struct.Struct("<8s32sqqq")  # magic, key, rows, columns, bytes of `extra` at the end
+_MAGIC = b"vlmindex"
+_PIECE_ROWS = 8192
+
+
+class Stamp(NamedTuple):
+    """The state of a file that a table is of. `mtime_ns`: nanoseconds; `path`: real path."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+class Table:
+    """Whole numbers of shape (rows, columns), and `extra`: what else is known of the file."""
+
+    def __init__(self, values: Numbers, extra: Extra, *, file: Path | None, key: bytes) -> None:
+        self.values = values  # (rows, columns)
+        self.extra = extra
+        self._file = file
+        self._key = key
+
+    def __len__(self) -> int:
+        return int(self.values.shape[0])
+
+    def row(self, index: int) -> list[int]:
+        """The numbers of row `index` (0-based)."""
+        return [int(value) for value in self.values[index]]
+
+    def __reduce__(self) -> tuple[Callable[..., Table], tuple[Any, ...]]:
+        if isinstance(self.values, np.memmap):
+            return _map_again, (self._file, self._key)
+        return _in_memory, (self.values, self.extra)
+
+
+def stamp_of(path: Path) -> Stamp:
+    """The state of a regular file. Raises VlmtuneError where there is none."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError as error:
+        raise VlmtuneError("no such data file", file=path, do="correct the path") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if not stat.S_ISREG(status.st_mode):
+        what = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        raise VlmtuneError(f"the data file is {what}", file=path, expected="a file")
+    return _stamp(path, status)
+
+
+def unreadable(path: Path, error: OSError) -> VlmtuneError:
+    """What is said of a data file that the system does not let be read."""
+    return VlmtuneError(f"the data file cannot be read ({error.strerror or error})", file=path)
+
+
+def check_unchanged(path: Path, stamp: Stamp) -> None:
+    """Raises VlmtuneError where the file is no longer the one that was opened."""
+    if stamp_of(path) != stamp:
+        raise _changed(path)
+
+
+def read_span(path: Path, stamp: Stamp, start: int, end: int) -> bytes:
+    """The bytes from `start` up to `end` of a file.
+
+    Every call opens the file for itself, so that threads and forked processes do not disturb each
+    other and any number of shards needs one handle. Raises VlmtuneError where the file is gone or
+    is not the one that was opened.
+    """
+    try:
+        with path.open("rb", buffering=0) as stream:
+            status = os.fstat(stream.fileno())
+            if (status.st_size, status.st_mtime_ns, status.st_ino) != stamp[1:]:
+                raise _changed(path)
+            content = os.pread(stream.fileno(), end - start, start)
+            while len(content) < end - start:
+                more = os.pread(stream.fileno(), end - start - len(content), start + len(content))
+                if not more:
+                    raise _changed(path)
+                content += more
+            return content
+    except FileNotFoundError as error:
+        raise VlmtuneError(
+            "the data file is gone since it was opened", file=path, do="put it back, start again"
+        ) from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def read_chunks(path: Path, num_bytes: int) -> Iterator[bytes]:
+    """A file from front to back. Raises VlmtuneError where it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            while chunk := stream.read(num_bytes):
+                yield chunk
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def in_pieces(rows: Iterable[Sequence[int]], *, columns: int) -> Iterator[Numbers]:
+    """Single rows as the pieces that a table is built of."""
+    remaining = iter(rows)
+    while piece := list(islice(remaining, _PIECE_ROWS)):
+        yield np.array(piece, dtype=np.int64).reshape(-1, columns)
+
+
+def open_table(
+    kind: str, files: Sequence[tuple[Path, Stamp]], *, columns: int, build: Build, cache_dir: Path
+) -> Table:
+    """The table `kind` of some files, from the cache where it is of their present state.
+
+    A cache that cannot be written to is said once, and the table kept in memory. Raises what
+    `build` raises, and VlmtuneError where a file changes meanwhile.
+    """
+    stamps = [stamp for _, stamp in files]
+    key = hashlib.sha256(json.dumps([VERSION, kind, columns, stamps]).encode()).digest()
+    small = sum(stamp.size for stamp in stamps) < KEPT_FROM_BYTES
+    names = hashlib.sha256(json.dumps([stamp.path for stamp in stamps]).encode()).hexdigest()
+    place = cache_dir / "index" / f"{kind}-{names[:32]}.index"
+    table = None if small else _load(place, key)
+    if table is not None:
+        return table
+    if not small:
+        try:
+            _write(place, key, columns, build)
+            table = _load(place, key)
+        except OSError as error:
+            _say_not_kept(str(place.parent), error.strerror or str(error))
+    if table is None:
+        extra: Extra = {}
+        pieces = list(build(extra))
+        values = np.concatenate([np.empty((0, columns), np.int64), *pieces])
+        table = _in_memory(values, extra)
+    for path, stamp in files:
+        check_unchanged(path, stamp)
+    return table
+
+
+def _write(place: Path, key: bytes, columns: int, build: Build) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    beside = place.with_name(f"{place.name}.{os.getpid()}.{os.urandom(4).hex()}")
+    extra: Extra = {}
+    rows = 0
+    try:
+        with beside.open("wb") as stream:
+            stream.write(bytes(_HEADER.size))
+            for piece in build(extra):
+                stream.write(np.ascontiguousarray(piece, dtype="<i8").data)
+                rows += len(piece)
+            tail = json.dumps(extra).encode()
+            stream.write(tail)
+            stream.seek(0)
+            stream.write(_HEADER.pack(_MAGIC, key, rows, columns, len(tail)))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, place)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _load(place: Path, key: bytes) -> Table | None:
+    """The table at `place`, or None where there is none, or not the whole one of `key`."""
+    try:
+        with place.open("rb") as stream:
+            header = stream.read(_HEADER.size)
+            size = os.fstat(stream.fileno()).st_size
+            if len(header) < _HEADER.size:
+                return None
+            magic, found, rows, columns, num_extra = _HEADER.unpack(header)
+            num_bytes = rows * columns * 8
+            if (magic, found, size) != (_MAGIC, key, _HEADER.size + num_bytes + num_extra):
+                return None
+            stream.seek(_HEADER.size + num_bytes)
+            extra = json.loads(stream.read(num_extra))
+            shape = (rows, columns)
+            if num_bytes >= KEPT_FROM_BYTES:
+                mapped = np.memmap(stream, "<i8", mode="r", offset=_HEADER.size, shape=shape)
+                return Table(mapped, extra, file=place, key=key)
+            stream.seek(_HEADER.size)
+            values = np.frombuffer(stream.read(num_bytes), "<i8").reshape(shape)
+            return Table(values, extra, file=place, key=key)
+    except OSError:
+        return None
+
+
+def _map_again(place: Path, key: bytes) -> Table:
+    table = _load(place, key)
+    if table is None:
+        raise VlmtuneError(
+            "the index has gone since it was opened, or is of another state of the data",
+            file=place,
+            do="start again",
+        )
+    return table
+
+
+def _in_memory(values: Numbers, extra: Extra) -> Table:
+    return Table(values, extra, file=None, key=b"")
+
+
+def _stamp(path: Path, status: os.stat_result) -> Stamp:
+    return Stamp(os.path.realpath(path), status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def _changed(path: Path) -> VlmtuneError:
+    return VlmtuneError(
+        "the data file has changed since it was opened",
+        file=path,
+        expected="the file to stay as it is while it is read",
+        do="start again",
+    )
+
+
+@cache
+def _say_not_kept(folder: str, reason: str) -> None:
+    logger.warning(
+        "%s: cannot be written to (%s); indexes are kept in memory and made anew next time",
+        folder,
+        reason,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """A row not yet parsed. `number` is its place in the shard (0-based), `line` what messages say
+    (1-based); only its shard knows what `content` is."""
+
+    number: int
+    line: int
+    content: Any = field(default=None, repr=False)
+
+
+class Shard(Protocol):
+    """One file of a streamed source. Pickles into worker processes, which open files anew.
+
+    `file` names it in messages; `base_dir` is what its pictures are relative to, unless the entry
+    says otherwise.
+    """
+
+    @property
+    def file(self) -> str: ...
+
+    @property
+    def base_dir(self) -> Path: ...
+
+    def rows(self, start: int) -> Iterator[RawRow]:
+        """The rows from number `start` on; those before are passed over, not parsed. Raises
+        VlmtuneError where the file cannot be read on."""
+
+    def parse(self, row: RawRow) -> Mapping[str, Any]:
+        """The row as read. Raises SampleError with the place where it cannot be."""

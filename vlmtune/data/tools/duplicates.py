@@ -1,0 +1,202 @@
+"""What samples have in common: pictures by content, questions by words, both together, everything.
+
+    Conversation -> Digests (8 bytes each) -> DigestTable -> Duplicates of one set
+                                                          -> Overlap of two
+
+A million samples take some 40 MB: nothing but the digests is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from vlmtune.data.media import locate_image
+from vlmtune.data.types import Conversation, Image, Media, Text, placed
+from vlmtune.errors import VlmtuneError
+
+MAX_REMEMBERED = 100_000
+"""Files of pictures whose digests are remembered, so that each is read once."""
+
+NUM_EXAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Digests:
+    """Of one sample. `pictures`: each picture's and video's bytes, in order. `question`: the words
+    of all user turns. `asked`: pictures and question together. `sample`: every turn as well."""
+
+    pictures: tuple[int, ...]
+    question: int
+    asked: int
+    sample: int
+
+
+@dataclass
+class PictureDigests:
+    """Digests of media by content; pickles into worker processes, each with a memory of its own."""
+
+    _known: dict[tuple[str, int, int], int] = field(default_factory=dict, repr=False)
+
+    def of(self, media: Media) -> tuple[int, ...]:
+        """One digest; of a video given as frames, one for each. Raises VlmtuneError, or OSError
+        where the file cannot be read."""
+        refs = media.ref if isinstance(media.ref, tuple) else (media.ref,)
+        return tuple(
+            self._of(Image(ref, media.base_dir, media.content, media.access)) for ref in refs
+        )
+
+    def _of(self, image: Image) -> int:
+        found = locate_image(image)
+        if isinstance(found, bytes):
+            return _digest(found)
+        state = os.stat(found)
+        key = (str(found), state.st_size, state.st_mtime_ns)
+        if key not in self._known:
+            if len(self._known) >= MAX_REMEMBERED:
+                self._known.clear()
+            self._known[key] = _file_digest(found)
+        return self._known[key]
+
+
+@dataclass
+class DigestTable:
+    """The digests of a set of samples, in the order they were added."""
+
+    questions: array[int] = field(default_factory=lambda: array("Q"))
+    asked: array[int] = field(default_factory=lambda: array("Q"))
+    samples: array[int] = field(default_factory=lambda: array("Q"))
+    pictures: array[int] = field(default_factory=lambda: array("Q"))
+    owners: array[int] = field(default_factory=lambda: array("Q"))
+    """The sample (0-based) that holds each of `pictures`."""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def add(self, digests: Digests) -> None:
+        self.pictures.extend(digests.pictures)
+        self.owners.extend([len(self)] * len(digests.pictures))
+        self.questions.append(digests.question)
+        self.asked.append(digests.asked)
+        self.samples.append(digests.sample)
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Samples that are there already, word for word and with the same pictures.
+
+    `examples`: the first few as (number of the first, number of the repeated), both 0-based.
+    `num_pictures` are the distinct pictures among `num_picture_uses`.
+    """
+
+    num_repeated: int
+    examples: tuple[tuple[int, int], ...]
+    num_pictures: int
+    num_picture_uses: int
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What two sets share: distinct pictures, and the samples of the second that have a picture,
+    a question, or pictures and question together of the first. `examples` are numbers (0-based)
+    in the second set, of the last kind where there are any, else of those with a picture."""
+
+    num_pictures: int
+    num_with_picture: int
+    num_with_question: int
+    num_with_both: int
+    examples: tuple[int, ...]
+
+
+def digests_of(conversation: Conversation, known: PictureDigests) -> Digests:
+    """The sample's digests. Raises SampleError, with its place, where a picture cannot be read."""
+    pictures: list[int] = []
+    held: tuple[Media, ...] = (*conversation.images, *conversation.videos)
+    for media in held:
+        try:
+            pictures += known.of(media)
+        except VlmtuneError as error:
+            raise placed(error, conversation.source) from error
+        except OSError as error:
+            reason = VlmtuneError(f"a picture cannot be read ({error.strerror or error})")
+            raise placed(reason, conversation.source) from error
+    question = question_digest(conversation)
+    both = np.array([question, *pictures], dtype="<u8").tobytes()
+    turns = [
+        (turn.role, [part.text if isinstance(part, Text) else None for part in turn.parts])
+        for turn in conversation.turns
+    ]
+    everything = repr(turns).encode("utf-8", "surrogatepass") + both
+    return Digests(tuple(pictures), question, _digest(both), _digest(everything))
+
+
+def question_digest(conversation: Conversation) -> int:
+    """Of the words of all user turns; case and white space make no difference."""
+    asked = [
+        " ".join(turn.text.casefold().split()) for turn in conversation.turns if turn.role == "user"
+    ]
+    return _digest("\n".join(asked).encode("utf-8", "surrogatepass"))
+
+
+def digest_table(conversations: Iterable[Conversation], known: PictureDigests) -> DigestTable:
+    """The digests of all of them. Raises SampleError at the first picture that cannot be read."""
+    table = DigestTable()
+    for conversation in conversations:
+        table.add(digests_of(conversation, known))
+    return table
+
+
+def duplicates(table: DigestTable) -> Duplicates:
+    """What is in one set more than once."""
+    _, first, group = np.unique(_numbers(table.samples), return_index=True, return_inverse=True)
+    numbers = np.arange(len(table))
+    repeated = numbers[first[group] != numbers]
+    examples = tuple((int(first[group[at]]), int(at)) for at in repeated[:NUM_EXAMPLES])
+    return Duplicates(
+        num_repeated=len(repeated),
+        examples=examples,
+        num_pictures=len(np.unique(_numbers(table.pictures))),
+        num_picture_uses=len(table.pictures),
+    )
+
+
+def overlap(first: DigestTable, second: DigestTable) -> Overlap:
+    """What `second` (the evaluation's samples) shares with `first` (the training's).
+
+    A sample without a picture has its question alone: it counts as both.
+    """
+    pictures = _numbers(second.pictures)
+    shared = np.isin(pictures, _numbers(first.pictures))
+    with_picture = np.unique(_numbers(second.owners)[shared])
+    questions = np.isin(_numbers(second.questions), _numbers(first.questions))
+    both = np.flatnonzero(np.isin(_numbers(second.asked), _numbers(first.asked)))
+    shown = both if len(both) else with_picture
+    return Overlap(
+        num_pictures=len(np.unique(pictures[shared])),
+        num_with_picture=len(with_picture),
+        num_with_question=int(questions.sum()),
+        num_with_both=len(both),
+        examples=tuple(int(at) for at in shown[:NUM_EXAMPLES]),
+    )
+
+
+def _numbers(values: array[int]) -> np.ndarray:
+    return np.frombuffer(values, dtype=np.uint64) if values else np.empty(0, np.uint64)
+
+
+def _digest(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def _file_digest(path: Path) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return int.from_bytes(digest.digest(), "little")

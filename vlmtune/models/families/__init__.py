@@ -1,1 +1,0 @@
-"""Model families; `FAMILIES` in `registry.py` lists them."""
