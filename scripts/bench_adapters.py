@@ -27,7 +27,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from vlmtune.models.adapters.lora_kernels import use_own_forward
+from vlmtune.models.adapters.lora_kernels import install_kernels
 from vlmtune.models.quantize import keep_dequantized
 
 
@@ -121,7 +121,7 @@ def build(shape: Shape, variant: Variant) -> PeftModel:
             parameter.data = parameter.data.float()
             parameter.data += 0.01 * torch.randn(parameter.shape)
     if variant.ours:
-        use_own_forward(model)
+        install_kernels(model)
     if variant.cached:
         keep_dequantized(model)
     return model

@@ -40,7 +40,7 @@ from vlmtune.models.forward import base_of
 from vlmtune.models.load import load_vlm
 from vlmtune.recipe.load import load_recipe
 from vlmtune.train import build
-from vlmtune.train.feed import StepData
+from vlmtune.train.feed import StepBatch
 from vlmtune.train.optim import set_learning_rate
 from vlmtune.train.runtime import DTYPES, build_accelerator
 from vlmtune.train.step import train_step
@@ -213,7 +213,7 @@ class Bench:
         rows = [order.row_at(at) for at in range((step - 1) * size, step * size)]
         return [self.encoder.encode(self.data[row]) for row in rows]  # type: ignore[index]
 
-    def run(self, step: int, data: StepData) -> None:
+    def run(self, step: int, data: StepBatch) -> None:
         set_learning_rate(self.trainee.optimizer.optimizer, 1e-3)
         train_step(
             self.trainee.forward,
@@ -241,7 +241,7 @@ def plain_step(bench: Bench, samples: Sequence[Sample], *, rows: int) -> None:
     checkpointing, gradients from the embeddings on, as `enable_input_require_grads` has it."""
     base = base_of(bench.adapter.model)
     layout = build.layout_of(bench.recipe, bench.vlm)
-    layout = type(layout)(layout.budget, layout.pad_token_id, layout.media_layout, packs=False)
+    layout = type(layout)(layout.budget, layout.pad_token_id, layout.image_batching, packs=False)
     if bench.recipe.train.gradient_checkpointing:
         base.enable_input_require_grads()
     for start in range(0, len(samples), rows):
@@ -274,7 +274,7 @@ def main() -> None:
     bench = Bench(recipe, arguments.steps)
     samples = bench.samples(1)
     layout = build.layout_of(recipe, bench.vlm)
-    data = StepData(
+    data = StepBatch(
         micro_batches=make_batches(samples, layout),
         left_out=[],
         notes=[],

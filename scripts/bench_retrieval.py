@@ -116,7 +116,7 @@ def continued(prompt: Sample, tokens: Tensor) -> Sample:
 def means(vlm: VLM, samples: list[Sample]) -> Tensor:
     """The mean log-probability of each sample's targets, in one uncached pass."""
     batch = collate(
-        samples, pad_token_id=pad_token_id(vlm.processor), media_layout=vlm.family.media_layout
+        samples, pad_token_id=pad_token_id(vlm.processor), image_batching=vlm.family.image_batching
     )
     logits = SupervisedForward(vlm.model, vlm.family).logits(batch)
     log_probs = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]

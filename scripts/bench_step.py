@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-from vlmtune.models.adapters.lora_kernels import use_own_forward
-from vlmtune.train.checkpoint import Checkpoint, CheckpointWriter, TrainState, save_checkpoint
+from vlmtune.models.adapters.lora_kernels import install_kernels
+from vlmtune.train.checkpoint import Checkpoint, CheckpointMeta, CheckpointWriter, save_checkpoint
 from vlmtune.train.optim import BETAS, EPS, build_optimizer
 from vlmtune.train.step import clip_gradients
 
@@ -79,7 +79,7 @@ def build_decoder(*, own: bool) -> PeftModel:
             parameter.data = parameter.data.float()
             parameter.data += 0.01 * torch.randn(parameter.shape)
     if own:
-        use_own_forward(model)
+        install_kernels(model)
     return model.train()
 
 
@@ -153,7 +153,7 @@ def state_of(megabytes: int) -> Checkpoint:
     numbers = megabytes * 10**6 // 4 // 3
     tensors = {f"w{n}": torch.randn(numbers // 10) for n in range(10)}
     moments = {n: {"a": t.clone(), "b": t.clone()} for n, t in enumerate(tensors.values())}
-    return Checkpoint(TrainState(1, 1, {}, []), tensors, {"optimizer": {"state": moments}}, [])
+    return Checkpoint(CheckpointMeta(1, 1, {}, []), tensors, {"optimizer": {"state": moments}}, [])
 
 
 def bench_checkpoint(rounds: int) -> dict[str, float]:

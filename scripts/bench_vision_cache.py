@@ -98,7 +98,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     encoder = build_encoder(SAMPLE_MODEL)
     given = conversations(folder, side=options.side, count=options.pictures)
     samples = [encoder.encode(conversation) for conversation in given]
-    batch = pack(samples, media_layout="flat")
+    batch = pack(samples, image_batching="flat")
     batch.media_keys = media_keys_of(batch.inputs, "flat")
     trained = [p for p in model.parameters() if p.requires_grad]
     forward = SupervisedForward(model, family).train()

@@ -78,7 +78,7 @@ def encode_rows(model: str, folder: Path, *, limit: int) -> list[Encoded]:
     """The first `limit` rows of a workload's folder through vlmtune's own encoder."""
     from vlmtune.data.dataset import open_conversations
     from vlmtune.data.encode import Encoder
-    from vlmtune.data.types import Access
+    from vlmtune.data.types import MediaPolicy
     from vlmtune.models.load import load_processor
 
     encoder = Encoder(
@@ -87,8 +87,10 @@ def encode_rows(model: str, folder: Path, *, limit: int) -> list[Encoded]:
         over_length="error",
         max_image_pixels=100_000_000,
     )
-    access = Access(cache_dir=folder / "cache")
-    rows, _ = open_conversations([folder / "rows.jsonl"], on_bad_sample="error", access=access)
+    media_policy = MediaPolicy(cache_dir=folder / "cache")
+    rows, _ = open_conversations(
+        [folder / "rows.jsonl"], on_bad_sample="error", media_policy=media_policy
+    )
     encoded = []
     for number in range(min(limit, len(rows))):
         sample = encoder.encode(rows[number])

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from vlmtune.sessions.console import progress, spoken_time
+from vlmtune.sessions.console import format_duration, progress
 
 
 def lines(capsys: pytest.CaptureFixture[str], counts: list[int], total: int) -> list[str]:
@@ -65,4 +65,4 @@ def test_a_terminal_gets_a_bar_with_the_time_left(
     ("seconds", "expected"), [(48.4, "48 s"), (80, "80 s"), (150, "2.5 min"), (7200, "2.0 h")]
 )
 def test_times_are_spoken_in_a_fitting_unit(seconds: float, expected: str) -> None:
-    assert spoken_time(seconds) == expected
+    assert format_duration(seconds) == expected

@@ -9,17 +9,17 @@ import pytest
 
 from vlmtune.errors import VlmtuneError
 from vlmtune.recipe.load import load_recipe
-from vlmtune.sessions.train_evaluation import HeldOut, load_held_out
+from vlmtune.sessions.train_evaluation import EvalSets, load_eval_sets
 
 
-def held_out(folder: Path, rows: list[dict], evaluation: str) -> HeldOut:
+def held_out(folder: Path, rows: list[dict], evaluation: str) -> EvalSets:
     data = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "data.jsonl").write_text(data)
     (folder / "recipe.yaml").write_text(
         f"model: org/model\noutput_dir: run\ndata: {{train: data.jsonl, eval: data.jsonl}}\n"
         f"eval: {evaluation}\n"
     )
-    return load_held_out(load_recipe(folder / "recipe.yaml").recipe)
+    return load_eval_sets(load_recipe(folder / "recipe.yaml").recipe)
 
 
 def row(**keys: object) -> dict:
@@ -58,8 +58,8 @@ def test_keys_of_an_evaluation_that_does_not_take_place_are_named(
         "train: {eval_every: 5}\neval: {max_samples: 3}\n"
     )
     with caplog.at_level("INFO", logger="vlmtune"):
-        load_held_out(load_recipe(tmp_path / "recipe.yaml").recipe)
+        load_eval_sets(load_recipe(tmp_path / "recipe.yaml").recipe)
         assert "data.eval is not given: eval.max_samples, train.eval_every" in caplog.text
         caplog.clear()
-        load_held_out(load_recipe(tmp_path / "recipe.yaml", ["data.eval=data.jsonl"]).recipe)
+        load_eval_sets(load_recipe(tmp_path / "recipe.yaml", ["data.eval=data.jsonl"]).recipe)
     assert "not given" not in caplog.text

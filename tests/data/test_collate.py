@@ -28,7 +28,7 @@ SHORT = ("short", [5, 7], [7, IGNORED])
 
 
 def test_rows_are_padded_right_and_padding_is_not_supervised():
-    batch = collate([_sample(*LONG), _sample(*SHORT)], pad_token_id=PAD, media_layout="flat")
+    batch = collate([_sample(*LONG), _sample(*SHORT)], pad_token_id=PAD, image_batching="flat")
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 0, 8], [5, 7, 0, 0]]
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch.inputs["mm_token_type_ids"].tolist() == [[1, 0, 0, 0], [1, 0, 0, 0]]
@@ -39,14 +39,14 @@ def test_rows_are_padded_right_and_padding_is_not_supervised():
 
 def test_targets_go_with_their_positions_in_row_major_order():
     samples = [_sample(*SHORT), _sample(*LONG)]
-    batch = collate(samples, pad_token_id=PAD, media_layout="flat")
+    batch = collate(samples, pad_token_id=PAD, image_batching="flat")
     assert batch.targets.tolist() == [7, 0, 8]
     assert int(batch.supervised.sum()) == sum(sample.num_supervised for sample in samples) == 3
 
 
 def test_wrong_variants_of_the_supervised_mask_differ():
     samples = [_sample(*LONG), _sample(*SHORT)]
-    batch = collate(samples, pad_token_id=PAD, media_layout="flat")
+    batch = collate(samples, pad_token_id=PAD, image_batching="flat")
     ids = batch.inputs["input_ids"]
     targets = torch.full_like(ids, PAD)  # padded with the pad token in place of IGNORED
     for row, sample in enumerate(samples):
@@ -59,7 +59,7 @@ def test_wrong_variants_of_the_supervised_mask_differ():
 
 def test_prompts_are_padded_left():
     inputs = collate_prompts(
-        [_sample(*LONG), _sample(*SHORT)], pad_token_id=PAD, media_layout="flat"
+        [_sample(*LONG), _sample(*SHORT)], pad_token_id=PAD, image_batching="flat"
     )
     assert inputs["input_ids"].tolist() == [[5, 6, 0, 8], [0, 0, 5, 7]]
     assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
@@ -72,7 +72,7 @@ def test_flat_media_are_concatenated_in_the_order_of_the_rows():
         _sample(*SHORT),
         _sample(*SHORT, pixel_values=torch.full((1, 2), 2.0)),
     ]
-    batch = collate(samples, pad_token_id=PAD, media_layout="flat")
+    batch = collate(samples, pad_token_id=PAD, image_batching="flat")
     assert batch.inputs["pixel_values"].tolist() == [[1, 1], [1, 1], [1, 1], [2, 2]]
     assert batch.num_images == 2
 
@@ -83,7 +83,7 @@ def test_stacked_media_get_a_row_a_sample_padded_with_zeros():
         _sample(*SHORT),
         _sample(*SHORT, pixel_values=torch.full((1, 3, 1), 2.0)),
     ]
-    values = collate(samples, pad_token_id=PAD, media_layout="stacked").inputs["pixel_values"]
+    values = collate(samples, pad_token_id=PAD, image_batching="stacked").inputs["pixel_values"]
     assert values.tolist() == [
         [[1, 1], [0, 0], [0, 0]],
         [[0, 0], [0, 0], [0, 0]],
@@ -93,7 +93,7 @@ def test_stacked_media_get_a_row_a_sample_padded_with_zeros():
 
 def test_a_batch_of_text_has_no_media():
     for layout in ("flat", "stacked"):
-        batch = collate([_sample(*SHORT)], pad_token_id=PAD, media_layout=layout)
+        batch = collate([_sample(*SHORT)], pad_token_id=PAD, image_batching=layout)
         assert "pixel_values" not in batch.inputs
 
 
@@ -111,7 +111,7 @@ def test_a_stacked_batch_equals_what_the_processor_makes_of_both(
     processor = cached_processor("idefics")
     pad = processor.tokenizer.pad_token_id
     batch = collate(
-        [encoder.encode(one), encoder.encode(two)], pad_token_id=pad, media_layout="stacked"
+        [encoder.encode(one), encoder.encode(two)], pad_token_id=pad, image_batching="stacked"
     )
     red = PIL.Image.open(picture.base_dir / picture.ref)
     ending = "<end_of_utterance>\nAssistant: b<end_of_utterance>\n"

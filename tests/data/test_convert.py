@@ -25,8 +25,8 @@ from vlmtune.data.formats.registry import FORMATS
 from vlmtune.data.media import locate_image
 from vlmtune.data.tools import convert as convert_module
 from vlmtune.data.tools.convert import convert
-from vlmtune.data.tools.message_rows import CannotWrite, MediaPlaces, row_of
-from vlmtune.data.types import Access, Conversation, Image, Source, Text, Turn, Video
+from vlmtune.data.tools.message_rows import CannotWrite, MediaFiles, row_of
+from vlmtune.data.types import Conversation, Image, MediaPolicy, Source, Text, Turn, Video
 from vlmtune.errors import ErrorGroup, VlmtuneError
 from vlmtune.recipe.data_section import DataEntry, FormatName
 
@@ -52,9 +52,9 @@ def ask(number: int, picture: str = "pics/red.png") -> dict[str, Any]:
     return {"id": f"row-{number}", "messages": [{"role": "user", "content": content}, ANSWER]}
 
 
-def opened(*paths: Path, cache_dir: Path, access: Access = Access()):
+def opened(*paths: Path, cache_dir: Path, media_policy: MediaPolicy = MediaPolicy()):
     entries = [DataEntry(path=str(path)) for path in paths]
-    return open_files(entries, access=access, cache_dir=cache_dir)
+    return open_files(entries, media_policy=media_policy, cache_dir=cache_dir)
 
 
 def plain(conversation: Conversation) -> Conversation:
@@ -63,7 +63,7 @@ def plain(conversation: Conversation) -> Conversation:
     def part(item: Any) -> Any:
         if not isinstance(item, Image):
             return item
-        found = locate_image(replace(item, access=Access(allow_outside_paths=True)))
+        found = locate_image(replace(item, media_policy=MediaPolicy(allow_outside_paths=True)))
         content = found if isinstance(found, bytes) else found.read_bytes()
         return Image("", Path(), content)
 
@@ -72,7 +72,7 @@ def plain(conversation: Conversation) -> Conversation:
 
 
 def load_plain(path: Path) -> list[Conversation]:
-    loaded, _ = load_conversations([path], access=Access(allow_outside_paths=True))
+    loaded, _ = load_conversations([path], media_policy=MediaPolicy(allow_outside_paths=True))
     return [plain(conversation) for conversation in loaded]
 
 
@@ -129,7 +129,9 @@ def test_every_format_becomes_our_own(folder: Path, name: FormatName, copy_image
         PIL.Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
     output = folder / "out" / "b.jsonl"
     convert(files, output, copy_images=copy_images)
-    [again] = opened(output, cache_dir=folder, access=Access(allow_outside_paths=not copy_images))
+    [again] = opened(
+        output, cache_dir=folder, media_policy=MediaPolicy(allow_outside_paths=not copy_images)
+    )
     assert again.format == "messages"
     after = [again.conversation(at) for at in range(3)]
     assert list(map(plain, after)) == list(map(plain, before))
@@ -151,7 +153,7 @@ def test_weights_and_videos_are_written(folder: Path):
         ),
         Source("a.jsonl", 1),
     )
-    row = row_of(conversation, MediaPlaces(folder / "in" / "b.jsonl", copy=False))
+    row = row_of(conversation, MediaFiles(folder / "in" / "b.jsonl", copy=False))
     first, second, _, last = row["messages"]
     assert first["content"] == [
         {"type": "video", "video": "clip.mp4"},

@@ -16,7 +16,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.data.odd_pictures import SEEDS, chunk, damaged, encoded, png, turned
-from vlmtune.data.dataset import access_of
+from vlmtune.data.dataset import media_policy_of
 from vlmtune.data.media import (
     ANIMATED,
     BROKEN_EXIF,
@@ -29,7 +29,7 @@ from vlmtune.data.media import (
     upright_size,
     verify_image,
 )
-from vlmtune.data.types import LOCAL, Access, Image, Video
+from vlmtune.data.types import LOCAL, Image, MediaPolicy, Video
 from vlmtune.errors import VlmtuneError
 from vlmtune.recipe.load import load_recipe
 
@@ -369,8 +369,8 @@ def test_a_picture_outside_is_opened_where_that_is_allowed(tmp_path, halves):
     halves.save(tmp_path / "a.png")
     for ref in ("../a.png", str(tmp_path / "a.png")):
         with pytest.raises(VlmtuneError, match="outside.*allow_outside_paths"):
-            open_image(Image(ref, tmp_path / "data", access=LOCAL), max_pixels=LIMIT)
-        allowed = Image(ref, tmp_path / "data", access=Access(allow_outside_paths=True))
+            open_image(Image(ref, tmp_path / "data", media_policy=LOCAL), max_pixels=LIMIT)
+        allowed = Image(ref, tmp_path / "data", media_policy=MediaPolicy(allow_outside_paths=True))
         assert open_image(allowed, max_pixels=LIMIT).tobytes() == halves.tobytes()
 
 
@@ -395,18 +395,18 @@ def test_the_pages_examples_allow_what_they_say(tmp_path):
         (tmp_path / "data" / name).touch()
     for example in examples:
         (tmp_path / "recipe.yaml").write_text(f"model: any/model\noutput_dir: run\n{example}")
-        allowed.append(access_of(load_recipe(tmp_path / "recipe.yaml").recipe.data))
+        allowed.append(media_policy_of(load_recipe(tmp_path / "recipe.yaml").recipe.data))
     assert allowed == [
-        Access(allow_outside_paths=True),
-        Access(allow_urls=True, max_download_bytes=20_000_000, url_timeout_seconds=10),
+        MediaPolicy(allow_outside_paths=True),
+        MediaPolicy(allow_urls=True, max_download_bytes=20_000_000, url_timeout_seconds=10),
     ]
 
 
 def test_looking_for_a_url_asks_no_network(tmp_path):
     url = "http://nowhere.invalid/a.png"
-    locate_media(Image(url, tmp_path, access=Access(allow_urls=True)))
+    locate_media(Image(url, tmp_path, media_policy=MediaPolicy(allow_urls=True)))
     with pytest.raises(VlmtuneError, match="allow_urls"):
         locate_media(Image(url, tmp_path))
-    private = Image("http://192.168.0.1/a.png", tmp_path, access=Access(allow_urls=True))
+    private = Image("http://192.168.0.1/a.png", tmp_path, media_policy=MediaPolicy(allow_urls=True))
     with pytest.raises(VlmtuneError, match="not public"):
         locate_media(private)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmtune.data.processing import Unit, media_keys_of, split_units, without_pixels
+from vlmtune.data.processing import MediaItem, media_keys_of, split_media_items, without_pixels
 
 
 def tiles(*sides: tuple[int, int], most: int, height: int, width: int) -> dict[str, Tensor]:
@@ -26,7 +26,7 @@ def test_rows_of_pixels_are_split_by_their_grids_pictures_first():
         "pixel_values": pixels,
         "image_grid_thw": torch.tensor([[1, 2, 3], [1, 2, 2]]),
     }
-    units = split_units(inputs, "flat")
+    units = split_media_items(inputs, "flat")
     assert [unit.kind for unit in units] == ["image", "image", "video"]
     assert torch.equal(units[0].tensors["pixel_values"], pixels[:6])
     assert torch.equal(units[1].tensors["pixel_values"], pixels[6:])
@@ -43,10 +43,10 @@ def test_the_same_numbers_in_another_form_have_another_key():
         {"pixel_values_videos": numbers.view(3, 4)},
         {"pixel_values": numbers.view(3, 4) + 1},
     ]
-    keys = [Unit("image", form).key for form in forms]
+    keys = [MediaItem("image", form).key for form in forms]
     assert len(set(keys)) == len(forms)
-    assert Unit("video", forms[0]).key not in keys
-    assert Unit("image", {"pixel_values": forms[0]["pixel_values"].clone()}).key == keys[0]
+    assert MediaItem("video", forms[0]).key not in keys
+    assert MediaItem("image", {"pixel_values": forms[0]["pixel_values"].clone()}).key == keys[0]
 
 
 def test_the_same_rows_on_another_grid_are_another_picture():

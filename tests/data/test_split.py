@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from vlmtune.data.dataset import load_conversations, open_files
 from vlmtune.data.tools.duplicates import Digests, PictureDigests, digest_table, overlap
 from vlmtune.data.tools.split import Groups, Split, choose_eval, split
-from vlmtune.data.types import Access
+from vlmtune.data.types import MediaPolicy
 from vlmtune.errors import ErrorGroup, VlmtuneError
 from vlmtune.recipe.data_section import DataEntry
 
@@ -60,7 +60,7 @@ def ids_of(path: Path) -> list[str]:
 
 def test_no_picture_is_on_both_sides_and_no_row_is_lost(folder: Path):
     done = split_rows(folder, three_each())
-    train, held = (load_conversations([p], access=Access(True))[0] for p in done.outputs)
+    train, held = (load_conversations([p], media_policy=MediaPolicy(True))[0] for p in done.outputs)
     known = PictureDigests()
     assert overlap(digest_table(train, known), digest_table(held, known)).num_pictures == 0
     assert sorted(c.id for c in [*train, *held]) == sorted(r["id"] for r in three_each())

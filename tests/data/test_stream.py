@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from vlmtune.data.sources.base import RawRow
 from vlmtune.data.sources.jsonl import LineShard
 from vlmtune.data.stream import (
-    BlockReader,
-    EntryCursor,
     OpenStream,
+    ShuffledReader,
     Stream,
     StreamCursor,
+    StreamPosition,
     open_stream,
 )
 from vlmtune.errors import SampleError, VlmtuneError
@@ -46,12 +46,12 @@ class Numbers:
         raise AssertionError("parsed")
 
 
-def reader(sizes, *, block_rows, seed=1, cursor=None) -> BlockReader:
+def reader(sizes, *, block_rows, seed=1, cursor=None) -> ShuffledReader:
     shards = [Numbers(str(n), size) for n, size in enumerate(sizes)]
-    return BlockReader(shards, seed=seed, entry=0, block_rows=block_rows, cursor=cursor)
+    return ShuffledReader(shards, seed=seed, entry=0, block_rows=block_rows, cursor=cursor)
 
 
-def taken(source: BlockReader, count: int) -> list[tuple[str, int]]:
+def taken(source: ShuffledReader, count: int) -> list[tuple[str, int]]:
     return [source.take().row.content for _ in range(count)]
 
 
@@ -79,7 +79,7 @@ def test_a_reader_goes_on_from_its_cursor(sizes, block_rows, seed, stop):
     assert taken(resumed, 40) == whole[stop:]
 
 
-def stopped_at(sizes, *, block_rows, stop) -> tuple[EntryCursor, list[tuple[str, int]]]:
+def stopped_at(sizes, *, block_rows, stop) -> tuple[StreamPosition, list[tuple[str, int]]]:
     """The cursor after `stop` rows, and the 20 that come then."""
     source = reader(sizes, block_rows=block_rows)
     taken(source, stop)

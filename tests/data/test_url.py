@@ -6,7 +6,7 @@ import ipaddress
 
 import pytest
 
-from vlmtune.data.locations import check_literal_address, is_public, is_url, shown_url, split_url
+from vlmtune.data.locations import check_literal_address, format_url, is_public, is_url, split_url
 from vlmtune.errors import VlmtuneError
 
 
@@ -63,12 +63,12 @@ def test_addresses_of_the_public_network_are_public(address):
 
 
 def test_user_password_and_query_are_not_shown():
-    shown = shown_url("https://me:secret@example.org:8443/a/b.png?token=abc#part")
+    shown = format_url("https://me:secret@example.org:8443/a/b.png?token=abc#part")
     assert shown == "https://example.org:8443/a/b.png?…"
-    assert shown_url("http://a:b@c@example.org") == "http://example.org"
-    assert shown_url("http://example.org/a@b.png") == "http://example.org/a@b.png"
-    assert shown_url("http://example.org/\x1b[2J") == "http://example.org/\\x1b[2J"
-    assert len(shown_url("http://example.org/" + "a" * 5000)) <= 120
+    assert format_url("http://a:b@c@example.org") == "http://example.org"
+    assert format_url("http://example.org/a@b.png") == "http://example.org/a@b.png"
+    assert format_url("http://example.org/\x1b[2J") == "http://example.org/\\x1b[2J"
+    assert len(format_url("http://example.org/" + "a" * 5000)) <= 120
 
 
 def test_only_http_and_https_are_urls():

@@ -35,7 +35,7 @@ def test_the_choice_is_the_option_with_the_highest_mean_log_probability(
 
     def log_probs(conversation: Conversation, option: str) -> torch.Tensor:
         sample = encoder.encode(answered(conversation, option))
-        batch = collate([sample], pad_token_id=0, media_layout="flat")
+        batch = collate([sample], pad_token_id=0, image_batching="flat")
         with torch.no_grad():
             logits = full_logits(vlm.model, batch.inputs)[batch.supervised]
         return logits.log_softmax(-1).gather(1, batch.targets[:, None])

@@ -35,7 +35,7 @@ def test_the_stream_is_the_greedy_answer(
     pieces: list[str] = []
     dialogue.add_image(picture)
     answer = dialogue.ask(QUESTION, on_text=pieces.append)
-    shown = (Image(str(picture), picture.parent, access=AS_TYPED), Text(QUESTION))
+    shown = (Image(str(picture), picture.parent, media_policy=AS_TYPED), Text(QUESTION))
     assert answer.text == greedy(vlm, encoder, Turn("user", shown))
     assert answer.text == "".join(pieces).strip() != ""
     assert answer.is_complete
@@ -56,7 +56,7 @@ def test_the_next_question_sees_what_was_said(
     first = dialogue.ask(QUESTION, on_text=lambda _: None)
     second = dialogue.ask("And the shape?", on_text=lambda _: None)
     turns = (
-        Turn("user", (Image(str(picture), picture.parent, access=AS_TYPED), Text(QUESTION))),
+        Turn("user", (Image(str(picture), picture.parent, media_policy=AS_TYPED), Text(QUESTION))),
         Turn("assistant", (Text(first.text),)),
         Turn("user", (Text("And the shape?"),)),
     )

@@ -66,7 +66,7 @@ def test_left_padded_batches_give_the_logits_of_single_prompts(
 
 def test_right_padding_would_not(vlm: VLM, encoder: Encoder, prompts: list[Sample]) -> None:
     batch = collate(
-        prompts, pad_token_id=pad_token_id(vlm.processor), media_layout=vlm.family.media_layout
+        prompts, pad_token_id=pad_token_id(vlm.processor), image_batching=vlm.family.image_batching
     )
     alone = one_by_one(vlm, encoder, prompts)
     wrong = generate_logits(vlm, encoder, batch.inputs)

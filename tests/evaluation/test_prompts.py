@@ -68,7 +68,7 @@ def asked(vlm: VLM, tmp_path: Path) -> list[Conversation]:
 
 def num_distinct(vlm: VLM, encoder: Encoder, asked: Sequence[Conversation]) -> int:
     """Pictures (tiles of them, where they are cut) and videos that differ."""
-    layout = vlm.family.media_layout
+    layout = vlm.family.image_batching
     prompts = [encoder.encode_prompt(conversation) for conversation in asked]
     return len({key for prompt in prompts for key in media_keys_of(prompt.media, layout)})
 

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from vlmtune.models.adapters.lora_kernels import use_own_forward
+from vlmtune.models.adapters.lora_kernels import install_kernels
 
 WIDTH = 64
 
@@ -55,7 +55,7 @@ def adapted_pair(
         size = magnitude_size if "magnitude" in name else 0.1
         parameter.data += torch.randn(parameter.shape) * size
     ours = copy.deepcopy(stock)
-    assert use_own_forward(ours) == len(names)
+    assert install_kernels(ours) == len(names)
     return stock, ours
 
 

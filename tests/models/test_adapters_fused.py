@@ -15,7 +15,7 @@ from tests.models.adapted import METHODS, adapted, open_base, picture_inputs, re
 from tests.models.adapted_layers import WIDTH, Layers, adapted_pair, difference, inputs, passed
 from tests.tiny_models import save_tiny_model
 from vlmtune.models.adapters.base import ADAPTER, tuner_layers
-from vlmtune.models.adapters.lora_kernels import LoraProduct, needs_autocast, use_own_forward
+from vlmtune.models.adapters.lora_kernels import LoraProduct, install_kernels, needs_autocast
 from vlmtune.models.adapters.registry import build_adapter
 
 EXACT = 2e-6
@@ -204,10 +204,10 @@ def test_layers_of_another_kind_stay_as_peft_computes_them():
         AdaLoraConfig(target_modules=config["target_modules"], total_step=9),
     ):
         model = get_peft_model(Layers(), kind)
-        assert use_own_forward(model) == 0
+        assert install_kernels(model) == 0
         assert not any(layer.lora_variant for layer in tuner_layers(model).values())
     embedding = get_peft_model(nn.Sequential(nn.Embedding(5, 6)), LoraConfig(target_modules=["0"]))
-    assert use_own_forward(embedding) == 0
+    assert install_kernels(embedding) == 0
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -50,7 +50,7 @@ def encoded(vlm: VLM, tmp_path: Path):
 
 
 def batch_of(vlm: VLM, samples):
-    return collate(samples, pad_token_id=0, media_layout=vlm.family.media_layout)
+    return collate(samples, pad_token_id=0, image_batching=vlm.family.image_batching)
 
 
 def test_supervised_logits_equal_the_models_own(vlm: VLM, encoded):

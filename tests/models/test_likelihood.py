@@ -56,14 +56,14 @@ def prompt_of(vlm: VLM, encoder: Encoder, conversation: Conversation) -> dict[st
     return collate_prompts(
         [encoder.encode_prompt(conversation)],
         pad_token_id=0,
-        media_layout=vlm.family.media_layout,
+        image_batching=vlm.family.image_batching,
     )
 
 
 def whole_pass(vlm: VLM, encoder: Encoder, conversation: Conversation, text: str) -> float:
     """The sum of the log-probabilities of a sample's targets, as training computes them."""
     sample = encoder.encode(answered(conversation, text))
-    batch = collate([sample], pad_token_id=0, media_layout=vlm.family.media_layout)
+    batch = collate([sample], pad_token_id=0, image_batching=vlm.family.image_batching)
     with torch.no_grad():
         logits = full_logits(vlm.model, batch.inputs)[batch.supervised]
     return float(logits.double().log_softmax(-1).gather(1, batch.targets[:, None]).sum())

@@ -24,11 +24,11 @@ from tests.models.adapted import (
 from tests.tiny_models import save_tiny_model
 from vlmtune.errors import VlmtuneError
 from vlmtune.models import merge as merging
-from vlmtune.models.adapters.merged_weight import folded_weights
+from vlmtune.models.adapters.merged_weight import merged_weights
 from vlmtune.models.merge import fold_and_write, merge, verify_written
 from vlmtune.models.merge_verify import MergeFailed, build_probes
 from vlmtune.models.merge_whole import fold
-from vlmtune.models.merge_write import open_on_disk
+from vlmtune.models.merge_write import open_lazily
 from vlmtune.models.open import open_target
 
 RANK_0 = {"adalora": {"initial_rank": 6, "target_rank": 1, "warmup": 1, "final": 1, "interval": 1}}
@@ -85,7 +85,7 @@ def test_the_closed_formulas_agree_with_pefts_merge(model_folder, tmp_path, meth
     run, _ = trained_run(model_folder, tmp_path, **METHODS[method])
     model = open_target(run, dtype=torch.float32, device="cpu").vlm.model
     before = {n: p.clone() for n, p in open_base(model_folder).model.named_parameters()}
-    expected = {name: weight.clone() for name, weight in folded_weights(model)}
+    expected = {name: weight.clone() for name, weight in merged_weights(model)}
     merged = dict(fold(model).named_parameters(remove_duplicate=False))
     for name, weight in expected.items():
         torch.testing.assert_close(merged[name], weight, rtol=1e-5, atol=1e-6)
@@ -145,7 +145,7 @@ def written(model_folder, tmp_path_factory):
     """A merged folder and the reference that it was verified against."""
     folder = tmp_path_factory.mktemp("written")
     run, _ = trained_run(model_folder, folder / "run")
-    on_disk = open_on_disk(run)
+    on_disk = open_lazily(run)
     probes = build_probes(on_disk.opened.vlm, None, [])
     reference = fold_and_write(
         on_disk, folder / "merged", probes, dtype=torch.bfloat16, shard_bytes=10**9

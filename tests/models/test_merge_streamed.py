@@ -32,10 +32,10 @@ from vlmtune.models.load import read_config
 from vlmtune.models.merge import fold_and_write, merge, verify_written
 from vlmtune.models.merge_verify import MergeFailed, build_probes
 from vlmtune.models.merge_whole import merge_whole
-from vlmtune.models.merge_write import Folding, open_on_disk
+from vlmtune.models.merge_write import Folding, open_lazily
 from vlmtune.models.streamed import (
     PlannedTensor,
-    place,
+    map_weights,
     size_in_bytes,
     stored_tensors,
     streaming,
@@ -169,7 +169,7 @@ LAYER = "model.language_model.layers.0.self_attn.q_proj"
 def written(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("written")
     run = trained_run(model_folder, folder / "run", use_dora=True)
-    on_disk = open_on_disk(run)
+    on_disk = open_lazily(run)
     probes = build_probes(on_disk.opened.vlm, None, [])
     result = fold_and_write(on_disk, folder / "merged", probes, dtype=None, shard_bytes=10**9)
     assert verify_written(folder / "merged", result).verified
@@ -267,7 +267,7 @@ def test_a_full_disk_leaves_nothing(model_folder, tmp_path, monkeypatch):
 
 def test_one_module_at_a_time_has_its_weights(model_folder):
     files = weight_files(str(model_folder))
-    placed = place(read_config(str(model_folder)), stored_tensors(files), source="x")
+    placed = map_weights(read_config(str(model_folder)), stored_tensors(files), source="x")
     parameters = list(placed.model.parameters())
 
     def held():
@@ -361,7 +361,7 @@ def test_a_model_that_lacks_a_weight_is_refused(model_folder, tmp_path):
     stored = stored_tensors(files)
     del stored[Q0]
     with pytest.raises(VlmtuneError, match=r"1 weight of x is missing.*layers\.0.*q_proj"):
-        place(read_config(str(model_folder)), stored, source="x")
+        map_weights(read_config(str(model_folder)), stored, source="x")
 
 
 # Weights that transformers makes out of others

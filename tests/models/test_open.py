@@ -15,7 +15,7 @@ from tests.models.adapted import METHODS, adapted, logits_of, open_base, recipe_
 from tests.tiny_models import save_tiny_model
 from vlmtune.errors import VlmtuneError
 from vlmtune.models.load import pixel_budget, set_pixel_budget
-from vlmtune.models.merge_write import open_on_disk
+from vlmtune.models.merge_write import open_lazily
 from vlmtune.models.open import open_target
 from vlmtune.models.quantize import bits_of
 
@@ -82,7 +82,7 @@ def test_an_adapter_with_a_model_beside_it_is_opened_on_its_own_base_and_says_so
     [said] = caplog.messages
     assert str(both_folder) in said and str(model_folder) in said and "not used" in said
     caplog.clear()
-    open_on_disk(both_folder)
+    open_lazily(both_folder)
     assert caplog.messages == [said]
 
 
@@ -96,14 +96,14 @@ def test_an_adapter_that_names_the_folder_it_lies_in_as_its_base_is_refused(
     config["base_model_name_or_path"] = str(both_folder)
     for folder in (both_folder, adapter_folder):
         (folder / "adapter_config.json").write_text(json.dumps(config))
-        for open_it in (opened, open_on_disk):
+        for open_it in (opened, open_lazily):
             with pytest.raises(VlmtuneError, match=f"^{both_folder}: .*an adapter beside it"):
                 open_it(folder)
     # The way on that the message names.
     (both_folder / "adapter_config.json").unlink()
     expected = logits_of(opened(both_folder).vlm.model)
     assert (logits_of(opened(adapter_folder).vlm.model) - expected).abs().max() > 0.01
-    assert open_on_disk(adapter_folder).opened.kind == "adapter"
+    assert open_lazily(adapter_folder).opened.kind == "adapter"
 
 
 def test_a_run_is_quantised_as_in_training_unless_told(model_folder, tmp_path):

@@ -55,7 +55,7 @@ def forward(vlm: VLM):
 
 
 def packed(vlm: VLM, samples: list[Sample]) -> Batch:
-    return pack(samples, media_layout=vlm.family.media_layout)
+    return pack(samples, image_batching=vlm.family.image_batching)
 
 
 def loss_and_gradients(forward, batches: list[Batch]) -> tuple[float, list[torch.Tensor]]:
@@ -88,7 +88,9 @@ def test_layers_with_a_window_are_not_packed(text, packs: bool):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_equals_separate(vlm: VLM, samples, forward, checkpointing):
-    alone = [collate([s], pad_token_id=0, media_layout=vlm.family.media_layout) for s in samples]
+    alone = [
+        collate([s], pad_token_id=0, image_batching=vlm.family.image_batching) for s in samples
+    ]
     reference = loss_and_gradients(forward, alone)
     if checkpointing:
         set_gradient_checkpointing(vlm.model, vlm.family)
@@ -96,7 +98,7 @@ def test_packed_equals_separate(vlm: VLM, samples, forward, checkpointing):
         loss, gradients = loss_and_gradients(forward, [packed(vlm, group) for group in groups])
         assert loss == pytest.approx(reference[0], rel=1e-5)
         assert distance(gradients, reference[1]) < 1e-5
-    padded = collate(samples, pad_token_id=0, media_layout=vlm.family.media_layout)
+    padded = collate(samples, pad_token_id=0, image_batching=vlm.family.image_batching)
     loss, gradients = loss_and_gradients(forward, [padded])
     assert loss == pytest.approx(reference[0], rel=1e-5)
     assert distance(gradients, reference[1]) < 1e-5
@@ -179,8 +181,8 @@ def test_attention_scales_and_drops_as_the_layer_says():
 
 def test_padded_rows_and_generation_are_as_with_the_stock_attention(vlm: VLM, samples, forward):
     forward.eval()
-    layout = vlm.family.media_layout
-    batch = collate(samples, pad_token_id=0, media_layout=layout)
+    layout = vlm.family.image_batching
+    batch = collate(samples, pad_token_id=0, image_batching=layout)
     with torch.no_grad():
         ours = forward.logits(batch)
         written = vlm.model.generate(**batch.inputs, max_new_tokens=4, do_sample=False)

@@ -19,7 +19,7 @@ from torch import Tensor
 from tests.models.kept_features import features, key_of, store_in
 from tests.tiny_models import build_tiny_model
 from vlmtune.models.families import family_for
-from vlmtune.models.vision import tower_digest
+from vlmtune.models.vision import vision_fingerprint
 from vlmtune.models.vision_cache import (
     FeatureCache,
     MemoryStore,
@@ -212,18 +212,18 @@ def test_processes_share_a_folder_and_a_kill_leaves_it_usable(tmp_path, root):
 def test_the_digest_of_a_tower_is_that_of_its_weights_and_of_what_runs_them():
     model_type = "qwen2_5_vl"
     model, family = build_tiny_model(model_type), family_for(model_type)
-    digest = tower_digest(model, family, PARTS)
-    assert tower_digest(build_tiny_model(model_type), family, PARTS) == digest
-    seen = {digest, tower_digest(model, family, ("vision",))}
+    digest = vision_fingerprint(model, family, PARTS)
+    assert vision_fingerprint(build_tiny_model(model_type), family, PARTS) == digest
+    seen = {digest, vision_fingerprint(model, family, ("vision",))}
     with torch.no_grad():
         model.model.language_model.layers[0].mlp.up_proj.weight.add_(1)
-        assert tower_digest(model, family, PARTS) == digest
+        assert vision_fingerprint(model, family, PARTS) == digest
         model.model.visual.merger.mlp[0].bias[0] += 1
-        seen.add(tower_digest(model, family, PARTS))
-        assert tower_digest(model, family, ("vision",)) in seen  # the connector is left out
+        seen.add(vision_fingerprint(model, family, PARTS))
+        assert vision_fingerprint(model, family, ("vision",)) in seen  # the connector is left out
         model.model.visual.blocks[1].attn.qkv.weight[0, 0] += 1e-3
-        seen.add(tower_digest(model, family, PARTS))
+        seen.add(vision_fingerprint(model, family, PARTS))
     model.config.vision_config.window_size *= 2
-    seen.add(tower_digest(model, family, PARTS))
-    seen.add(tower_digest(model.to(torch.bfloat16), family, PARTS))
+    seen.add(vision_fingerprint(model, family, PARTS))
+    seen.add(vision_fingerprint(model.to(torch.bfloat16), family, PARTS))
     assert len(seen) == 6

@@ -18,7 +18,7 @@ from tests.models.test_packed import GIVEN, distance, loss_and_gradients
 from tests.tiny_models import MODEL_TYPES, save_tiny_model
 from vlmtune.data.batches import collate, pack
 from vlmtune.data.encode import Encoder
-from vlmtune.data.processing import kind_of_key, media_keys_of, split_units
+from vlmtune.data.processing import kind_of_key, media_keys_of, split_media_items
 from vlmtune.data.types import Batch, Sample, Video
 from vlmtune.models.adapters.registry import build_adapter
 from vlmtune.models.embedding import EmbeddingForward
@@ -26,7 +26,7 @@ from vlmtune.models.families import family_for, part_of
 from vlmtune.models.forward import SupervisedForward, base_of
 from vlmtune.models.load import VLM, load_vlm
 from vlmtune.models.packing import use_packed_attention
-from vlmtune.models.vision import VisionFeatures, kept_level, tower_digest
+from vlmtune.models.vision import VisionFeatures, cacheable_stage, vision_fingerprint
 from vlmtune.models.vision_cache import FeatureCache, MemoryStore, open_disk_store
 from vlmtune.recipe.data_section import ImageSection
 
@@ -53,10 +53,10 @@ def encoded(vlm: VLM, folder: Path) -> list[Sample]:
 
 def batches_of(vlm: VLM, samples: Sequence[Sample]) -> list[Batch]:
     """The samples packed, and padded."""
-    layout = vlm.family.media_layout
+    layout = vlm.family.image_batching
     return [
-        pack(samples, media_layout=layout),
-        collate(samples, pad_token_id=0, media_layout=layout),
+        pack(samples, image_batching=layout),
+        collate(samples, pad_token_id=0, image_batching=layout),
     ]
 
 
@@ -105,7 +105,7 @@ def test_the_features_of_another_picture_are_noticed(vlm, samples):
     let_train(vlm, "language")
     batch = batches_of(vlm, samples)[0]
     forward = SupervisedForward(vlm.model, vlm.family, in_memory(vlm))
-    units = split_units(batch.inputs, vlm.family.media_layout)
+    units = split_media_items(batch.inputs, vlm.family.image_batching)
     keys = tuple(f"image:{number}" for number in range(len(units)))
     right = loss_and_gradients(forward, [replace(batch, media_keys=keys)])
     exchanged = loss_and_gradients(forward, [replace(batch, media_keys=keys[::-1])])
@@ -120,7 +120,7 @@ def test_over_two_epochs_each_picture_goes_through_the_tower_once(vlm, samples):
     for _ in range(2):
         for sample in samples:
             forward(batches_of(vlm, [sample])[0])
-    num_units = sum(len(media_keys_of(s.media, vlm.family.media_layout)) for s in samples)
+    num_units = sum(len(media_keys_of(s.media, vlm.family.image_batching)) for s in samples)
     assert len(calls) == num_units >= NUM_PICTURES
     calls.clear()
     forward.features = VisionFeatures(vlm.model, vlm.family, None)  # without a cache: each time
@@ -139,7 +139,7 @@ def rows_of(features: VisionFeatures, batch: Batch) -> Tensor:
 def test_a_picture_is_the_same_bits_beside_others_and_alone(vlm, samples):
     let_train(vlm, "language")
     features = VisionFeatures(vlm.model, vlm.family)
-    layout = vlm.family.media_layout
+    layout = vlm.family.image_batching
 
     pictured = [sample for sample in samples if sample.media]
     alone = torch.cat([rows_of(features, batches_of(vlm, [sample])[0]) for sample in pictured])
@@ -196,13 +196,13 @@ def test_an_adapted_connector_trains_in_autocast_and_its_dropout_draws_alike(
 
 def test_nothing_is_made_apart_where_the_tower_trains_or_the_family_is_described(vlm):
     let_train(vlm, "vision")
-    assert kept_level(vlm.model, vlm.family) is None
+    assert cacheable_stage(vlm.model, vlm.family) is None
     let_train(vlm, "language")
-    assert kept_level(vlm.model, vlm.family) == "features"
+    assert cacheable_stage(vlm.model, vlm.family) == "features"
     model_type = vlm.model.config.model_type
     parts = {"connector": list(vlm.family.parts["connector"])}
     described = family_for(model_type, parts=parts, model=vlm.model)
-    assert kept_level(vlm.model, described) is None
+    assert cacheable_stage(vlm.model, described) is None
 
 
 def test_the_precision_of_the_products_is_part_of_the_key(vlm, samples):
@@ -245,9 +245,11 @@ def test_another_towers_features_on_the_disk_are_not_taken(tmp_path):
         return rows_of(VisionFeatures(vlm.model, vlm.family, cache), batch), cache
 
     for vlm, right in zip((one, other), expected):
-        found, cache = from_disk(vlm, tower_digest(vlm.model, vlm.family, ("vision", "connector")))
+        found, cache = from_disk(
+            vlm, vision_fingerprint(vlm.model, vlm.family, ("vision", "connector"))
+        )
         assert torch.equal(found, right) and cache.hits == 0 and cache.misses == NUM_PICTURES
-    digest = tower_digest(one.model, one.family, ("vision", "connector"))
+    digest = vision_fingerprint(one.model, one.family, ("vision", "connector"))
     found, cache = from_disk(one, digest)
     assert torch.equal(found, expected[0]) and cache.misses == 0
     wrong, cache = from_disk(other, digest)
@@ -271,7 +273,7 @@ def test_videos_are_kept_beside_pictures_whatever_the_samples_order(tmp_path, mo
         max_tokens=512,
         over_length="error",
         max_image_pixels=10**6,
-        media_layout=vlm.family.media_layout,
+        image_batching=vlm.family.image_batching,
     )
     frames = Video(write_frames(tmp_path, count=6, size=(32, 32)), tmp_path)
     pictured = [conversation(tmp_path, n, "yes", num_images=1) for n in ("a", "b")]
@@ -285,7 +287,7 @@ def test_videos_are_kept_beside_pictures_whatever_the_samples_order(tmp_path, mo
     ]
     let_train(vlm, "language")
     for given in (samples, samples[::-1]):
-        batch = collate(given, pad_token_id=0, media_layout=vlm.family.media_layout)
+        batch = collate(given, pad_token_id=0, image_batching=vlm.family.image_batching)
         expected = loss_and_gradients(SupervisedForward(vlm.model, vlm.family), [batch])
         forward = SupervisedForward(vlm.model, vlm.family, in_memory(vlm))
         for _ in range(2):

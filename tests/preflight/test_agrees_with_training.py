@@ -215,7 +215,7 @@ def test_samples_with_pictures_may_all_be_left_out_where_nothing_wants_them(reci
 
 
 def test_a_picture_is_looked_for_in_every_row_where_modules_want_one(recipe, data, monkeypatch):
-    monkeypatch.setattr(probe, "LOOKED_OVER", 3)
+    monkeypatch.setattr(probe, "MAX_PROBED", 3)
     rows = rows_of(data)
     for row in [*rows[:7], *rows[8:]]:
         row["messages"][0]["content"] = "Say something."

@@ -9,7 +9,7 @@ import pytest
 from tests.preflight.checking import check_summary
 from vlmtune.errors import VlmtuneError
 from vlmtune.preflight.problems import Problems
-from vlmtune.preflight.run import Places
+from vlmtune.preflight.run import KeyLocations
 from vlmtune.recipe.load import load_recipe
 
 RECIPE = """\
@@ -41,7 +41,7 @@ def write(folder: Path, model: str = "base") -> Path:
 
 def place_of(recipe: Path, error: VlmtuneError, *overrides: str, **options) -> tuple[str, int]:
     problems = Problems()
-    Places(load_recipe(recipe, overrides)).add_error(problems, error, **options)
+    KeyLocations(load_recipe(recipe, overrides)).add_error(problems, error, **options)
     [problem] = problems.found
     assert error.message in problem.message
     return problem.file, problem.line

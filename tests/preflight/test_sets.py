@@ -17,7 +17,7 @@ from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Source
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.models.load import load_processor
-from vlmtune.preflight.epoch_stats import Disk, check_room, shown_bytes
+from vlmtune.preflight.epoch_stats import Disk, check_room, format_bytes
 from vlmtune.preflight.rows import FileRows, RowFailure, RowOutcome
 from vlmtune.preflight.sets import GOOD, NOT_A_ROW, RowTable
 from vlmtune.recipe.load import load_recipe
@@ -183,7 +183,7 @@ def test_a_full_disk_is_an_error_and_a_free_one_is_not(tmp_path):
     [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2.5e9, "2.5 GB"), (123e6, "123 MB")],
 )
 def test_bytes_are_shown_in_few_digits(number, text):
-    assert shown_bytes(number) == text
+    assert format_bytes(number) == text
 
 
 def test_the_cache_is_counted_where_it_is_asked_for(recipe, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from tests.report.runs import make_run, write_json
 from vlmtune.errors import VlmtuneError
-from vlmtune.report.run import STILL_SECONDS, read_run, spoken_time
+from vlmtune.report.run import STILL_SECONDS, format_age, read_run
 
 
 def written(folder: Path) -> float:
@@ -99,4 +99,4 @@ def test_what_is_no_run_is_refused_with_what_was_expected(tmp_path: Path, kind: 
     ],
 )
 def test_a_time_is_told_in_its_largest_unit(seconds: float, text: str) -> None:
-    assert spoken_time(seconds) == text
+    assert format_age(seconds) == text

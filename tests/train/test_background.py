@@ -66,11 +66,11 @@ def test_without_the_copy_the_next_step_would_be_in_the_file(tmp_path: Path, mon
     changed = threading.Event()
     save = background.save_checkpoint
 
-    def late(*arguments, **settings):
+    def defer_sync(*arguments, **settings):
         assert changed.wait(60)
         return save(*arguments, **settings)
 
-    monkeypatch.setattr(background, "save_checkpoint", late)
+    monkeypatch.setattr(background, "save_checkpoint", defer_sync)
     for copy, expected in ((copied, 0.1), (lambda checkpoint: checkpoint, 99.0)):
         monkeypatch.setattr(background, "copied", copy)
         changed.clear()

@@ -13,7 +13,7 @@ from vlmtune.train import checkpoint as module
 from vlmtune.train.checkpoint import (
     Best,
     Checkpoint,
-    TrainState,
+    CheckpointMeta,
     check_fingerprint,
     complete_checkpoints,
     load_checkpoint,
@@ -29,7 +29,7 @@ def a_checkpoint(step: int, value: float = 1.0) -> Checkpoint:
     parameter.grad = torch.ones(3)
     optimizer.step()
     return Checkpoint(
-        TrainState(step, 1, {"seed": 1}, []),
+        CheckpointMeta(step, 1, {"seed": 1}, []),
         {"w": parameter.detach()},
         {"optimizer": optimizer.state_dict()},
         [random_state()],

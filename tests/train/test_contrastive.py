@@ -19,7 +19,7 @@ from tests.train.training import adapter_of, metrics_of, train_once, write_recip
 from vlmtune.data.batches import BatchLayout, Budget
 from vlmtune.data.dataset import load_conversations
 from vlmtune.data.order import Order
-from vlmtune.data.types import SideBatch
+from vlmtune.data.types import ContrastiveBatch
 from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
 from vlmtune.models.adapters.registry import build_adapter
 from vlmtune.models.embedding import EmbeddingForward
@@ -29,7 +29,7 @@ from vlmtune.recipe.load import load_recipe
 from vlmtune.sessions.eval_options import choose_section, prompt_of_folders
 from vlmtune.train.build import build_encoder
 from vlmtune.train.contrastive import Contrastive, info_nce
-from vlmtune.train.feed import FeedSettings, StepBuilder, StepData, StepDataset
+from vlmtune.train.feed import FeedSettings, StepBatch, StepBuilder, StepDataset
 from vlmtune.train.probe import freeze_unreached
 from vlmtune.train.runtime import build_accelerator
 
@@ -109,7 +109,7 @@ def make_recipe(tmp_path: Path, tiny_vlm: Path, captions: Path):
 
 def step_of(
     recipe: Path, budget: int
-) -> tuple[EmbeddingForward, StepData, dict[str, nn.Parameter]]:
+) -> tuple[EmbeddingForward, StepBatch, dict[str, nn.Parameter]]:
     loaded = load_recipe(recipe).recipe
     vlm = load_vlm(loaded.model, dtype=torch.float32)
     torch.manual_seed(0)
@@ -131,7 +131,7 @@ def step_of(
     builder = StepBuilder(build_encoder(loaded, vlm), settings)
     order = Order.uniform(0, len(conversations))
     data = StepDataset(conversations, builder, order=order, epochs=None)[1]
-    assert isinstance(data, StepData)
+    assert isinstance(data, StepBatch)
     trained = {n: p for n, p in adapter.model.named_parameters() if p.requires_grad}
     return forward, data, trained
 
@@ -310,7 +310,7 @@ def test_an_output_layer_that_no_embedding_reaches_is_frozen_and_said(tmp_path: 
     trained = {n: p.requires_grad_() for n, p in trained.items() if "vision" not in n}
     ids = torch.arange(10, 18).reshape(2, 4)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    batch = SideBatch(inputs, torch.tensor([3, 3]), 1, (0, 1), ("a", "b"), 8, 0)
+    batch = ContrastiveBatch(inputs, torch.tensor([3, 3]), 1, (0, 1), ("a", "b"), 8, 0)
     with caplog.at_level("WARNING", logger="vlmtune"):
         unreached = freeze_unreached(EmbeddingForward(vlm.model, vlm.family), batch, trained)
     assert unreached == ["lm_head.weight"]

@@ -10,10 +10,10 @@ import torch
 from tests.train.test_pending import Scores, a_step
 from tests.train.test_transfer import Steps
 from tests.train.training import metrics_of, train_once, write_recipe
-from vlmtune.train.checkpoint import Checkpoint, TrainState, copied
-from vlmtune.train.feed import loaded
+from vlmtune.train.checkpoint import Checkpoint, CheckpointMeta, copied
+from vlmtune.train.feed import load_steps
 from vlmtune.train.optim import build_optimizer
-from vlmtune.train.runtime import ahead
+from vlmtune.train.runtime import prefetch_to_device
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,10 +54,12 @@ def test_training_lowers_the_loss(
 
 
 def test_batches_arrive_pinned_and_one_ahead():
-    (step,) = loaded(Steps(), sampler=range(3, 4), num_workers=0)
+    (step,) = load_steps(Steps(), sampler=range(3, 4), num_workers=0)
     assert all(batch.inputs["input_ids"].is_pinned() for batch in step.micro_batches)
     cuda = torch.device("cuda")
-    for batch, expected in zip(ahead(step.micro_batches, cuda), step.micro_batches, strict=True):
+    for batch, expected in zip(
+        prefetch_to_device(step.micro_batches, cuda), step.micro_batches, strict=True
+    ):
         assert batch.targets.device.type == "cuda"
         assert torch.equal(batch.targets.cpu(), expected.targets)
         assert torch.equal(batch.inputs["input_ids"].cpu(), expected.inputs["input_ids"])
@@ -65,10 +67,10 @@ def test_batches_arrive_pinned_and_one_ahead():
 
 def test_a_late_step_does_not_wait_for_the_device():
     model = Scores().cuda()
-    a_step(model, late=True).read()  # the first makes what later ones reuse
+    a_step(model, defer_sync=True).read()  # the first makes what later ones reuse
     torch.cuda.set_sync_debug_mode("error")
     try:
-        pending = a_step(model, late=True)
+        pending = a_step(model, defer_sync=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert pending.read().num_terms == 7
@@ -76,6 +78,6 @@ def test_a_late_step_does_not_wait_for_the_device():
 
 def test_a_checkpoint_is_copied_to_pinned_memory():
     tensors = {"w": torch.arange(5.0, device="cuda")}
-    saved = copied(Checkpoint(TrainState(1, 1, {}, []), tensors, {}, []))
+    saved = copied(Checkpoint(CheckpointMeta(1, 1, {}, []), tensors, {}, []))
     tensors["w"].zero_()
     assert saved.tensors["w"].is_pinned() and saved.tensors["w"].tolist() == [0, 1, 2, 3, 4]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.train.test_pending import NoMethod, Scores, data_of
 from vlmtune.data.types import Batch
 from vlmtune.models.adapters.adalora import AdaLoraAdapter, BudgetSchedule, RankAllocator, Triplets
-from vlmtune.train.feed import StepData
+from vlmtune.train.feed import StepBatch
 from vlmtune.train.optim import build_optimizer
 from vlmtune.train.runtime import build_accelerator
 from vlmtune.train.step import Method, NextToken, Objective, train_step
@@ -47,7 +47,7 @@ class Warm(NextToken):
         self._gradient = gradient
 
     def backward(
-        self, forward: nn.Module, data: StepData, accelerator: Accelerator, weight: float | Tensor
+        self, forward: nn.Module, data: StepBatch, accelerator: Accelerator, weight: float | Tensor
     ) -> Tensor:
         accelerator.backward(self.tensors["temperature"].sum() * self._gradient)
         return super().backward(forward, data, accelerator, weight)
@@ -86,7 +86,7 @@ def run(
             optimizer=AcceleratedOptimizer(optimizer, scaler=scaler),
             accelerator=accelerator,
             max_grad_norm=max_grad_norm,
-            late=True,
+            defer_sync=True,
         )
         results.append(pending.read())
     return results

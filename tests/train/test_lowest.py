@@ -57,7 +57,7 @@ def test_no_graph_and_no_second_pass_below_the_lowest_trained_module(
         watch(f"language.{number}", layer, layer.input_layernorm)
     for number, block in enumerate(blocks):
         watch(f"vision.{number}", block, block.norm1)
-    loss = forward(collate(samples, pad_token_id=0, media_layout="flat"))
+    loss = forward(collate(samples, pad_token_id=0, image_batching="flat"))
     above = {f"language.{number}" for number in range(lowest, len(layers))}
     assert {name for name, is_so in recorded.items() if is_so} == above
     loss.backward()

@@ -21,11 +21,11 @@ from vlmtune.errors import VlmtuneError
 from vlmtune.models import forward
 from vlmtune.train import loop, step
 from vlmtune.train.checkpoint import complete_checkpoints
-from vlmtune.train.feed import StepData
+from vlmtune.train.feed import StepBatch
 from vlmtune.train.optim import build_optimizer
-from vlmtune.train.runtime import build_accelerator, to_device_late
+from vlmtune.train.runtime import build_accelerator, to_device_async
 from vlmtune.train.step import NextToken, train_step
-from vlmtune.train.step_metrics import Counts, PendingStep
+from vlmtune.train.step_metrics import AsyncStepMetrics, Counts
 
 
 class Scores(nn.Module):
@@ -49,7 +49,7 @@ class NoMethod:
         return {}
 
 
-def data_of(*sizes: int) -> StepData:
+def data_of(*sizes: int) -> StepBatch:
     batches = [
         Batch(
             inputs={"input_ids": torch.arange(size)[None] % 4},
@@ -61,7 +61,7 @@ def data_of(*sizes: int) -> StepData:
         )
         for number, size in enumerate(sizes)
     ]
-    return StepData(
+    return StepBatch(
         batches, [], [], num_step_samples=len(sizes), positions=range(len(sizes)), epoch=0.0
     )
 
@@ -69,11 +69,11 @@ def data_of(*sizes: int) -> StepData:
 def a_step(
     model: Scores,
     *,
-    late: bool,
-    data: StepData | None = None,
+    defer_sync: bool,
+    data: StepBatch | None = None,
     log_parts: bool = False,
     accelerator: Accelerator | None = None,
-) -> PendingStep:
+) -> AsyncStepMetrics:
     accelerator = accelerator or build_accelerator("fp32")
     groups = [{"params": [model.weight], "part": "language", "lr": 0.1, "peak_lr": 0.1}]
     optimizer = build_optimizer(groups, kind="adamw", device=accelerator.device)
@@ -89,7 +89,7 @@ def a_step(
         accelerator=accelerator,
         max_grad_norm=0.1,
         log_parts=log_parts,
-        late=late,
+        defer_sync=defer_sync,
     )
 
 
@@ -122,24 +122,27 @@ def counted_reads(monkeypatch) -> Iterator[Reads]:
 @pytest.mark.parametrize("log_parts", [False, True])
 def test_a_late_step_reads_nothing_from_the_device(monkeypatch, log_parts: bool):
     with counted_reads(monkeypatch) as reads:
-        pending = a_step(Scores(), late=True, log_parts=log_parts)
+        pending = a_step(Scores(), defer_sync=True, log_parts=log_parts)
         assert reads.count == 0
         pending.read()
         assert reads.count > 0
     with counted_reads(monkeypatch) as reads:
-        a_step(Scores(), late=False)
+        a_step(Scores(), defer_sync=False)
     assert reads.count > 0  # the counter counts
 
 
 def test_read_late_is_what_is_read_at_once():
     one, two = Scores(), Scores()
-    late, now = a_step(one, late=True, log_parts=True), a_step(two, late=False, log_parts=True)
+    defer_sync, now = (
+        a_step(one, defer_sync=True, log_parts=True),
+        a_step(two, defer_sync=False, log_parts=True),
+    )
     with torch.no_grad():
         expected = now.read()
         for tensor in (one.weight, two.weight):
             assert not torch.equal(tensor, Scores().weight)
         one.weight.add_(1.0)  # the next step
-    assert late.read() == expected
+    assert defer_sync.read() == expected
     assert expected.part_grad_norms == {"language": pytest.approx(expected.grad_norm)}
     assert (expected.num_terms, expected.weight, expected.stop) == (7, 7.0, False)
 
@@ -147,29 +150,29 @@ def test_read_late_is_what_is_read_at_once():
 def test_counts_that_stay_on_the_device_give_the_same_step(monkeypatch):
     """As they do with several processes."""
     one, two = Scores(), Scores()
-    expected = a_step(one, late=True)
+    expected = a_step(one, defer_sync=True)
     monkeypatch.setattr(
         step,
         "counts_of",
-        lambda local, accelerator, late: Counts(to_device_late(local, accelerator.device)),
+        lambda local, accelerator, defer_sync: Counts(to_device_async(local, accelerator.device)),
     )
     with counted_reads(monkeypatch) as reads:
-        found = a_step(two, late=True)
+        found = a_step(two, defer_sync=True)
         assert reads.count == 0
     assert found.read() == expected.read()
     assert torch.equal(one.weight, two.weight)
     nothing = [0.0, 0, 0, False, 0]
     assert (
-        Counts(nothing).divisor == Counts(to_device_late(nothing, two.weight.device)).divisor == 1
+        Counts(nothing).divisor == Counts(to_device_async(nothing, two.weight.device)).divisor == 1
     )
 
 
 def test_a_step_that_is_not_finite_is_told_before_the_update_or_when_it_is_read():
     model = Scores(float("nan"))
     with pytest.raises(VlmtuneError, match="step 3: the loss is not finite.*sample-0, sample-1"):
-        a_step(model, late=False)
+        a_step(model, defer_sync=False)
     assert torch.equal(model.weight, Scores().weight)
-    pending = a_step(model, late=True)
+    pending = a_step(model, defer_sync=True)
     assert not torch.equal(model.weight, Scores().weight)
     with pytest.raises(VlmtuneError, match="step 3: the loss is not finite.*sample-0, sample-1"):
         pending.read()
@@ -181,9 +184,9 @@ def test_samples_shared_out_otherwise_than_one_by_one_end_the_run(positions: tup
     model = Scores()
     data = replace(data_of(5, 2), positions=positions)
     with pytest.raises(VlmtuneError, match="step 3: the processes do not agree"):
-        a_step(model, late=False, data=data)
+        a_step(model, defer_sync=False, data=data)
     assert torch.equal(model.weight, Scores().weight)
-    pending = a_step(model, late=True, data=data)
+    pending = a_step(model, defer_sync=True, data=data)
     with pytest.raises(VlmtuneError, match="step 3: the processes do not agree"):
         pending.read()
 
@@ -192,8 +195,8 @@ def test_a_gradient_that_is_not_finite_is_told_late_too(monkeypatch):
     model = Scores()
     model.weight.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(VlmtuneError, match="step 3: the gradient is not finite"):
-        a_step(model, late=False)
-    pending = a_step(model, late=True)
+        a_step(model, defer_sync=False)
+    pending = a_step(model, defer_sync=True)
     with pytest.raises(VlmtuneError, match="step 3: the gradient is not finite"):
         pending.read()
 
@@ -207,7 +210,7 @@ def test_a_step_that_the_loss_scaler_throws_away_is_counted_and_changes_nothing(
         monkeypatch.setattr(accelerator, "scaler", scaler)
         model = Scores()
         model.weight.register_hook(lambda gradient, factor=factor: gradient * factor)
-        pending = a_step(model, late=True, accelerator=accelerator)
+        pending = a_step(model, defer_sync=True, accelerator=accelerator)
         found.append((pending.read().was_skipped, not torch.equal(model.weight, Scores().weight)))
     assert found == [(False, True), (True, False)]
 
@@ -224,18 +227,18 @@ def make_recipe(tmp_path: Path, tiny_vlm: Path, sample_data: Path):
 
 def test_a_run_that_reads_late_is_the_same_run(make_recipe, tmp_path: Path, monkeypatch):
     """With a bad sample among the data, counted in the step that it belongs to."""
-    now, late = make_recipe("now"), make_recipe("late")
+    now, defer_sync = make_recipe("now"), make_recipe("late")
     data = tmp_path / "data" / "train.jsonl"
     lines = data.read_text().splitlines()
     data.write_text("\n".join([lines[0].replace(".png", ".gone"), *lines[1:]]) + "\n")
     bad = ("data.on_bad_sample=skip", "data.max_bad_fraction=0.1")
     expected = train_once(now, *bad)
     monkeypatch.setattr(loop, "reads_late", lambda device: True)
-    found = train_once(late, *bad)
+    found = train_once(defer_sync, *bad)
     assert expected["skipped"] == 1
     for key in ("steps", "samples", "skipped", "loss"):
         assert found[key] == expected[key]
-    folders = now.parent / "run", late.parent / "run"
+    folders = now.parent / "run", defer_sync.parent / "run"
     one, two = (metrics_of(folder) for folder in folders)
     assert [m["step"] for m in one] == [5, 8]
     for a, b in zip(one, two, strict=True):

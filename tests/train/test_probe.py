@@ -32,7 +32,7 @@ def batch(llava: VLM, tmp_path: Path) -> Batch:
     user = Turn("user", (Image("a.png", tmp_path), Text("what is it?")))
     conversation = Conversation("a", (user, Turn("assistant", (Text("a cat"),))), Source("data", 1))
     encoder = Encoder(llava.processor, max_tokens=512, over_length="error", max_image_pixels=10**6)
-    return collate([encoder.encode(conversation)], pad_token_id=0, media_layout="flat")
+    return collate([encoder.encode(conversation)], pad_token_id=0, image_batching="flat")
 
 
 def test_the_layer_that_the_model_skips_is_frozen_and_said(llava: VLM, batch: Batch, caplog):

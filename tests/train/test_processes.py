@@ -20,7 +20,7 @@ from vlmtune.models.forward import SupervisedForward
 from vlmtune.models.load import load_vlm
 from vlmtune.recipe.load import load_recipe
 from vlmtune.train.build import build_encoder
-from vlmtune.train.feed import FeedSettings, StepBuilder, StepData, StepDataset
+from vlmtune.train.feed import FeedSettings, StepBatch, StepBuilder, StepDataset
 
 
 def train_in_two(recipe: Path, *arguments: str) -> str:
@@ -105,7 +105,7 @@ def test_a_mean_of_the_processes_means_would_be_another_loss(make_recipe):
         builder = StepBuilder(build_encoder(loaded, vlm), settings)
         order = Order.uniform(loaded.seed, len(conversations))
         data = StepDataset(conversations, builder, order=order, epochs=None)[1]
-        assert isinstance(data, StepData)
+        assert isinstance(data, StepBatch)
         (batch,) = data.micro_batches
         with torch.no_grad():
             sums.append(forward(batch).item())

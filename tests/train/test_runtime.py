@@ -11,7 +11,7 @@ from tests.train.training import train_once, write_recipe
 from vlmtune.errors import ErrorGroup, VlmtuneError
 from vlmtune.models import precision
 from vlmtune.sessions.train import Session
-from vlmtune.train.runtime import build_accelerator, check_environment, leave_out_autocast
+from vlmtune.train.runtime import build_accelerator, check_environment, disable_autocast
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_model_that_needs_no_autocast_computes_in_its_own_dtypes(left_out: boo
     exact, rounded = linear(rows), deepcopy(linear).bfloat16()(rows.bfloat16()).float()
     assert (exact - rounded).abs().max() > 1e-3
     if left_out:
-        leave_out_autocast(accelerator)
+        disable_autocast(accelerator)
     prepared = accelerator.prepare(torch.nn.Linear(64, 64))
     prepared.load_state_dict(linear.state_dict())
     with accelerator.autocast():

@@ -9,26 +9,26 @@ import pytest
 
 from tests.train.training import copy_sample, train_once, write_recipe
 from vlmtune.errors import VlmtuneError
-from vlmtune.train.feed import LeftOut
-from vlmtune.train.run_folder import SkipLedger, allowed_bad
+from vlmtune.train.feed import SkippedSample
+from vlmtune.train.run_folder import SkipLog, allowed_bad
 
 
-def bad(name: str, line: int, file: str = "rows.jsonl") -> LeftOut:
-    return LeftOut(name, file, line, "it is bad", is_bad=True)
+def bad(name: str, line: int, file: str = "rows.jsonl") -> SkippedSample:
+    return SkippedSample(name, file, line, "it is bad", is_bad=True)
 
 
-def ledger(folder: Path, fraction: float = 0.5) -> SkipLedger:
-    return SkipLedger(folder / "skipped.jsonl", num_samples=10, max_bad_fraction=fraction)
+def skip_log(folder: Path, fraction: float = 0.5) -> SkipLog:
+    return SkipLog(folder / "skipped.jsonl", num_samples=10, max_bad_fraction=fraction)
 
 
 def test_samples_of_one_id_are_told_apart_by_their_place(tmp_path: Path):
-    kept = ledger(tmp_path)
+    kept = skip_log(tmp_path)
     kept.add([bad("7", 1), bad("7", 2), bad("7", 1, "other.jsonl")], write=True)
     kept.add([bad("7", 2)], write=True)
     listed = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     places = [("rows.jsonl", 1), ("rows.jsonl", 2), ("other.jsonl", 1)]
     assert [(row["file"], row["line"]) for row in listed] == places
-    resumed = ledger(tmp_path / "again")
+    resumed = skip_log(tmp_path / "again")
     resumed.restore(json.loads(json.dumps(kept.as_list())))
     resumed.add([bad("7", 1)], write=False)
     assert (kept.num_bad, resumed.num_bad, resumed.num_left_out) == (3, 3, 3)
@@ -43,7 +43,7 @@ def test_a_fraction_allows_whole_samples_and_loses_none_to_rounding(fraction, nu
 
 
 def test_the_first_beyond_the_limit_stops_the_run_and_the_limit_is_named(tmp_path: Path):
-    kept = ledger(tmp_path, fraction=0.29)
+    kept = skip_log(tmp_path, fraction=0.29)
     kept.add([bad("a", 1), bad("b", 2)], write=False)
     with pytest.raises(VlmtuneError, match=r"3 of 10.*expected: at most 2 \(data.max_bad"):
         kept.add([bad("c", 3)], write=False)

@@ -30,14 +30,14 @@ from vlmtune.recipe.data_section import DataEntry
 from vlmtune.train.checkpoint import complete_checkpoints, read_state
 from vlmtune.train.feed import (
     FeedSettings,
+    StepBatch,
     StepBuilder,
-    StepData,
     StepDataset,
     steps_from,
     stream_steps,
 )
-from vlmtune.train.probe import looked_over
-from vlmtune.train.run_folder import SkipLedger
+from vlmtune.train.probe import sample_evenly
+from vlmtune.train.run_folder import SkipLog
 
 
 class ThreeTokens:
@@ -95,11 +95,11 @@ def entries(tmp_path_factory) -> list[DataEntry]:
     ]
 
 
-def ids_of(data: StepData) -> list[str]:
+def ids_of(data: StepBatch) -> list[str]:
     return [name for batch in data.micro_batches for name in batch.sample_ids if name]
 
 
-def global_ids(steps: Sequence[Iterator[StepData]]) -> list[list[str]]:
+def global_ids(steps: Sequence[Iterator[StepBatch]]) -> list[list[str]]:
     """Of each step, the samples of all processes, sorted: who gets which is decided by work."""
     return [
         sorted(name for part in parts for name in ids_of(part))
@@ -262,7 +262,7 @@ def test_bad_rows_are_left_out_or_stop_the_run_at_their_line(
     monkeypatch.setattr(source, "SCANNED_OUTRIGHT", 0)
     entry = broken_rows(tmp_path)
 
-    def steps(skip: bool) -> Iterator[StepData]:
+    def steps(skip: bool) -> Iterator[StepBatch]:
         made = builder(batch_size=5, skip=skip, refused=["rows-7"])
         if is_stream:
             stream = open_stream([entry], seed=0, block_rows=100, cache_dir=tmp_path)
@@ -331,11 +331,11 @@ def test_pictures_are_looked_for_all_over_a_large_set_and_bad_rows_passed_over(
     entries = [broken_rows(tmp_path), write_rows(tmp_path / "later.jsonl", 2500)]
     data, _ = open_conversations(entries, on_bad_sample="error")
     problems: list[SampleError] = []
-    found = [conversation.id for conversation in looked_over(data, problems)]
+    found = [conversation.id for conversation in sample_evenly(data, problems)]
     assert {error.line for error in problems} <= {5, 12}
     assert 800 < len(found) <= 1000 and found[-1] > "later-24"
     stream = open_stream(entries, seed=0, block_rows=100, cache_dir=tmp_path)
-    found = [conversation.id for conversation in looked_over(stream, problems)]
+    found = [conversation.id for conversation in sample_evenly(stream, problems)]
     assert 800 < len(found) < 1000  # one in ten of the first entry's cannot be read
     assert {name.split("-")[0] for name in found} == {"rows", "later"}
     assert {error.line for error in problems} == {5, 12}
@@ -344,19 +344,19 @@ def test_pictures_are_looked_for_all_over_a_large_set_and_bad_rows_passed_over(
 def test_a_streams_bad_rows_count_each_time_they_come(tmp_path: Path):
     entry = broken_rows(tmp_path)
     stream = open_stream([entry], seed=0, block_rows=100, cache_dir=tmp_path)
-    ledger = SkipLedger(
+    skip_log = SkipLog(
         tmp_path / "skipped.jsonl", num_samples=200, max_bad_fraction=0.05, counts_repeats=True
     )
     made = builder(batch_size=10, skip=True)
     with pytest.raises(VlmtuneError, match="too many bad samples: 1[12] of 200"):
         for data in stream_steps(stream, made, 1, 20, cursor=None, num_workers=0):
-            ledger.add(data.left_out, write=True)
-            rest = SkipLedger(
+            skip_log.add(data.left_out, write=True)
+            rest = SkipLog(
                 tmp_path / "again", num_samples=200, max_bad_fraction=0.05, counts_repeats=True
             )
-            rest.restore(ledger.as_list(), num_bad=ledger.num_bad)
-            assert (rest.num_bad, rest.num_left_out) == (ledger.num_bad, ledger.num_left_out)
-    assert ledger.num_left_out == 2 == len((tmp_path / "skipped.jsonl").read_text().splitlines())
+            rest.restore(skip_log.as_list(), num_bad=skip_log.num_bad)
+            assert (rest.num_bad, rest.num_left_out) == (skip_log.num_bad, skip_log.num_left_out)
+    assert skip_log.num_left_out == 2 == len((tmp_path / "skipped.jsonl").read_text().splitlines())
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def test_logits_of_a_video_are_the_models_own_alone_and_in_a_batch(model_type, t
     forward = SupervisedForward(vlm.model, vlm.family).eval()
 
     def logits_of(given: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = collate(given, pad_token_id=0, media_layout=vlm.family.media_layout)
+        batch = collate(given, pad_token_id=0, image_batching=vlm.family.image_batching)
         with torch.no_grad():
             reference = full_logits(vlm.model, batch.inputs)
             return forward.logits(batch), reference[batch.supervised]
@@ -53,7 +53,7 @@ def test_logits_of_a_video_are_the_models_own_alone_and_in_a_batch(model_type, t
     assert torch.allclose(together, torch.cat(alone), atol=1e-4)
     use_packed_attention(vlm.model)
     with torch.no_grad():
-        in_one_row = forward.logits(pack(samples, media_layout=vlm.family.media_layout))
+        in_one_row = forward.logits(pack(samples, image_batching=vlm.family.image_batching))
     assert torch.allclose(in_one_row, torch.cat(alone), atol=1e-4)
     # The video is looked at: another one gives other logits.
     other = Video(write_clip(tmp_path / "other.mp4", num_frames=12, fps=6).name, tmp_path)

@@ -154,11 +154,11 @@ def test_memory_takes_half_of_what_is_free_at_most(recipe, tiny_vlm, monkeypatch
 def test_samples_have_keys_where_features_are_kept(recipe, tiny_vlm):
     vlm = load_vlm(str(tiny_vlm), dtype=torch.float32)
     loaded = load_recipe(recipe).recipe
-    assert build_encoder(loaded, vlm).media_layout is None  # all of it trains
+    assert build_encoder(loaded, vlm).image_batching is None  # all of it trains
     vlm.model.requires_grad_(False)
-    assert build_encoder(loaded, vlm).media_layout == "flat"
+    assert build_encoder(loaded, vlm).image_batching == "flat"
     off = load_recipe(recipe, ["train.vision_cache=off"]).recipe
-    assert build_encoder(off, vlm).media_layout is None
+    assert build_encoder(off, vlm).image_batching is None
 
 
 def test_where_features_are_kept_may_change_between_a_stop_and_its_resume(recipe):

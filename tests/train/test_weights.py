@@ -20,7 +20,7 @@ from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation, Image, Sample, Source, Text, Turn
 from vlmtune.models.forward import SupervisedForward, summed_cross_entropy, total_weight
 from vlmtune.models.load import VLM, load_vlm
-from vlmtune.train.feed import StepData
+from vlmtune.train.feed import StepBatch
 from vlmtune.train.runtime import build_accelerator
 from vlmtune.train.step import NextToken, evaluation_loss
 
@@ -62,8 +62,8 @@ def step_of(vlm: VLM, groups: list[list[Sample]]) -> tuple[float, dict[str, torc
     """The loss and the gradients of a step whose micro-batches are `groups`."""
     forward = SupervisedForward(vlm.model, vlm.family).train()
     forward.zero_grad()
-    data = StepData(
-        micro_batches=[collate(g, pad_token_id=0, media_layout="flat") for g in groups],
+    data = StepBatch(
+        micro_batches=[collate(g, pad_token_id=0, image_batching="flat") for g in groups],
         left_out=[],
         notes=[],
         num_step_samples=sum(len(g) for g in groups),
@@ -146,11 +146,11 @@ def test_the_loss_on_held_out_data_is_weighted_alike(vlm, encoder, samples, tmp_
 
 
 def test_weights_stand_beside_their_targets(samples):
-    batch = collate(samples, pad_token_id=0, media_layout="flat")
+    batch = collate(samples, pad_token_id=0, image_batching="flat")
     expected = [w for sample, (_, w) in zip(samples, ANSWERS) for _ in range(sample.num_supervised)]
     assert batch.weights is not None and batch.weights.tolist() == expected
     assert len(expected) == batch.targets.numel()
-    assert collate(unweighted(samples), pad_token_id=0, media_layout="flat").weights is None
+    assert collate(unweighted(samples), pad_token_id=0, image_batching="flat").weights is None
     assert samples[1].weights is None  # a turn of weight 1 leaves the sample without
 
 

@@ -18,7 +18,7 @@ from vlmtune.data.order import Order
 from vlmtune.data.types import Source
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.preflight.rows import RowSettings, check_rows
-from vlmtune.train.feed import StepBuilder, StepDataset, lost_workers_told, steps_from
+from vlmtune.train.feed import StepBuilder, StepDataset, steps_from, translate_worker_errors
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -81,7 +81,7 @@ def told_in_training(fails) -> None:
             fails()
 
     dataset = StepDataset([], Builder(), order=Order.uniform(0, 4), epochs=None)
-    with lost_workers_told():
+    with translate_worker_errors():
         list(steps_from(dataset, 1, 2, num_workers=1))
 
 
@@ -135,7 +135,7 @@ def test_a_bad_sample_of_training_stays_one():
 
 
 def test_other_errors_of_torch_stay_as_they_are():
-    with pytest.raises(RuntimeError, match="shapes do not match"), lost_workers_told():
+    with pytest.raises(RuntimeError, match="shapes do not match"), translate_worker_errors():
         raise RuntimeError("shapes do not match")
 
 
@@ -163,9 +163,9 @@ def test_a_step_may_hold_more_tensors_than_files_may_be_open_at_first():
 
 def test_too_many_open_files_are_told_as_such():
     told = "too many files are open.*ulimit -n"
-    with pytest.raises(VlmtuneError, match=told), lost_workers_told():
+    with pytest.raises(VlmtuneError, match=told), translate_worker_errors():
         raise RuntimeError("received 0 items of ancdata")
-    with pytest.raises(VlmtuneError, match=told), lost_workers_told():
+    with pytest.raises(VlmtuneError, match=told), translate_worker_errors():
         raise RuntimeError("Too many open files. Communication with the workers is no longer …")
-    with pytest.raises(RuntimeError, match="something else"), lost_workers_told():
+    with pytest.raises(RuntimeError, match="something else"), translate_worker_errors():
         raise RuntimeError("something else")

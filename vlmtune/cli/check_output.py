@@ -57,7 +57,7 @@ def _print_group(console: Console, group: Group) -> None:
 
 
 def _lines(report: Report, summary: dict[str, Any]) -> list[tuple[str, str]]:
-    from vlmtune.preflight.epoch_stats import shown_bytes
+    from vlmtune.preflight.epoch_stats import format_bytes
 
     lines = [(name, _of_set(found)) for name, found in summary["sets"].items()]
     for name, found in summary["sets"].items():
@@ -84,16 +84,16 @@ def _lines(report: Report, summary: dict[str, Any]) -> list[tuple[str, str]]:
         total = f"{summary['trainable_parameters']:,}"
         lines.append(("trained parameters", f"{total} ({summary['method']}): {', '.join(parts)}"))
     if report.memory is not None:
-        parts = [f"{k} {shown_bytes(v)}" for k, v in summary["memory"].items() if v]
-        total = shown_bytes(summary["memory_bytes"])
+        parts = [f"{k} {format_bytes(v)}" for k, v in summary["memory"].items() if v]
+        total = format_bytes(summary["memory_bytes"])
         lines.append(("memory, estimated", f"{total}: {', '.join(parts)}"))
     if report.disk is not None:
         disk = report.disk
-        text = f"{shown_bytes(disk.needed_bytes)} of {shown_bytes(disk.free_bytes)} free"
+        text = f"{format_bytes(disk.needed_bytes)} of {format_bytes(disk.free_bytes)} free"
         checkpoints = plural(disk.checkpoints, "checkpoint")
-        text += f": {checkpoints} of {shown_bytes(disk.checkpoint_bytes)}, result"
+        text += f": {checkpoints} of {format_bytes(disk.checkpoint_bytes)}, result"
         if disk.cache_bytes:
-            text += f"; sample cache about {shown_bytes(disk.cache_bytes)}"
+            text += f"; sample cache about {format_bytes(disk.cache_bytes)}"
         lines.append(("disk", text))
     return lines
 

@@ -100,7 +100,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             if debug:
                 traceback.print_exc(file=sys.stderr)
             if isinstance(error, VlmtuneError):
-                if not _is_told_elsewhere(error):
+                if not _is_reported_elsewhere(error):
                     print(error, file=sys.stderr)
                 raise typer.Exit(error.exit_code) from None
             print("interrupted", file=sys.stderr)
@@ -119,7 +119,7 @@ def _only_json_on_stdout() -> Iterator[None]:
         _json_stream.reset(token)
 
 
-def _is_told_elsewhere(error: VlmtuneError) -> bool:
+def _is_reported_elsewhere(error: VlmtuneError) -> bool:
     """Whether the main process of a launch says the same: all of them meet a wrong recipe, one
     alone meets the bad sample of its share."""
     return os.environ.get("RANK", "0") != "0" and not isinstance(error, SampleError)

@@ -22,7 +22,7 @@ from vlmtune.cli.data_input import (
     SideOption,
     SplitOption,
     UrlsOption,
-    tell_bad_rows,
+    print_bad_rows,
 )
 from vlmtune.errors import plural
 
@@ -110,7 +110,7 @@ def convert_command(
     except KeyboardInterrupt:
         print("the same command goes on where this one was", file=sys.stderr)
         raise
-    tell_bad_rows(done.bad)
+    print_bad_rows(done.bad)
     if json:
         print_json(_as_json(done))
         return
@@ -121,19 +121,19 @@ def convert_command(
         folder = done.output.with_name(f"{done.output.stem}_images")
         written = plural(done.num_pictures_written, "picture or video", "pictures and videos")
         print(f"{folder}: {written} written")
-    tell_unused(done.unused)
-    tell_outside(done.num_outside)
-    tell_weights(files)
+    print_unused(done.unused)
+    print_outside(done.num_outside)
+    print_weights(files)
 
 
-def tell_unused(unused: dict[str, int]) -> None:
+def print_unused(unused: dict[str, int]) -> None:
     """Say which keys of the rows are not in the output."""
     if unused:
         names = ", ".join(f"{key} ({count:,})" for key, count in sorted(unused.items()))
         print(f"keys not kept, with their rows: {names}")
 
 
-def tell_outside(num_outside: int) -> None:
+def print_outside(num_outside: int) -> None:
     """Say what it takes to read an output whose pictures are elsewhere."""
     if num_outside:
         print(
@@ -142,7 +142,7 @@ def tell_outside(num_outside: int) -> None:
         )
 
 
-def tell_weights(files: Sequence[OpenFile]) -> None:
+def print_weights(files: Sequence[OpenFile]) -> None:
     """Say which entries' weights are no part of the output, where each row is once."""
     weights = {file.entry.path: file.entry.weight for file in files if file.entry.weight != 1}
     if weights:

@@ -76,7 +76,7 @@ ModelOption = Annotated[
 ]
 
 
-def tell_bad_rows(bad: BadRows) -> None:
+def print_bad_rows(bad: BadRows) -> None:
     """Name the rows that were left out, the first in words."""
     if not bad.count:
         return

@@ -12,9 +12,9 @@ from vlmtune.cli.data_convert import (
     CopyOption,
     NewIdsOption,
     OverwriteOption,
-    tell_outside,
-    tell_unused,
-    tell_weights,
+    print_outside,
+    print_unused,
+    print_weights,
 )
 from vlmtune.cli.data_input import (
     AnnotationsOption,
@@ -28,7 +28,7 @@ from vlmtune.cli.data_input import (
     SideOption,
     SplitOption,
     UrlsOption,
-    tell_bad_rows,
+    print_bad_rows,
 )
 from vlmtune.errors import VlmtuneError, plural
 
@@ -109,7 +109,7 @@ def split_command(
             overwrite=overwrite,
             on_row=on,
         )
-    tell_bad_rows(done.bad)
+    print_bad_rows(done.bad)
     if json:
         print_json(_as_json(done, eval_fraction))
         return
@@ -119,9 +119,9 @@ def split_command(
         f"{100 * done.eval_fraction:.2f} % for evaluation ({100 * eval_fraction:g} % asked); "
         f"the largest group has {plural(done.largest_group, 'sample')}"
     )
-    tell_unused(done.unused)
-    tell_outside(done.num_outside)
-    tell_weights(files)
+    print_unused(done.unused)
+    print_outside(done.num_outside)
+    print_weights(files)
 
 
 def _as_json(done: Split, asked: float) -> dict[str, Any]:

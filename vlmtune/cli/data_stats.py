@@ -19,7 +19,7 @@ from vlmtune.cli.data_input import (
     PromptOption,
     SplitOption,
     UrlsOption,
-    tell_bad_rows,
+    print_bad_rows,
 )
 from vlmtune.errors import VlmtuneError, plural
 
@@ -94,7 +94,7 @@ def stats_command(
 
         shared = overlap(found["train"].table, found["eval"].table)
     for of_side in found.values():
-        tell_bad_rows(of_side.bad)
+        print_bad_rows(of_side.bad)
     if json:
         sets = {side if given.is_recipe else "data": _as_json(s) for side, s in found.items()}
         print_json(sets | {"overlap": shared if shared is None else _overlap_json(shared)})

@@ -164,7 +164,7 @@ def eval_command(
 ) -> None:
     """Measure runs, adapters or models on a data file; compare several."""
     from vlmtune.sessions.data_input import DataOptions
-    from vlmtune.sessions.eval_options import Request
+    from vlmtune.sessions.eval_options import EvalOptions
     from vlmtune.sessions.eval_tables import guard_line
     from vlmtune.sessions.processes import is_main_process, joined_processes
     from vlmtune.sessions.target import check_bit
@@ -187,7 +187,7 @@ def eval_command(
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
     }
-    request = Request(
+    request = EvalOptions(
         targets=targets,
         data=data or [],
         reading=DataOptions([str(file) for file in data or []], format, columns, image_dir, prompt),

@@ -146,7 +146,7 @@ def _stream_length(epochs: float, num_samples: int) -> int:
 MediaLayout = Literal["flat", "stacked"]
 
 
-def pack(samples: Sequence[Sample], *, media_layout: MediaLayout) -> Batch:
+def pack(samples: Sequence[Sample], *, image_batching: MediaLayout) -> Batch:
     """One row without padding, (1, N): the samples one after the other.
 
     What keeps them apart is up to the model's caller, who gets their `lengths`.
@@ -157,7 +157,7 @@ def pack(samples: Sequence[Sample], *, media_layout: MediaLayout) -> Batch:
     inputs = {"input_ids": torch.cat([sample.input_ids for sample in samples])[None]}
     for name in names:
         inputs[name] = torch.cat([sample.token_fields[name] for sample in samples])[None]
-    inputs.update(_media(samples, media_layout, one_row=True))
+    inputs.update(_media(samples, image_batching, one_row=True))
     return Batch(
         inputs=inputs,
         supervised=supervised[None],
@@ -171,7 +171,7 @@ def pack(samples: Sequence[Sample], *, media_layout: MediaLayout) -> Batch:
     )
 
 
-def collate(samples: Sequence[Sample], *, pad_token_id: int, media_layout: MediaLayout) -> Batch:
+def collate(samples: Sequence[Sample], *, pad_token_id: int, image_batching: MediaLayout) -> Batch:
     """Right-padded rows; padding is neither attended to nor supervised.
 
     `flat` media are concatenated over the samples on dimension 0; `stacked` media get one row a
@@ -180,7 +180,7 @@ def collate(samples: Sequence[Sample], *, pad_token_id: int, media_layout: Media
     targets = _pad([sample.targets for sample in samples], IGNORED, left=False)  # (B, T)
     supervised = targets != IGNORED  # (B, T)
     return Batch(
-        inputs=_inputs(samples, pad_token_id, media_layout, left=False),
+        inputs=_inputs(samples, pad_token_id, image_batching, left=False),
         supervised=supervised,
         targets=targets[supervised],
         sample_ids=tuple(sample.id for sample in samples),
@@ -209,14 +209,14 @@ def _weights(samples: Sequence[Sample]) -> torch.Tensor | None:
 
 
 def collate_prompts(
-    samples: Sequence[Sample], *, pad_token_id: int, media_layout: MediaLayout
+    samples: Sequence[Sample], *, pad_token_id: int, image_batching: MediaLayout
 ) -> dict[str, torch.Tensor]:
     """Left-padded rows, as `generate` needs them: every row's last token is its prompt's."""
-    return _inputs(samples, pad_token_id, media_layout, left=True)
+    return _inputs(samples, pad_token_id, image_batching, left=True)
 
 
 def _inputs(
-    samples: Sequence[Sample], pad_token_id: int, media_layout: MediaLayout, *, left: bool
+    samples: Sequence[Sample], pad_token_id: int, image_batching: MediaLayout, *, left: bool
 ) -> dict[str, torch.Tensor]:
     names = _token_field_names(samples)
     ids = [sample.input_ids for sample in samples]
@@ -226,7 +226,7 @@ def _inputs(
     }
     for name in names:
         inputs[name] = _pad([sample.token_fields[name] for sample in samples], 0, left=left)
-    inputs.update(_media(samples, media_layout))
+    inputs.update(_media(samples, image_batching))
     return inputs
 
 
@@ -298,7 +298,7 @@ class BatchLayout:
 
     budget: Budget
     pad_token_id: int
-    media_layout: MediaLayout
+    image_batching: MediaLayout
     packs: bool
 
 
@@ -314,5 +314,5 @@ def make_batches(samples: Sequence[Sample], layout: BatchLayout) -> list[Batch]:
 def make_batch(samples: Sequence[Sample], layout: BatchLayout) -> Batch:
     """One micro-batch of all of `samples`."""
     if layout.packs:
-        return pack(samples, media_layout=layout.media_layout)
-    return collate(samples, pad_token_id=layout.pad_token_id, media_layout=layout.media_layout)
+        return pack(samples, image_batching=layout.image_batching)
+    return collate(samples, pad_token_id=layout.pad_token_id, image_batching=layout.image_batching)

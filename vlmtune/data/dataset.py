@@ -35,7 +35,7 @@ from vlmtune.data.media import locate_media
 from vlmtune.data.order import Order, num_slots
 from vlmtune.data.sources.base import Rows
 from vlmtune.data.sources.registry import digests_of, open_rows
-from vlmtune.data.types import LOCAL, Access, Conversation, Media, Skipped, Source, placed
+from vlmtune.data.types import LOCAL, Conversation, Media, MediaPolicy, Skipped, Source, placed
 from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError, plural, shorten
 from vlmtune.recipe.data_section import DataEntry, DataSection, FormatName
 
@@ -56,7 +56,7 @@ class OpenFile:
     rows: Rows
     format: FormatName
     label: str
-    access: Access
+    media_policy: MediaPolicy
 
     def conversation(self, index: int) -> Conversation:
         """Row `index` (0-based). Raises SampleError with its place where it cannot be used."""
@@ -71,7 +71,7 @@ class OpenFile:
             base_dir=Path(base_dir),
             fallback_id=f"{self.label}:{source.line}",
             entry=self.entry,
-            access=self.access,
+            media_policy=self.media_policy,
         )
 
 
@@ -150,7 +150,7 @@ class ConversationSet(Sequence[Conversation]):
 
 
 def open_files(
-    entries: Sequence[DataEntry], *, access: Access = LOCAL, cache_dir: Path
+    entries: Sequence[DataEntry], *, media_policy: MediaPolicy = LOCAL, cache_dir: Path
 ) -> list[OpenFile]:
     """Every file of `entries`, with its format. Raises VlmtuneError for one that is missing,
     empty, listed twice or in no known format."""
@@ -166,7 +166,7 @@ def open_files(
         check_entry(entry, name, file=rows.file)
         line = format_line(rows, entry, name)
         logger.info("%s: %s, format %s", rows.file, plural(len(rows), "row"), line)
-        files.append(OpenFile(entry, rows, name, label, access))
+        files.append(OpenFile(entry, rows, name, label, media_policy))
     return files
 
 
@@ -198,7 +198,7 @@ def load_conversations(
     *,
     on_bad_sample: OnBadSample = "error",
     check_media: bool = True,
-    access: Access = LOCAL,
+    media_policy: MediaPolicy = LOCAL,
 ) -> tuple[list[Conversation], list[Skipped]]:
     """All conversations of `files`, in order and in memory, and with `skip` the rows that cannot
     be used. For evaluation; training asks `open_conversations`.
@@ -208,20 +208,24 @@ def load_conversations(
     picture file; none is decoded here.
     """
     conversations: list[Conversation] = []
-    opened = open_files(as_entries(files), access=access, cache_dir=cache_dir_of(access))
+    opened = open_files(
+        as_entries(files), media_policy=media_policy, cache_dir=cache_dir_of(media_policy)
+    )
     _, skipped = _scan(opened, on_bad_sample, check_media=check_media, into=conversations)
     return conversations, skipped
 
 
 def open_conversations(
-    files: Files, *, on_bad_sample: OnBadSample, access: Access = LOCAL
+    files: Files, *, on_bad_sample: OnBadSample, media_policy: MediaPolicy = LOCAL
 ) -> tuple[ConversationSet, list[Skipped]]:
     """The samples of `files` by number, and with `skip` the rows that are not among them.
 
     A set of up to `SCANNED_OUTRIGHT` rows is checked as `load_conversations` does; of a larger one
     a bad row raises when it is asked for, and that is said.
     """
-    opened = open_files(as_entries(files), access=access, cache_dir=cache_dir_of(access))
+    opened = open_files(
+        as_entries(files), media_policy=media_policy, cache_dir=cache_dir_of(media_policy)
+    )
     num_rows = sum(len(file.rows) for file in opened)
     if num_rows > SCANNED_OUTRIGHT:
         logger.info(
@@ -233,9 +237,9 @@ def open_conversations(
     return ConversationSet(tuple(opened), tuple(kept)), skipped
 
 
-def access_of(section: DataSection) -> Access:
+def media_policy_of(section: DataSection) -> MediaPolicy:
     """What the recipe allows pictures and videos to be read from."""
-    return Access(
+    return MediaPolicy(
         allow_outside_paths=section.allow_outside_paths,
         allow_urls=section.allow_urls,
         allow_private_addresses=section.allow_private_addresses,
@@ -245,9 +249,11 @@ def access_of(section: DataSection) -> Access:
     )
 
 
-def all_rows(files: Files, *, access: Access = LOCAL) -> ConversationSet:
+def all_rows(files: Files, *, media_policy: MediaPolicy = LOCAL) -> ConversationSet:
     """Every row of `files` by number, unchecked: a bad one raises SampleError when asked for."""
-    opened = open_files(as_entries(files), access=access, cache_dir=cache_dir_of(access))
+    opened = open_files(
+        as_entries(files), media_policy=media_policy, cache_dir=cache_dir_of(media_policy)
+    )
     return ConversationSet(tuple(opened), (None,) * len(opened))
 
 
@@ -256,9 +262,9 @@ def as_entries(files: Files) -> list[DataEntry]:
     return [file if isinstance(file, DataEntry) else DataEntry(path=str(file)) for file in files]
 
 
-def cache_dir_of(access: Access) -> Path:
+def cache_dir_of(media_policy: MediaPolicy) -> Path:
     """Where indexes and downloads are kept: the recipe's `data.cache_dir`, or the user's cache."""
-    return access.cache_folder
+    return media_policy.cache_folder
 
 
 def content_hash(files: Files, *, cache_dir: Path | None = None) -> dict[str, str]:

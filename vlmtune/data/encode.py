@@ -144,7 +144,7 @@ class Encoder:
         train_on: TrainOn = "assistant",
         video: VideoSection | None = None,
         cache_dir: Path | None = None,
-        media_layout: MediaLayout | None = None,
+        image_batching: MediaLayout | None = None,
     ) -> None:
         """`video`: how videos become frames; None: as by the recipe's defaults. `cache_dir`: where
         what `encode` gives is kept; None: nowhere. `media_layout`: how the model's media lie, where
@@ -168,7 +168,7 @@ class Encoder:
         self.max_image_pixels = max_image_pixels
         self.train_on = train_on
         self.video = video or VideoSection()
-        self.media_layout = media_layout
+        self.image_batching = image_batching
         self._template = ChatTemplate(processor)
         self.end_token_id = int(tokenizer.convert_tokens_to_ids(self._template.end_token))
         self._image_id = int(tokenizer.convert_tokens_to_ids(processor.image_token))
@@ -197,9 +197,9 @@ class Encoder:
         return self._with_keys(self._cache.sample(conversation, self._make))
 
     def _with_keys(self, sample: Sample) -> Sample:
-        if self.media_layout is None:
+        if self.image_batching is None:
             return sample
-        return replace(sample, media_keys=media_keys_of(sample.media, self.media_layout))
+        return replace(sample, media_keys=media_keys_of(sample.media, self.image_batching))
 
     def _make(self, conversation: Conversation) -> Sample:
         media = self._open(conversation)
@@ -393,7 +393,7 @@ def encoder_for(
     processor: Any,
     *,
     cache_dir: Path | None = None,
-    media_layout: MediaLayout | None = None,
+    image_batching: MediaLayout | None = None,
 ) -> Encoder:
     """An encoder that makes samples as training by `recipe` does, kept in `cache_dir` if given and
     with `media_keys` if `media_layout` is."""
@@ -405,7 +405,7 @@ def encoder_for(
         train_on=recipe.data.train_on,
         video=recipe.video,
         cache_dir=cache_dir,
-        media_layout=media_layout,
+        image_batching=image_batching,
     )
 
 

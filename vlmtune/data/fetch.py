@@ -40,13 +40,13 @@ from vlmtune.data.locations import (
     HEAD_BYTES,
     check_literal_address,
     content_kind,
+    format_url,
     is_public,
     printable,
     private_address,
-    shown_url,
     split_url,
 )
-from vlmtune.data.types import Access
+from vlmtune.data.types import MediaPolicy
 from vlmtune.errors import VlmtuneError
 
 MAX_REDIRECTS = 5
@@ -88,24 +88,24 @@ def download(url: str, into: BinaryIO, *, limits: Limits) -> None:
         except TimeoutError as error:
             raise PassingError(
                 f"the download took longer than {limits.seconds:g} seconds",
-                got=shown_url(url),
+                got=format_url(url),
                 do="raise data.url_timeout_seconds, or download the picture yourself",
             ) from error
         except ssl.SSLCertVerificationError as error:
             raise VlmtuneError(
                 f"the server's certificate is not valid ({error.verify_message})",
-                got=shown_url(current),
+                got=format_url(current),
             ) from error
         except (OSError, http.client.HTTPException) as error:
             raise PassingError(
                 f"the connection failed ({_reason(error)})",
-                got=shown_url(current),
+                got=format_url(current),
                 do="look whether the address is right and the network is there",
             ) from error
         if target is None:
             return
         current = target
-    raise VlmtuneError(f"the URL leads on more than {MAX_REDIRECTS} times", got=shown_url(url))
+    raise VlmtuneError(f"the URL leads on more than {MAX_REDIRECTS} times", got=format_url(url))
 
 
 def _one_request(
@@ -164,7 +164,7 @@ def _resolve(parts: SplitResult, host: str, port: int) -> list[str]:
         kind = PassingError if error.errno == socket.EAI_AGAIN else VlmtuneError
         raise kind(
             f"the host's name is not known ({error.strerror})",
-            got=shown_url(parts.geturl()),
+            got=format_url(parts.geturl()),
             do="look whether the address is right and the network is there",
         ) from error
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
@@ -197,7 +197,7 @@ def _next_url(parts: SplitResult, response: http.client.HTTPResponse) -> str:
     if not location:
         raise VlmtuneError(
             f"the server answered {response.status} without saying where to",
-            got=shown_url(parts.geturl()),
+            got=format_url(parts.geturl()),
         )
     try:
         return urljoin(parts.geturl(), location)
@@ -213,7 +213,7 @@ def _check_status(parts: SplitResult, response: http.client.HTTPResponse) -> Non
     passes = response.status == http.client.TOO_MANY_REQUESTS or response.status >= 500
     error = (PassingError if passes else VlmtuneError)(
         f"the server answered {response.status} {printable(response.reason)}".rstrip(),
-        got=shown_url(parts.geturl()),
+        got=format_url(parts.geturl()),
         do="correct the URL, or take the sample out" if not passes else "try again later",
     )
     wait = response.getheader("Retry-After", "")
@@ -242,7 +242,7 @@ def _write_body(
     if num_bytes > limits.max_bytes:
         raise VlmtuneError(
             "the download is too large",
-            got=f"{shown_url(parts.geturl())}: {num_bytes} bytes or more",
+            got=f"{format_url(parts.geturl())}: {num_bytes} bytes or more",
             expected=f"at most {limits.max_bytes} (data.max_download_bytes)",
         )
     if response.length:
@@ -321,40 +321,42 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NO_MEDIA = ("an HTML page", "XML", "JSON")
 
 
-def check_url(url: str, access: Access) -> SplitResult:
+def check_url(url: str, media_policy: MediaPolicy) -> SplitResult:
     """The parts of a URL that may be fetched; asks no network.
 
     Raises VlmtuneError where the recipe does not allow URLs, or this one.
     """
-    if not access.allow_urls:
+    if not media_policy.allow_urls:
         raise VlmtuneError(
             "pictures are not fetched from the network",
-            got=shown_url(url),
+            got=format_url(url),
             do="set data.allow_urls: true (vlmtune eval: --allow-urls), or download the picture "
             "and give its path",
         )
     parts = split_url(url)
-    if not access.allow_private_addresses:
+    if not media_policy.allow_private_addresses:
         check_literal_address(parts)
     return parts
 
 
-def fetch(url: str, access: Access, *, sleep: Callable[[float], None] = time.sleep) -> Path:
+def fetch(
+    url: str, media_policy: MediaPolicy, *, sleep: Callable[[float], None] = time.sleep
+) -> Path:
     """The file with what `url` holds, downloaded unless it is kept already.
 
     Time-outs, broken connections, 429 and 5xx are tried again, three times in all, after
     0.5 and 1 seconds or what the server asks for. Raises VlmtuneError with the URL and the reason.
     """
-    check_url(url, access)
-    folder = download_folder(access)
+    check_url(url, media_policy)
+    folder = download_folder(media_policy)
     entry = folder / "urls" / hashlib.sha256(url.encode("utf-8", "backslashreplace")).hexdigest()
     kept = _kept(entry, folder)
     if kept is not None:
-        _check_kept_size(kept, url, access)
+        _check_kept_size(kept, url, media_policy)
         return kept
     for attempt in range(ATTEMPTS):
         try:
-            return _download(url, access, entry=entry, folder=folder)
+            return _download(url, media_policy, entry=entry, folder=folder)
         except PassingError as error:
             if attempt == ATTEMPTS - 1:
                 error.message += f", {ATTEMPTS} times"
@@ -363,9 +365,9 @@ def fetch(url: str, access: Access, *, sleep: Callable[[float], None] = time.sle
     raise AssertionError("the last attempt returns or raises")
 
 
-def download_folder(access: Access) -> Path:
+def download_folder(media_policy: MediaPolicy) -> Path:
     """Where downloads are kept: in the recipe's `data.cache_dir`, or the user's cache."""
-    return access.cache_folder / "downloads"
+    return media_policy.cache_folder / "downloads"
 
 
 def _kept(entry: Path, folder: Path) -> Path | None:
@@ -382,27 +384,27 @@ def _kept(entry: Path, folder: Path) -> Path | None:
         raise _cache_error(folder, error) from error
 
 
-def _check_kept_size(kept: Path, url: str, access: Access) -> None:
+def _check_kept_size(kept: Path, url: str, media_policy: MediaPolicy) -> None:
     # The same answer whether it is kept or not.
     size = kept.stat().st_size
-    if size > access.max_download_bytes:
+    if size > media_policy.max_download_bytes:
         raise VlmtuneError(
             "the download is too large",
-            got=f"{shown_url(url)}: {size} bytes",
-            expected=f"at most {access.max_download_bytes} (data.max_download_bytes)",
+            got=f"{format_url(url)}: {size} bytes",
+            expected=f"at most {media_policy.max_download_bytes} (data.max_download_bytes)",
         )
 
 
-def _download(url: str, access: Access, *, entry: Path, folder: Path) -> Path:
+def _download(url: str, media_policy: MediaPolicy, *, entry: Path, folder: Path) -> Path:
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=folder, prefix=".part-")
     except OSError as error:
         raise _cache_error(folder, error) from error
     limits = Limits(
-        max_bytes=access.max_download_bytes,
-        seconds=access.url_timeout_seconds,
-        allow_private_addresses=access.allow_private_addresses,
+        max_bytes=media_policy.max_download_bytes,
+        seconds=media_policy.url_timeout_seconds,
+        allow_private_addresses=media_policy.allow_private_addresses,
     )
     try:
         with os.fdopen(handle, "w+b") as stream:
@@ -424,12 +426,12 @@ def _check_content(stream: BinaryIO, url: str) -> None:
     stream.seek(0)
     head = stream.read(HEAD_BYTES)
     if not head:
-        raise VlmtuneError("the download is empty", got=shown_url(url))
+        raise VlmtuneError("the download is empty", got=format_url(url))
     kind = content_kind(head)
     if kind in _NO_MEDIA:
         raise VlmtuneError(
             f"the URL leads to {kind}, not to a picture",
-            got=shown_url(url),
+            got=format_url(url),
             do="give the address of the picture itself",
         )
 

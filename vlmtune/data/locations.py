@@ -149,19 +149,19 @@ def split_url(url: str) -> SplitResult:
         if host:
             host.encode("idna")
     except ValueError as error:  # UnicodeError is one
-        raise VlmtuneError(f"not a URL ({error})", got=shown_url(url)) from error
+        raise VlmtuneError(f"not a URL ({error})", got=format_url(url)) from error
     if parts.scheme not in SCHEMES:
         raise VlmtuneError(
             f"a {parts.scheme or 'URL without a scheme'}: URL is not fetched",
-            got=shown_url(url),
+            got=format_url(url),
             expected="http or https",
         )
     if not host:
-        raise VlmtuneError("the URL names no host", got=shown_url(url))
+        raise VlmtuneError("the URL names no host", got=format_url(url))
     return parts
 
 
-def shown_url(url: str) -> str:
+def format_url(url: str) -> str:
     """The URL for messages: short, without user, password, and what its query says."""
     before, question, _ = url.partition("?")
     before = before.partition("#")[0]
@@ -186,7 +186,7 @@ def check_literal_address(parts: SplitResult) -> None:
 def private_address(url: str, address: Address) -> VlmtuneError:
     return VlmtuneError(
         "the URL leads to an address that is not public",
-        got=f"{shown_url(url)} at {address}",
+        got=f"{format_url(url)} at {address}",
         do="set data.allow_private_addresses: true where the data is trusted",
     )
 

@@ -31,7 +31,7 @@ import PIL.Image
 from vlmtune.data.encode import Encoder
 from vlmtune.data.locations import is_url
 from vlmtune.data.media import locate_image, read_image, upright_size
-from vlmtune.data.pairs import Pair, encode_pair
+from vlmtune.data.pairs import ImageTextPair, encode_pair
 from vlmtune.data.types import IGNORED, Conversation, Image, Part, Sample
 from vlmtune.errors import SampleError, VlmtuneError
 
@@ -42,7 +42,7 @@ MAX_REMEMBERED = 50_000
 
 _OFFSETS = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
 
-Encode = Callable[[Encoder, Conversation], Sample | Pair]
+Encode = Callable[[Encoder, Conversation], Sample | ImageTextPair]
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,9 @@ class Measurer:
             encoded = encode(encoder, conversation)
         except SampleError as error:
             return error
-        samples = [encoded.picture, encoded.text] if isinstance(encoded, Pair) else [encoded]
+        samples = (
+            [encoded.picture, encoded.text] if isinstance(encoded, ImageTextPair) else [encoded]
+        )
         return Measure(
             lengths=tuple(sample.num_tokens for sample in samples),
             num_supervised=sum(int((sample.targets != IGNORED).sum()) for sample in samples),

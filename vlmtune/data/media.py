@@ -34,12 +34,12 @@ from vlmtune.data.locations import (
     NoSuchFile,
     content_kind,
     find_file,
+    format_url,
     is_readable_kind,
     is_url,
     printable,
-    shown_url,
 )
-from vlmtune.data.types import Access, Image, Media, Video
+from vlmtune.data.types import Image, Media, MediaPolicy, Video
 from vlmtune.errors import VlmtuneError, shorten
 
 ANIMATED = "animated pictures: the first frame is used"
@@ -180,13 +180,13 @@ def locate_image(image: Image) -> Path | bytes:
     Raises VlmtuneError where there is no such file, where it may not be read, or where the
     reference is of an unknown kind.
     """
-    return _locate(image.ref, image.base_dir, image.content, image.access, what="picture")
+    return _locate(image.ref, image.base_dir, image.content, image.media_policy, what="picture")
 
 
 def locate_video(video: Video) -> Path | bytes:
     """As `locate_image`, of a video that is one file."""
     assert isinstance(video.ref, str), "a list of frames is no file"
-    return _locate(video.ref, video.base_dir, video.content, video.access, what="video")
+    return _locate(video.ref, video.base_dir, video.content, video.media_policy, what="video")
 
 
 def locate_media(media: Media) -> None:
@@ -198,9 +198,9 @@ def locate_media(media: Media) -> None:
     refs = media.ref if isinstance(media.ref, tuple) else (media.ref,)
     for ref in refs:
         if media.content is None and is_url(ref):
-            check_url(ref, media.access)
+            check_url(ref, media.media_policy)
         else:
-            _locate(ref, media.base_dir, media.content, media.access, what=what)
+            _locate(ref, media.base_dir, media.content, media.media_policy, what=what)
 
 
 def open_image(image: Image, *, max_pixels: int) -> PIL.Image.Image:
@@ -248,14 +248,14 @@ def content_digest(image: Image) -> str:
 
 
 def _locate(
-    ref: str, base_dir: Path, content: bytes | None, access: Access, *, what: str
+    ref: str, base_dir: Path, content: bytes | None, media_policy: MediaPolicy, *, what: str
 ) -> Path | bytes:
     if content is not None:
         if not content:
             raise VlmtuneError(f"the {what}'s bytes are empty", got=printable(ref) or "no bytes")
         return content
     if is_url(ref):
-        return fetch(ref, access)
+        return fetch(ref, media_policy)
     if ref[:5].lower() == "file:":
         raise VlmtuneError(
             "file: URLs are not understood", got=printable(ref), do="give the plain path"
@@ -264,7 +264,7 @@ def _locate(
         return decode_data_url(ref)
     try:
         return find_file(
-            ref, base_dir=base_dir, allow_outside=access.allow_outside_paths, what=what
+            ref, base_dir=base_dir, allow_outside=media_policy.allow_outside_paths, what=what
         )
     except NoSuchFile:
         # Only now: base64 of a JPEG starts with "/9j/" and looks like a path.
@@ -319,7 +319,7 @@ def _name(image: Image, found: Path | bytes) -> str:
         named = f" ({printable(image.ref)})" if image.ref else ""
         return f"{len(image.content)} bytes{named}"
     if is_url(image.ref):
-        return shown_url(image.ref)
+        return format_url(image.ref)
     return printable(str(found)) if isinstance(found, Path) else f"{len(found)} bytes of base64"
 
 

@@ -19,12 +19,21 @@ import torch
 from vlmtune.data.batches import BatchLayout, collate, plan_padded
 from vlmtune.data.encode import Encoder
 from vlmtune.data.media import content_digest
-from vlmtune.data.types import Conversation, Image, Part, Sample, SideBatch, Source, Text, Turn
+from vlmtune.data.types import (
+    ContrastiveBatch,
+    Conversation,
+    Image,
+    Part,
+    Sample,
+    Source,
+    Text,
+    Turn,
+)
 from vlmtune.errors import SampleError, VlmtuneError
 
 
 @dataclass(frozen=True)
-class Pair:
+class ImageTextPair:
     """A sample's two sides, encoded; pairs with an equal key show the same picture, or say the
     same text. Keys are 63 bits of a digest: they travel between processes as integers."""
 
@@ -46,9 +55,9 @@ class Pair:
         return (*self.picture.notes, *self.text.notes)
 
 
-def encode_pair(encoder: Encoder, conversation: Conversation, *, prompt: str) -> Pair:
+def encode_pair(encoder: Encoder, conversation: Conversation, *, prompt: str) -> ImageTextPair:
     """Both sides of a sample. Raises SampleError where one is missing or cannot be encoded."""
-    return Pair(
+    return ImageTextPair(
         encoder.encode_prompt(picture_side(conversation, prompt=prompt)),
         encoder.encode_prompt(text_side(conversation, prompt=prompt)),
         _as_integer(picture_key(conversation)),
@@ -56,25 +65,27 @@ def encode_pair(encoder: Encoder, conversation: Conversation, *, prompt: str) ->
     )
 
 
-def side_batches(pairs: Sequence[Pair], *, layout: BatchLayout) -> list[SideBatch]:
+def contrastive_batches(
+    pairs: Sequence[ImageTextPair], *, layout: BatchLayout
+) -> list[ContrastiveBatch]:
     """Micro-batches within the token budget: the pictures of `pairs`, then their texts, in padded
     rows."""
     batches = []
-    sides: tuple[Literal[0, 1], ...] = (0, 1)
-    for side in sides:
-        samples = [pair.picture if side == 0 else pair.text for pair in pairs]
+    modalities: tuple[Literal[0, 1], ...] = (0, 1)
+    for modality in modalities:
+        samples = [pair.picture if modality == 0 else pair.text for pair in pairs]
         lengths = [sample.num_tokens for sample in samples]
         for rows in plan_padded(lengths, [0] * len(samples), budget=layout.budget):
             batch = collate(
                 [samples[row] for row in rows],
                 pad_token_id=layout.pad_token_id,
-                media_layout=layout.media_layout,
+                image_batching=layout.image_batching,
             )
             batches.append(
-                SideBatch(
+                ContrastiveBatch(
                     inputs=batch.inputs,
                     last=torch.tensor([samples[row].num_tokens - 1 for row in rows]),
-                    side=side,
+                    modality=modality,
                     pairs=tuple(rows),
                     sample_ids=batch.sample_ids,
                     num_tokens=batch.num_tokens,

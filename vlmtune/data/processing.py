@@ -156,7 +156,7 @@ BESIDE_ROWS = ("image_sizes",)
 
 
 @dataclass(frozen=True)
-class Unit:
+class MediaItem:
     """`tensors` are the arguments of the model's `get_image_features` or `get_video_features`;
     views of the inputs where nothing was taken off."""
 
@@ -178,19 +178,19 @@ def kind_of_key(key: str) -> str:
     return key.partition(":")[0]
 
 
-def split_units(inputs: Mapping[str, Tensor], layout: MediaLayout) -> list[Unit]:
+def split_media_items(inputs: Mapping[str, Tensor], layout: MediaLayout) -> list[MediaItem]:
     """The units of a sample's or a batch's `inputs`: its pictures, then its videos."""
-    units: list[Unit] = []
+    units: list[MediaItem] = []
     for kind in KINDS:
         if PIXELS[kind] in inputs:
             split = _tiles if layout == "stacked" else _rows
-            units += [Unit(kind, tensors) for tensors in split(inputs, kind)]
+            units += [MediaItem(kind, tensors) for tensors in split(inputs, kind)]
     return units
 
 
 def media_keys_of(inputs: Mapping[str, Tensor], layout: MediaLayout) -> tuple[str, ...]:
     """The key of each unit."""
-    return tuple(unit.key for unit in split_units(inputs, layout))
+    return tuple(unit.key for unit in split_media_items(inputs, layout))
 
 
 def without_pixels(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

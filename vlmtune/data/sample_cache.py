@@ -156,7 +156,7 @@ def _identity(media: Media) -> list[Any]:
         return ["image", _identity_of(locate_image(media))]
     if isinstance(media.ref, str):
         return ["video", _identity_of(locate_video(media))]
-    frames = [Image(ref, media.base_dir, None, media.access) for ref in media.ref]
+    frames = [Image(ref, media.base_dir, None, media.media_policy) for ref in media.ref]
     return ["frames", [_identity_of(locate_image(frame)) for frame in frames]]
 
 

@@ -36,14 +36,14 @@ from vlmtune.data.formats.registry import (
 from vlmtune.data.order import chosen_entry, permuted
 from vlmtune.data.sources.base import RawRow, Shard
 from vlmtune.data.sources.registry import open_shards
-from vlmtune.data.types import LOCAL, Access, Conversation, Source
+from vlmtune.data.types import LOCAL, Conversation, MediaPolicy, Source
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.recipe.data_section import DataEntry, FormatName
 from vlmtune.recipe.paths import HUB, expand_shards
 
 
 @dataclass(frozen=True)
-class EntryCursor:
+class StreamPosition:
     """The block an entry is in, and how much of it was taken. The block starts at `row` of the
     shard that is number `shard` in the epoch's order. All 0-based."""
 
@@ -54,7 +54,7 @@ class EntryCursor:
     taken: int = 0
 
 
-class Placed(NamedTuple):
+class ShardRow(NamedTuple):
     """A row and its shard, as a number in the entry's list; `turn` is the shard's number in the
     epoch's order."""
 
@@ -63,7 +63,7 @@ class Placed(NamedTuple):
     row: RawRow
 
 
-class BlockReader:
+class ShuffledReader:
     """Takes rows of `shards`, entry number `entry` of the data, from `cursor` on.
 
     A file is opened when its first row is due, and again at the start of each epoch.
@@ -76,17 +76,17 @@ class BlockReader:
         seed: int,
         entry: int,
         block_rows: int,
-        cursor: EntryCursor | None = None,
+        cursor: StreamPosition | None = None,
     ) -> None:
         self._shards = shards
         self._key = f"vlmtune:{seed}:stream {entry}"
         self._block_rows = block_rows
-        self.cursor = cursor or EntryCursor()
-        self._rows: Iterator[Placed] | None = None
-        self._block: list[Placed] = []
+        self.cursor = cursor or StreamPosition()
+        self._rows: Iterator[ShardRow] | None = None
+        self._block: list[ShardRow] = []
         self._order: list[int] = []
 
-    def take(self) -> Placed:
+    def take(self) -> ShardRow:
         """The next row. Raises VlmtuneError where a file cannot be read on, where there is no row
         at all, or fewer than when `cursor` was made."""
         if self._rows is None:
@@ -94,7 +94,7 @@ class BlockReader:
         while self.cursor.taken == len(self._block):
             self._next_block()
         at = self.cursor
-        self.cursor = EntryCursor(at.epoch, at.block, at.shard, at.row, at.taken + 1)
+        self.cursor = StreamPosition(at.epoch, at.block, at.shard, at.row, at.taken + 1)
         return self._block[self._order[at.taken]]
 
     def _resume(self) -> None:
@@ -115,29 +115,29 @@ class BlockReader:
         block = self._read()
         if block:
             first = block[0]
-            self._begin(block, EntryCursor(at.epoch, at.block + 1, first.turn, first.row.number))
+            self._begin(block, StreamPosition(at.epoch, at.block + 1, first.turn, first.row.number))
         else:
             self._rows = self._walk(at.epoch + 1, turn=0, row=0)
-            self._begin(self._read(), EntryCursor(at.epoch + 1))
+            self._begin(self._read(), StreamPosition(at.epoch + 1))
 
-    def _read(self) -> list[Placed]:
+    def _read(self) -> list[ShardRow]:
         assert self._rows is not None
         self._block = []  # let go of before the next is read: one block at a time
         return list(islice(self._rows, self._block_rows))
 
-    def _begin(self, block: list[Placed], cursor: EntryCursor) -> None:
+    def _begin(self, block: list[ShardRow], cursor: StreamPosition) -> None:
         self._block, self.cursor = block, cursor
         size = len(block)
         key = f"{self._key}:epoch {cursor.epoch}:block {cursor.block}"
         self._order = [permuted(place, size=size, key=key) for place in range(size)]
 
-    def _walk(self, epoch: int, *, turn: int, row: int) -> Iterator[Placed]:
+    def _walk(self, epoch: int, *, turn: int, row: int) -> Iterator[ShardRow]:
         """The rows of an epoch from row `row` of its shard number `turn` on."""
         size = len(self._shards)
         for later in range(turn, size):
             shard = permuted(later, size=size, key=f"{self._key}:epoch {epoch}:shards")
             for raw in self._shards[shard].rows(row if later == turn else 0):
-                yield Placed(later, shard, raw)
+                yield ShardRow(later, shard, raw)
 
 
 logger = logging.getLogger("vlmtune")
@@ -152,7 +152,7 @@ class StreamFile:
     shard: Shard
     format: FormatName
     label: str
-    access: Access
+    media_policy: MediaPolicy
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class StreamRow:
             base_dir=file.shard.base_dir if own is None else Path(own),
             fallback_id=self.id,
             entry=file.entry,
-            access=file.access,
+            media_policy=file.media_policy,
         )
         return parse_row(row, file.format)
 
@@ -191,7 +191,7 @@ class StreamCursor:
     """Where a stream stands: the next place, and where each entry is."""
 
     place: int
-    entries: tuple[EntryCursor, ...]
+    entries: tuple[StreamPosition, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """For the checkpoint: JSON values."""
@@ -199,7 +199,7 @@ class StreamCursor:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StreamCursor:
-        return cls(values["place"], tuple(EntryCursor(**entry) for entry in values["entries"]))
+        return cls(values["place"], tuple(StreamPosition(**entry) for entry in values["entries"]))
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class Stream:
         return tuple(files[0].entry.weight for files in self.entries)
 
     def start(self) -> StreamCursor:
-        return StreamCursor(0, (EntryCursor(),) * len(self.entries))
+        return StreamCursor(0, (StreamPosition(),) * len(self.entries))
 
     def every_row(self) -> Iterator[StreamRow]:
         """Each row once, in the order of the files."""
@@ -235,7 +235,7 @@ class OpenStream:
         self._stream = stream
         self._place = cursor.place
         self._readers = [
-            BlockReader(
+            ShuffledReader(
                 [file.shard for file in files],
                 seed=stream.seed,
                 entry=number,
@@ -264,7 +264,7 @@ def open_stream(
     *,
     seed: int,
     block_rows: int,
-    access: Access = LOCAL,
+    media_policy: MediaPolicy = LOCAL,
     cache_dir: Path,
 ) -> Stream:
     """The stream of `entries`; of each, the first shard with rows tells the format.
@@ -280,7 +280,7 @@ def open_stream(
         labels = [_stem(s.file) if stems[_stem(s.file)] == 1 else s.file for s in shards]
         streamed.append(
             tuple(
-                StreamFile(entry, shard, name, label, access)
+                StreamFile(entry, shard, name, label, media_policy)
                 for shard, label in zip(shards, labels, strict=True)
             )
         )

@@ -38,7 +38,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Access:
+class MediaPolicy:
     """What pictures and videos may be read from; the recipe's `data` section says it.
 
     `allow_outside_paths`: files that are not below the sample's folder. `cache_dir`: where what
@@ -61,7 +61,7 @@ class Access:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlmtune"
 
 
-LOCAL = Access()
+LOCAL = MediaPolicy()
 """Files below the sample's own folder, and what the row itself holds."""
 
 
@@ -76,7 +76,7 @@ class Image:
     ref: str
     base_dir: Path
     content: bytes | None = field(default=None, repr=False)
-    access: Access = field(default=LOCAL, repr=False)
+    media_policy: MediaPolicy = field(default=LOCAL, repr=False)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Video:
     ref: str | tuple[str, ...]
     base_dir: Path
     content: bytes | None = field(default=None, repr=False)
-    access: Access = field(default=LOCAL, repr=False)
+    media_policy: MediaPolicy = field(default=LOCAL, repr=False)
 
 
 Media = Image | Video
@@ -204,7 +204,7 @@ class Batch:
 
 
 @dataclass
-class SideBatch:
+class ContrastiveBatch:
     """A micro-batch of prompts whose embeddings are wanted: the pictures of some pairs, or texts.
 
     `last` (B,) are the positions of the rows' last tokens; row b is of pair `pairs[b]` of this
@@ -213,7 +213,7 @@ class SideBatch:
 
     inputs: dict[str, torch.Tensor]
     last: torch.Tensor  # (B,) int64
-    side: Literal[0, 1]  # 0: pictures, 1: texts
+    modality: Literal[0, 1]  # 0: pictures, 1: texts
     pairs: tuple[int, ...]
     sample_ids: tuple[str, ...]
     num_tokens: int

@@ -95,7 +95,7 @@ def _from_pictures(
     notes = [] if len(kept) == len(refs) else [FRAMES_LEFT_OUT]
     frames = []
     for index in kept:
-        frame = Image(refs[index], video.base_dir, None, video.access)
+        frame = Image(refs[index], video.base_dir, None, video.media_policy)
         opened = read_image(frame, max_pixels=max_pixels)
         notes += opened.notes
         frames.append(_shrunk(opened.picture, section.max_pixels))

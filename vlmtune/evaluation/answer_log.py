@@ -115,7 +115,7 @@ def _identity(part: Part) -> object:
         return part.text
     if isinstance(part, Video):
         refs = part.ref if isinstance(part.ref, tuple) else (part.ref,)
-        files = (Image(ref, part.base_dir, part.content, part.access) for ref in refs)
+        files = (Image(ref, part.base_dir, part.content, part.media_policy) for ref in refs)
         return ["video", *map(_identity, files)]
     if is_url(part.ref):  # downloaded anew, it has a new time
         return content_digest(part)
@@ -135,7 +135,7 @@ PATTERN = "answers-*.part.jsonl"
 Settings = Mapping[str, object]
 
 
-class KeptAnswers:
+class AnswerLog:
     """`texts` are the answers of earlier starts with the same `settings`, by the sample's number;
     `dropped` names the settings in which other kept answers differ (those are not used).
 
@@ -155,7 +155,7 @@ class KeptAnswers:
             elif texts:
                 self.dropped |= differing(settings, self._settings)
 
-    def __enter__(self) -> KeptAnswers:
+    def __enter__(self) -> AnswerLog:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         settings, texts = _read(self._path)
         mine = texts if settings == self._settings else {}
@@ -187,7 +187,7 @@ class KeptAnswers:
         self._file.write(json.dumps(line) + "\n")
 
 
-def remove_kept(folder: Path) -> None:
+def remove_answer_log(folder: Path) -> None:
     """Remove every process's kept answers; for when the report is written."""
     for path in folder.glob("answers-*.part.*"):
         path.unlink(missing_ok=True)

@@ -14,12 +14,12 @@ from transformers import TextStreamer
 
 from vlmtune.data.encode import Encoder
 from vlmtune.data.media import open_image
-from vlmtune.data.types import Access, Conversation, Image, Part, Source, Text, Turn
+from vlmtune.data.types import Conversation, Image, MediaPolicy, Part, Source, Text, Turn
 from vlmtune.evaluation.generate import evaluating, greedy_config
 from vlmtune.evaluation.prompts import prompt_inputs
 from vlmtune.models.load import VLM
 
-AS_TYPED = Access(allow_outside_paths=True)
+AS_TYPED = MediaPolicy(allow_outside_paths=True)
 """A path that the user types may be a link to anywhere."""
 
 
@@ -47,7 +47,7 @@ class Dialogue:
     def add_image(self, path: Path) -> None:
         """Show a picture with the next question. Raises VlmtuneError if it cannot be opened."""
         path = path.expanduser().absolute()
-        image = Image(ref=str(path), base_dir=path.parent, access=AS_TYPED)
+        image = Image(ref=str(path), base_dir=path.parent, media_policy=AS_TYPED)
         open_image(image, max_pixels=self._max_image_pixels)
         self.images.append(image)
 

@@ -37,7 +37,7 @@ def prompt_inputs(vlm: VLM, prompts: Sequence[Sample]) -> dict[str, Tensor]:
     inputs = collate_prompts(
         prompts,
         pad_token_id=pad_token_id(vlm.processor),
-        media_layout=vlm.family.media_layout,
+        image_batching=vlm.family.image_batching,
     )
     device = next(vlm.model.parameters()).device
     return {name: tensor.to(device) for name, tensor in inputs.items()}
@@ -59,7 +59,7 @@ class SharedPictures:
     def __init__(self, vlm: VLM, *, max_bytes: int = MAX_BYTES) -> None:
         self._vlm = vlm
         self._features = None
-        if vlm.family.takes_features:
+        if vlm.family.supports_precomputed_features:
             cache = FeatureCache([RecentStore(max_bytes)])
             base = base_of(vlm.model)
             self._features = VisionFeatures(base, vlm.family, cache, level="features")
@@ -69,7 +69,7 @@ class SharedPictures:
         """`prompts` that `inputs` will be asked for, with the keys of their pictures."""
         if self._features is None:
             return list(prompts)
-        layout = self._vlm.family.media_layout
+        layout = self._vlm.family.image_batching
         keyed = [replace(p, media_keys=media_keys_of(p.media, layout)) for p in prompts]
         keys = [key for prompt in keyed for key in prompt.media_keys]
         self._is_repeated |= len(set(keys)) < len(keys)

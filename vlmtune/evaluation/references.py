@@ -97,7 +97,7 @@ def media_names(conversation: Conversation) -> tuple[str, ...]:
     names = [picture_name(image) for image in conversation.images]
     for video in conversation.videos:
         refs = video.ref if isinstance(video.ref, tuple) else (video.ref,)
-        files = (Image(ref, video.base_dir, video.content, video.access) for ref in refs)
+        files = (Image(ref, video.base_dir, video.content, video.media_policy) for ref in refs)
         names += map(picture_name, files)
     return tuple(names)
 

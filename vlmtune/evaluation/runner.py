@@ -17,7 +17,7 @@ import numpy as np
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation
 from vlmtune.errors import ErrorGroup, VlmtuneError
-from vlmtune.evaluation.answer_log import KeptAnswers
+from vlmtune.evaluation.answer_log import AnswerLog
 from vlmtune.evaluation.generate import generate_answers
 from vlmtune.evaluation.likelihood import choice_statistics, choose_by_likelihood
 from vlmtune.evaluation.metrics.base import Interval, Mean, Metric, Statistics, bootstrap_intervals
@@ -127,7 +127,7 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     gather: Gather | None = None,
-    kept: KeptAnswers | None = None,
+    kept: AnswerLog | None = None,
     shown: Sequence[Conversation] | None = None,
 ) -> EvalReport:
     """Answer and score every conversation as `section` says, or rank pictures and texts for
@@ -234,7 +234,7 @@ def answer_all(
     rank: int = 0,
     world_size: int = 1,
     gather: Gather | None = None,
-    kept: KeptAnswers | None = None,
+    kept: AnswerLog | None = None,
     pictures: SharedPictures | None = None,
 ) -> list[str]:
     """The answer to every conversation, on every process.

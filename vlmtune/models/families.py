@@ -45,10 +45,10 @@ class Family:
     parts: Mapping[str, tuple[str, ...]]
     attention: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     mlp: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    media_layout: MediaLayout = "flat"
+    image_batching: MediaLayout = "flat"
     pixel_budget: bool = False
     positions: Literal["text", "mrope"] | None = None
-    takes_features: bool = False
+    supports_precomputed_features: bool = False
     feature_order: Callable[[Any, Mapping[str, Tensor]], Tensor] | None = None
 
 
@@ -136,7 +136,7 @@ LLAVA = Family(
     attention=LLAVA_ATTENTION,
     mlp=LLAVA_MLP,
     positions="text",
-    takes_features=True,
+    supports_precomputed_features=True,
 )
 
 IDEFICS = Family(
@@ -150,9 +150,9 @@ IDEFICS = Family(
     },
     attention=LLAVA_ATTENTION,
     mlp=LLAVA_MLP,
-    media_layout="stacked",
+    image_batching="stacked",
     positions="text",
-    takes_features=True,
+    supports_precomputed_features=True,
 )
 QWEN_VISION_ATTENTION = ("qkv", "proj")
 
@@ -184,7 +184,7 @@ QWEN2_VL = Family(
     mlp={"vision": ("fc1", "fc2"), "language": LANGUAGE_MLP},
     pixel_budget=True,
     positions="mrope",
-    takes_features=True,
+    supports_precomputed_features=True,
 )
 
 QWEN2_5_VL = Family(
@@ -196,7 +196,7 @@ QWEN2_5_VL = Family(
     mlp={"vision": LANGUAGE_MLP, "language": LANGUAGE_MLP},
     pixel_budget=True,
     positions="mrope",
-    takes_features=True,
+    supports_precomputed_features=True,
     feature_order=window_order,
 )
 
@@ -212,7 +212,7 @@ QWEN3_VL = Family(
     mlp={"vision": ("linear_fc1", "linear_fc2"), "language": LANGUAGE_MLP},
     pixel_budget=True,
     positions="mrope",
-    takes_features=True,
+    supports_precomputed_features=True,
 )
 
 FAMILIES: dict[str, Family] = {
@@ -250,7 +250,7 @@ def family_for(
     stated = {part: tuple(paths) for part, paths in parts.items()}
     _check_paths(stated, model)
     if known is not None:
-        return replace(known, parts={**known.parts, **stated}, takes_features=False)
+        return replace(known, parts={**known.parts, **stated}, supports_precomputed_features=False)
     if "language" not in stated:
         raise VlmtuneError(
             f"parts says nothing about the language part of a model of type {model_type!r}",

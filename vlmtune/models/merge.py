@@ -49,9 +49,9 @@ from vlmtune.models.merge_verify import (
 from vlmtune.models.merge_whole import merge_whole
 from vlmtune.models.merge_write import (
     Folding,
-    OnDisk,
+    LazyCheckpoint,
     OutputPlan,
-    open_on_disk,
+    open_lazily,
     output_tensor,
     plan_output,
     write_merged,
@@ -59,7 +59,7 @@ from vlmtune.models.merge_write import (
 from vlmtune.models.open import result_of_run
 from vlmtune.models.streamed import (
     Reader,
-    place,
+    map_weights,
     size_in_bytes,
     stored_tensors,
     streaming,
@@ -103,7 +103,7 @@ def merge(
     opened, MergeFailed where the result is not base + adapter.
     """
     check_output(output)
-    on_disk = open_on_disk(target, trust_remote_code=trust_remote_code)
+    on_disk = open_lazily(target, trust_remote_code=trust_remote_code)
     wanted = None if dtype == "auto" else getattr(torch, dtype)
     check_space(_num_bytes(on_disk, wanted), output)
     writing = output.parent / f".writing-{output.name}"
@@ -142,7 +142,7 @@ def merge(
 
 
 def fold_and_write(
-    on_disk: OnDisk,
+    on_disk: LazyCheckpoint,
     folder: Path,
     probes: list[Probe],
     *,
@@ -196,7 +196,7 @@ def verify_written(
         raise MergeFailed(f"the merged checkpoint is not whole: {fault}", no_logits(reference))
     config = read_config(str(folder), trust_remote_code=trust_remote_code)
     stored = stored_tensors(weight_files(str(folder)))
-    placed = place(config, stored, source=str(folder), trust_remote_code=trust_remote_code)
+    placed = map_weights(config, stored, source=str(folder), trust_remote_code=trust_remote_code)
     load_processor(str(folder), trust_remote_code=trust_remote_code)
     logits = streamed_logits(placed.model, reference.probes, placed.key_of.keys(), placed.read)
     report = require(
@@ -295,7 +295,7 @@ def _shown(errors: Iterable[TensorError]) -> str:
     return f"; farthest from W + its change: {worst.name}, by {worst.relative:.2%}"
 
 
-def _num_bytes(on_disk: OnDisk, dtype: torch.dtype | None) -> int:
+def _num_bytes(on_disk: LazyCheckpoint, dtype: torch.dtype | None) -> int:
     """Of the base's weights in `dtype`: what the checkpoint takes, but for a parted tie."""
     size = 0
     for stored in on_disk.placed.stored.values():

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from vlmtune.data.batches import collate
-from vlmtune.data.dataset import access_of, all_rows, load_conversations
+from vlmtune.data.dataset import all_rows, load_conversations, media_policy_of
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import LOCAL, Conversation, Image, Part, Sample, Source, Text, Turn
 from vlmtune.errors import CheckFailed, SampleError, VlmtuneError, plural
@@ -46,9 +46,9 @@ from vlmtune.models.forward import base_of, full_logits
 from vlmtune.models.load import VLM, quiet_transformers
 from vlmtune.models.merge_write import Folding, OutputPlan
 from vlmtune.models.streamed import (
-    HeapKeeper,
-    Placed,
+    MallocTrimmer,
     StoredTensor,
+    WeightMap,
     read_tensor,
     stored_tensors,
     weight_files,
@@ -84,8 +84,8 @@ def build_probes(vlm: VLM, recipe: Recipe | None, data: Sequence[Path]) -> list[
         max_image_pixels=int(DataSection.model_fields["max_image_pixels"].default),
     )
     if data:
-        access = LOCAL if recipe is None else access_of(recipe.data)
-        conversations, _ = load_conversations(data, access=access)
+        media_policy = LOCAL if recipe is None else media_policy_of(recipe.data)
+        conversations, _ = load_conversations(data, media_policy=media_policy)
         samples = [encoder.encode(c) for c in conversations[:NUM_PROBES]]
     else:
         samples = _samples_of_run(encoder, recipe)
@@ -137,7 +137,7 @@ def _samples_of_run(encoder: Encoder, recipe: Recipe | None) -> list[Sample]:
         return []
     for files in (recipe.data.eval, recipe.data.train):
         try:
-            rows = all_rows(files or [], access=access_of(recipe.data))
+            rows = all_rows(files or [], media_policy=media_policy_of(recipe.data))
         except VlmtuneError as error:
             logger.debug("not compared on the run's own data: %s", error)
             continue
@@ -164,7 +164,7 @@ def _probe(sample: Sample, vlm: VLM) -> Probe:
     """The supervised positions, where the answers are; of many, the first."""
     tokenizer = vlm.processor.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    batch = collate([sample], pad_token_id=pad, media_layout=vlm.family.media_layout)
+    batch = collate([sample], pad_token_id=pad, image_batching=vlm.family.image_batching)
     positions = batch.supervised[0].nonzero().squeeze(1)[:MAX_POSITIONS]
     if positions.numel() == 0:
         raise VlmtuneError(
@@ -358,7 +358,7 @@ def keys_error(folder: Path, plan: OutputPlan) -> str | None:
 def tensor_errors(folder: Path, folding: Folding, plan: OutputPlan) -> Iterator[TensorError]:
     """One for each tensor in `folder`, named as in the model where that has it."""
     written = stored_tensors(weight_files(str(folder)))
-    heap = HeapKeeper()
+    heap = MallocTrimmer()
     for key in plan.tensors:
         if key not in written:
             continue
@@ -374,7 +374,9 @@ def tensor_errors(folder: Path, folding: Folding, plan: OutputPlan) -> Iterator[
         heap.passed(expected.nbytes)
 
 
-def loads_as_written(folder: Path, placed: Placed, dtype: torch.dtype, trust: bool) -> str | None:
+def loads_as_written(
+    folder: Path, placed: WeightMap, dtype: torch.dtype, trust: bool
+) -> str | None:
     """Load `folder` with stock transformers; the first weight that is not the file's, or None.
 
     File by file: what was compared is dropped, so that no more than one file is mapped.

@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from vlmtune.models.adapters.base import tuner_layers
 from vlmtune.models.adapters.full import save_model
-from vlmtune.models.adapters.merged_weight import folded_weights
+from vlmtune.models.adapters.merged_weight import merged_weights
 from vlmtune.models.load import load_processor, quiet_transformers, read_config
 from vlmtune.models.merge_verify import (
     MergeReport,
@@ -67,7 +67,7 @@ def merge_whole(
     if isinstance(model, PeftModel):
         with model.disable_adapter():
             base = probe_logits(model, probes)
-        expected = weight_samples(folded_weights(model))
+        expected = weight_samples(merged_weights(model))
         model = fold(model)
     written = dtype or _own_dtype(opened, trust_remote_code)
     reference = Reference(written, probes, adapted, base, 0.0, float32_tolerance(adapted))

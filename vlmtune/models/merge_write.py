@@ -1,6 +1,6 @@
 """Base + adapter for a merge, and the merged checkpoint on the disk, one tensor at a time.
 
-open_on_disk: the model without its weights (streamed.py), the adapter loaded into it
+open_lazily: the model without its weights (streamed.py), the adapter loaded into it
 Folding:      base(name), folded(name), expected(name): a weight in float32, made when asked for
 
 plan_output:  every tensor of the base under its own key; a weight whose tie the adapter breaks
@@ -31,9 +31,9 @@ from vlmtune.models.adapters.base import WEIGHTS_FILE as ADAPTER_WEIGHTS
 from vlmtune.models.adapters.base import tuner_layers
 from vlmtune.models.adapters.merged_weight import (
     changed_names,
-    folded_weight,
     has_formula,
     merge_layer,
+    merged_weight,
     saved_weights,
 )
 from vlmtune.models.families import family_for
@@ -51,13 +51,13 @@ from vlmtune.models.open import (
     with_adapter,
 )
 from vlmtune.models.streamed import (
-    HeapKeeper,
-    Placed,
+    MallocTrimmer,
     PlannedTensor,
     StoredTensor,
+    WeightMap,
     loaded,
-    make_real,
-    place,
+    map_weights,
+    materialize,
     read_tensor,
     stored_tensors,
     weight_files,
@@ -72,7 +72,7 @@ FOLD_TENSORS = 4
 """Tensors of a weight's size that folding it makes: W, the change, the scaled change, the sum."""
 
 
-def open_on_disk(target: str | Path, *, trust_remote_code: bool = False) -> OnDisk:
+def open_lazily(target: str | Path, *, trust_remote_code: bool = False) -> LazyCheckpoint:
     """Open a run or adapter folder for merging, without reading the base's weights.
 
     Raises VlmtuneError as `open_target` does, and for a model, which there is nothing to merge of.
@@ -97,7 +97,7 @@ def open_on_disk(target: str | Path, *, trust_remote_code: bool = False) -> OnDi
     carried: frozenset[str] = frozenset()
     if is_adapter and not placed.converted:
         candidates = _base_names_in(result / ADAPTER_WEIGHTS) & placed.key_of.keys()
-        make_real(placed.model, candidates)
+        materialize(placed.model, candidates)
         vlm = with_adapter(vlm, result, trust)
         model: Any = vlm.model
         carried = candidates - {name for name, _ in saved_weights(model)}
@@ -105,17 +105,19 @@ def open_on_disk(target: str | Path, *, trust_remote_code: bool = False) -> OnDi
     kind: Kind = "adapter" if recipe is None else "run"
     config = cached_file(source, CONFIG_FILE, revision=vlm.commit)
     assert config is not None, "read_config has read it"
-    return OnDisk(OpenTarget(vlm, kind, recipe), placed, carried, Path(config).parent, trust)
+    return LazyCheckpoint(
+        OpenTarget(vlm, kind, recipe), placed, carried, Path(config).parent, trust
+    )
 
 
 def _place_vlm(
     source: str, revision: str | None, trust: bool, parts: Mapping[Any, Any] | None
-) -> tuple[VLM, Placed]:
+) -> tuple[VLM, WeightMap]:
     config = read_config(source, revision=revision, trust_remote_code=trust)
     commit = commit_of(config)
     revision = commit or revision
     stored = stored_tensors(weight_files(source, revision=revision))
-    placed = place(config, stored, source=source, trust_remote_code=trust)
+    placed = map_weights(config, stored, source=source, trust_remote_code=trust)
     if placed.unused:
         logger.info(
             "%s of %s without a place in the model: copied unread",
@@ -137,7 +139,7 @@ def _base_names_in(file: Path) -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class OnDisk:
+class LazyCheckpoint:
     """A target of `merge` whose base's weights are still in their files.
 
     `opened.vlm.model` is `placed.model`, wrapped by PEFT where there is an adapter. `carried` are
@@ -146,7 +148,7 @@ class OnDisk:
     """
 
     opened: OpenTarget
-    placed: Placed
+    placed: WeightMap
     carried: frozenset[str]
     folder: Path
     trust_remote_code: bool
@@ -155,10 +157,10 @@ class OnDisk:
 class Folding:
     """The weights of base + adapter by their names in the base model, in float32, one at a time."""
 
-    def __init__(self, on_disk: OnDisk) -> None:
+    def __init__(self, on_disk: LazyCheckpoint) -> None:
         self.placed = on_disk.placed
         self.carried = on_disk.carried
-        self._heap = HeapKeeper()
+        self._heap = MallocTrimmer()
         model: Any = on_disk.opened.vlm.model
         self._layers: dict[str, tuple[str, Any]] = {}
         # An alias: the model's own tensor is emptied after each use.
@@ -195,7 +197,7 @@ class Folding:
         if not has_formula(layer) or not name.endswith(".weight"):
             return None
         with loaded(layer, path, self.placed.key_of, self.base):
-            value = folded_weight(layer)
+            value = merged_weight(layer)
         self._heap.passed(FOLD_TENSORS * value.nbytes)
         return value
 
@@ -256,7 +258,7 @@ def plan_output(folding: Folding, dtype: torch.dtype | None) -> OutputPlan:
 def write_merged(
     folding: Folding,
     plan: OutputPlan,
-    on_disk: OnDisk,
+    on_disk: LazyCheckpoint,
     folder: Path,
     *,
     dtype: torch.dtype | None,
@@ -290,12 +292,12 @@ def output_tensor(folding: Folding, plan: OutputPlan, key: str) -> Tensor:
     return value.to(plan.tensors[key].dtype)
 
 
-def _key_on_disk(placed: Placed, name: str) -> str:
+def _key_on_disk(placed: WeightMap, name: str) -> str:
     tensor = torch.empty(0)
     return next(iter(revert_weight_conversion(placed.model, {name: tensor})))
 
 
-def _copy_other_files(on_disk: OnDisk, folder: Path) -> None:
+def _copy_other_files(on_disk: LazyCheckpoint, folder: Path) -> None:
     """Licence, custom code, tokenizer, generation config: what lies beside the base's weights."""
     vlm = on_disk.opened.vlm
     if vlm.commit is not None:

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from vlmtune.errors import VlmtuneError
 from vlmtune.models.adapters.base import WEIGHTS_FILE, adapter_tensors, expected_warnings
-from vlmtune.models.adapters.lora_kernels import use_own_forward
+from vlmtune.models.adapters.lora_kernels import install_kernels
 from vlmtune.models.load import (
     ADAPTER_FILE,
     TOKENIZER_FILES,
@@ -218,7 +218,7 @@ def with_adapter(vlm: VLM, folder: Path, trust_remote_code: bool = False) -> VLM
     _set_exact(adapter_tensors(model), tensors)
     carried = {n: t for n, t in model.state_dict().items() if ".base_layer." in n and n in tensors}
     _check_loaded(adapter_tensors(model) | carried, tensors, folder)
-    use_own_forward(model)
+    install_kernels(model)
     model.eval().requires_grad_(False)
     processor = vlm.processor
     if any((folder / name).is_file() for name in TOKENIZER_FILES):

@@ -161,7 +161,7 @@ def write_tensors(
             f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             for number in range(1, len(shards) + 1)
         ]
-    heap = HeapKeeper()
+    heap = MallocTrimmer()
     for name, shard in zip(names, shards, strict=True):
         _write_file(folder / name, shard, tensor_of, heap)
     if len(shards) > 1:
@@ -207,7 +207,7 @@ def _write_file(
     path: Path,
     planned: Sequence[PlannedTensor],
     tensor_of: Callable[[str], Tensor],
-    heap: HeapKeeper,
+    heap: MallocTrimmer,
 ) -> None:
     """The safetensors format: the header's length, the header as JSON, the tensors' bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -232,7 +232,7 @@ def _write_file(
             heap.passed(tensor.num_bytes)
 
 
-class HeapKeeper:
+class MallocTrimmer:
     """Gives memory that was freed back to the system, where the C library is glibc.
 
     It keeps the holes that tensors of many sizes, one after the other, leave in its heap: they grew
@@ -259,7 +259,7 @@ Reader = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
-class Placed:
+class WeightMap:
     """A model without weights, and where they are.
 
     `key_of`: the key in the files of every weight that is there as the model has it. `ties`: names
@@ -290,13 +290,13 @@ class _Slot:
         getattr(self.owner, self.attribute).data = value
 
 
-def place(
+def map_weights(
     config: PretrainedConfig,
     stored: Mapping[str, StoredTensor],
     *,
     source: str,
     trust_remote_code: bool = False,
-) -> Placed:
+) -> WeightMap:
     """The model of `config`, on the CPU, in eval mode, with its weights left in the files.
 
     Tensors that are not floating-point are loaded. Raises VlmtuneError where the files lack a
@@ -347,12 +347,12 @@ def place(
             slot = _slot(model, name)
             slot.fill(_absent(stored[key_of[name]].shape))
     model.eval().requires_grad_(False)
-    return Placed(
+    return WeightMap(
         model, stored, key_of, _ties(model), tuple(converted), frozenset(info["unexpected_keys"])
     )
 
 
-def make_real(model: nn.Module, names: Collection[str]) -> None:
+def materialize(model: nn.Module, names: Collection[str]) -> None:
     """Give the named weights of a placed model memory of their own, to be loaded into."""
     for name in names:
         slot = _slot(model, name)
@@ -371,7 +371,7 @@ def streaming(
     units: dict[nn.Module, list[_Slot]] = {}
     _collect(model, "", model if at_once else None, set(names), units)
     handles = []
-    heap = HeapKeeper()
+    heap = MallocTrimmer()
 
     def counted(name: str) -> Tensor:
         value = read(name)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlmtune.data.processing import Kind, Unit, kind_of_key, split_units, without_pixels
+from vlmtune.data.processing import Kind, MediaItem, kind_of_key, split_media_items, without_pixels
 from vlmtune.models.families import Family, part_of
 from vlmtune.models.forward import trained_media_names
 from vlmtune.models.precision import autocast_dtype
@@ -41,7 +41,7 @@ NOT_OF_THE_TOWER = ("text_config", "_name_or_path", "transformers_version", "arc
 THREADS = 4
 
 
-def tower_digest(base: Any, family: Family, parts: Collection[str]) -> str:
+def vision_fingerprint(base: Any, family: Family, parts: Collection[str]) -> str:
     """A digest of the tensors of `parts` (`vision`, `connector`), quantisation constants among
     them, of the config, the kind of device and the versions of the libraries.
 
@@ -84,17 +84,17 @@ Level = Literal["features", "tower"]
 
 
 @dataclass
-class MediaFeatures(BaseModelOutputWithPooling):
+class PrecomputedFeatures(BaseModelOutputWithPooling):
     """What the model takes in place of pixels: `pooler_output`, the features (rows, D) of each
     picture, and of inner layers `deepstack_features`, a list like it for each layer."""
 
     deepstack_features: list[list[Tensor]] | None = None
 
 
-def kept_level(base: nn.Module, family: Family) -> Level | None:
+def cacheable_stage(base: nn.Module, family: Family) -> Level | None:
     """What of a picture stays the same while `base` trains; None: nothing, or the model's family
     takes no features from outside."""
-    if not family.takes_features:
+    if not family.supports_precomputed_features:
         return None
     trained = {part_of(name, family) for name in trained_media_names(base, family)}
     if "vision" in trained:
@@ -118,7 +118,7 @@ class VisionFeatures:
         *,
         level: Level | None = None,
     ) -> None:
-        level = level or kept_level(base, family)
+        level = level or cacheable_stage(base, family)
         assert level is not None, "kept_level says whether there is anything to make apart"
         self.level: Level = level
         self.cache = cache
@@ -130,20 +130,20 @@ class VisionFeatures:
 
     def outputs(
         self, inputs: Mapping[str, Tensor], media_keys: Sequence[str] = ()
-    ) -> tuple[dict[str, MediaFeatures], dict[str, Tensor]]:
+    ) -> tuple[dict[str, PrecomputedFeatures], dict[str, Tensor]]:
         """`mm_encoder_outputs` for the model's forward pass, and `inputs` without pixels.
 
         `media_keys`: the keys of the pictures, and of the videos, in their order (those of several
         samples one after the other); empty: they are made here, which reads all pixels.
         """
-        units = split_units(inputs, self._family.media_layout)
+        units = split_media_items(inputs, self._family.image_batching)
         keys = self._keys(units, media_keys)
         made: dict[Kind, list[list[Tensor]]] = {}
         for unit, key in zip(units, keys, strict=True):
             made.setdefault(unit.kind, []).append(self._features(unit, key))
         return {kind: _together(found) for kind, found in made.items()}, without_pixels(inputs)
 
-    def _keys(self, units: Sequence[Unit], media_keys: Sequence[str]) -> list[str | None]:
+    def _keys(self, units: Sequence[MediaItem], media_keys: Sequence[str]) -> list[str | None]:
         """In the order of `units`, which is not that of the samples where videos are among them."""
         if self.cache is None:
             return [None] * len(units)
@@ -154,7 +154,7 @@ class VisionFeatures:
         assert [kind_of_key(k) for k in by_kind] == [u.kind for u in units], "keys of other media"
         return [_digest(f"{self.level} {precision} {key}".encode()) for key in by_kind]
 
-    def _features(self, unit: Unit, key: str | None) -> list[Tensor]:
+    def _features(self, unit: MediaItem, key: str | None) -> list[Tensor]:
         """One picture's rows of features: of the connector, then of those of inner layers."""
         kept = None
         if self.cache is not None and key is not None:
@@ -170,10 +170,10 @@ class VisionFeatures:
         return self._connect(kept, unit)
 
     @torch.no_grad()
-    def _run(self, unit: Unit) -> dict[str, Tensor]:
+    def _run(self, unit: MediaItem) -> dict[str, Tensor]:
         """What can be kept of one picture."""
         # A slice of the batch lies at another address, which can change a product's last bits.
-        unit = Unit(unit.kind, {name: tensor.clone() for name, tensor in unit.tensors.items()})
+        unit = MediaItem(unit.kind, {name: tensor.clone() for name, tensor in unit.tensors.items()})
         with _in_eval(self._parts), _uncached_autocast(self._device):
             given = self._connector_inputs(unit)
             if self.level == "tower":
@@ -181,7 +181,7 @@ class VisionFeatures:
             rows = self._connect(given, unit)
         return {str(number): tensor for number, tensor in enumerate(rows)}
 
-    def _connector_inputs(self, unit: Unit) -> dict[str, Tensor]:
+    def _connector_inputs(self, unit: MediaItem) -> dict[str, Tensor]:
         """What the connector's modules are called with, as `0.hidden` and `0.<keyword>`.
 
         The model's own function is run, connector and all: it is what knows which layers of the
@@ -205,7 +205,7 @@ class VisionFeatures:
         assert len({name.partition(".")[0] for name in given}) == len(self._connectors)
         return given
 
-    def _connect(self, given: Mapping[str, Tensor], unit: Unit) -> list[Tensor]:
+    def _connect(self, given: Mapping[str, Tensor], unit: MediaItem) -> list[Tensor]:
         """The rows (rows, D) that each of the connector's modules makes of `_connector_inputs`."""
         rows = []
         for number, module in enumerate(self._connectors):
@@ -222,10 +222,10 @@ class VisionFeatures:
         return next(self._connectors[0].parameters()).device
 
 
-def _together(found: Sequence[list[Tensor]]) -> MediaFeatures:
+def _together(found: Sequence[list[Tensor]]) -> PrecomputedFeatures:
     """The pictures' features in the form that the models take."""
     first, *inner = (list(layer) for layer in zip(*found, strict=True))
-    return MediaFeatures(pooler_output=first, deepstack_features=inner or None)
+    return PrecomputedFeatures(pooler_output=first, deepstack_features=inner or None)
 
 
 def _connectors(base: nn.Module, family: Family) -> Iterator[nn.Module]:

@@ -72,9 +72,9 @@ def check_room(disk: Disk, folder: Path) -> None:
         raise VlmtuneError(
             "there is too little room for the run",
             file=folder,
-            got=f"{shown_bytes(disk.free_bytes)} free",
-            expected=f"{shown_bytes(disk.needed_bytes)}: "
-            f"{plural(disk.checkpoints, 'checkpoint')} of {shown_bytes(disk.checkpoint_bytes)} "
+            got=f"{format_bytes(disk.free_bytes)} free",
+            expected=f"{format_bytes(disk.needed_bytes)}: "
+            f"{plural(disk.checkpoints, 'checkpoint')} of {format_bytes(disk.checkpoint_bytes)} "
             "and the result",
             do="free space, lower train.keep_checkpoints, or set another output_dir",
         )
@@ -100,8 +100,8 @@ def check_cache_room(cache_bytes: int, folder: Path) -> None:
         raise VlmtuneError(
             "there is too little room for the sample cache",
             file=folder,
-            got=f"{shown_bytes(free)} free",
-            expected=f"about {shown_bytes(cache_bytes)}",
+            got=f"{format_bytes(free)} free",
+            expected=f"about {format_bytes(cache_bytes)}",
             do="free space, set another data.cache_dir, or data.cache: off",
         )
 
@@ -124,7 +124,7 @@ def nearest_folder(path: Path) -> Path:
     return next(p for p in (absolute, *absolute.parents) if p.is_dir())
 
 
-def shown_bytes(number: float) -> str:
+def format_bytes(number: float) -> str:
     """`820 kB`, `1.4 GB`: decimal units, as disks are sold."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if number >= size:

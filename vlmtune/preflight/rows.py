@@ -30,7 +30,7 @@ from vlmtune.data.stream import Stream
 from vlmtune.data.tools.duplicates import Digests, PictureDigests, digests_of
 from vlmtune.data.types import Conversation, Source, placed
 from vlmtune.errors import SampleError, VlmtuneError, shorten
-from vlmtune.train.feed import Unread, is_lost_worker, start_worker, with_traceback
+from vlmtune.train.feed import LazySample, is_lost_worker, start_worker, with_traceback
 
 LEAK = "the answer stands in its question"
 NO_WORDS = "the answer holds no letter and no digit"
@@ -180,7 +180,7 @@ class RowChecker:
         if settings.encoder is not None:
             self.measurer = Measurer(settings.encoder, by_size=settings.by_size)
 
-    def check(self, row: Unread) -> RowOutcome:
+    def check(self, row: LazySample) -> RowOutcome:
         """What becomes of a row."""
         try:
             conversation = row.conversation()
@@ -230,7 +230,7 @@ class ChunkSet(IterableDataset[ChunkOutcome | VlmtuneError]):
     which asks the workers in turn, gives them in order. An error ends them and comes as a value,
     as in training (`train/feed.py`)."""
 
-    def __init__(self, rows: Callable[[], Iterable[Unread]], settings: RowSettings) -> None:
+    def __init__(self, rows: Callable[[], Iterable[LazySample]], settings: RowSettings) -> None:
         self._rows = rows
         self._settings = settings
 
@@ -265,7 +265,7 @@ class FileRows:
     def total(self) -> int:
         return sum(len(file.rows) for file in self.files)
 
-    def __call__(self) -> Iterator[Unread]:
+    def __call__(self) -> Iterator[LazySample]:
         ends = list(accumulate(len(file.rows) for file in self.files))
         total, wanted = self.total, len(self)
         for number in range(wanted):
@@ -284,12 +284,12 @@ class StreamedRows:
     stream: Stream
     limit: int | None = None
 
-    def __call__(self) -> Iterator[Unread]:
+    def __call__(self) -> Iterator[LazySample]:
         return islice(self.stream.every_row(), self.limit)
 
 
 def check_rows(
-    rows: Callable[[], Iterable[Unread]], settings: RowSettings, *, num_workers: int
+    rows: Callable[[], Iterable[LazySample]], settings: RowSettings, *, num_workers: int
 ) -> Iterator[RowOutcome]:
     """What becomes of each row, in order. `num_workers` 0: in this process.
 

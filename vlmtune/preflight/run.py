@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers import ProcessorMixin
 
-from vlmtune.data.dataset import access_of, cache_dir_of
+from vlmtune.data.dataset import cache_dir_of, media_policy_of
 from vlmtune.data.encode import Encoder
 from vlmtune.data.stream import Stream
 from vlmtune.data.tools.duplicates import Overlap, overlap
@@ -61,7 +61,7 @@ _QUOTED = re.compile(r"(?<!\w)(['\"]).*?\1(?!\w)")
 _WORD = re.compile(r"(?<![\w./\\-])[a-z][a-z_]*(?:\.[a-z_]+)*(?![\w/\\-])")
 
 
-class Places:
+class KeyLocations:
     """Where the keys of a recipe were written: a line of its file, or an override."""
 
     def __init__(self, loaded: LoadedRecipe) -> None:
@@ -192,7 +192,7 @@ class Preflight:
     def run(self) -> Report:
         """Check everything; raises nothing that the user can put right."""
         report = Report(Problems())
-        places = Places(self.loaded)
+        places = KeyLocations(self.loaded)
         with _collected_warnings(report.problems):
             self._check_folder(report)
             for error in bfloat16_errors(self.recipe, capability_of()):
@@ -218,7 +218,7 @@ class Preflight:
             report.problems.add_error(error, severity="warning" if is_run(folder) else "error")
 
     def _open_model(
-        self, problems: Problems, places: Places
+        self, problems: Problems, places: KeyLocations
     ) -> tuple[ProcessorMixin | None, MetaModel | None]:
         recipe = self.recipe
         processor, meta = None, None
@@ -238,7 +238,7 @@ class Preflight:
     def _encoder(
         self,
         problems: Problems,
-        places: Places,
+        places: KeyLocations,
         processor: ProcessorMixin | None,
         meta: MetaModel | None,
     ) -> Encoder | None:
@@ -252,7 +252,7 @@ class Preflight:
             return build_encoder(recipe, vlm)
         return None
 
-    def _check_sets(self, report: Report, places: Places, encoder: Encoder | None) -> None:
+    def _check_sets(self, report: Report, places: KeyLocations, encoder: Encoder | None) -> None:
         recipe = self.recipe
         guard = recipe.eval.guard
         wanted: list[tuple[SetName, Sequence[DataEntry] | None, int | None]] = [
@@ -338,7 +338,7 @@ class Preflight:
     def _check_training(
         self,
         report: Report,
-        places: Places,
+        places: KeyLocations,
         processor: ProcessorMixin | None,
         meta: MetaModel | None,
     ) -> None:
@@ -376,7 +376,7 @@ class Preflight:
         with _noted(problems):
             epoch_stats.check_room(report.disk, Path(recipe.output_dir))
         if recipe.data.cache == "disk":
-            folder = cache_dir_of(access_of(recipe.data))
+            folder = cache_dir_of(media_policy_of(recipe.data))
             try:
                 epoch_stats.check_cache_folder(folder)
             except VlmtuneError as error:
@@ -386,7 +386,7 @@ class Preflight:
 
 
 def _check_pictures(
-    trained: Trained, train: CheckedSet, problems: Problems, places: Places
+    trained: Trained, train: CheckedSet, problems: Problems, places: KeyLocations
 ) -> None:
     """Modules for pictures want pictures, or videos."""
     parts = [p for p, count in trained.parts.items() if count.trainable_parameters]
@@ -410,7 +410,7 @@ def _scored_by(name: SetName) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _noted(
-    problems: Problems, places: Places | None = None, *, about: Sequence[str] = ("model",)
+    problems: Problems, places: KeyLocations | None = None, *, about: Sequence[str] = ("model",)
 ) -> Iterator[None]:
     """Errors of the body become problems; of those without a file, `places` knows where: at the
     key that they name, or else at one they are `about`."""

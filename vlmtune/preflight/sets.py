@@ -21,8 +21,8 @@ from vlmtune.data.dataset import (
     NEW_IDS,
     SCANNED_OUTRIGHT,
     OpenFile,
-    access_of,
     cache_dir_of,
+    media_policy_of,
     open_files,
 )
 from vlmtune.data.stream import Stream, open_stream
@@ -44,7 +44,7 @@ from vlmtune.preflight.rows import (
 )
 from vlmtune.recipe.data_section import DataEntry
 from vlmtune.recipe.schema import Recipe
-from vlmtune.train.feed import Unread
+from vlmtune.train.feed import LazySample
 from vlmtune.train.run_folder import allowed_bad
 
 GOOD, NOT_A_ROW, NO_MEDIA, NOT_ENCODED, TOO_LONG = range(5)
@@ -233,17 +233,17 @@ class CheckedSet:
 
 def open_set(entries: Sequence[DataEntry], recipe: Recipe, *, streamed: bool) -> FileRows | Stream:
     """The files of some entries, or their stream. Raises VlmtuneError as training does."""
-    access = access_of(recipe.data)
-    cache_dir = cache_dir_of(access)
+    media_policy = media_policy_of(recipe.data)
+    cache_dir = cache_dir_of(media_policy)
     if streamed:
         return open_stream(
             entries,
             seed=recipe.seed,
             block_rows=recipe.data.shuffle_buffer,
-            access=access,
+            media_policy=media_policy,
             cache_dir=cache_dir,
         )
-    return FileRows(open_files(entries, access=access, cache_dir=cache_dir))
+    return FileRows(open_files(entries, media_policy=media_policy, cache_dir=cache_dir))
 
 
 def look_at(
@@ -257,7 +257,7 @@ def look_at(
 ) -> CheckedSet:
     """Look at every row of a set, or at `max_samples` of them. Raises VlmtuneError where a file
     cannot be read on."""
-    rows: Callable[[], Iterable[Unread]]
+    rows: Callable[[], Iterable[LazySample]]
     if isinstance(opened, Stream):
         rows, num_rows = StreamedRows(opened, max_samples), 0
         workers = useful_workers(SCANNED_OUTRIGHT, asked=num_workers)

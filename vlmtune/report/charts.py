@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from vlmtune.report.format import NOT_SHARES, PER_CENT, number, sentence, spoken
+from vlmtune.report.format import NOT_SHARES, PER_CENT, format_name, number, sentence
 
 MAX_POINTS = 1000
 MAX_DOTTED = 40
@@ -248,7 +248,7 @@ def flat_numbers(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 
 
 def _title(group: str) -> str:
-    return TITLES.get(group, sentence(spoken(group)))
+    return TITLES.get(group, sentence(format_name(group)))
 
 
 def _parted(series: Sequence[Series]) -> list[Sequence[Series]]:
@@ -283,7 +283,7 @@ def _short_name(name: str, group: str) -> str:
         if prefix and name.startswith(prefix):
             name = name.removeprefix(prefix)
     named = {"loss": TRAINING, "eval_loss": "held-out"} if group == "loss" else {}
-    return named.get(name, spoken(name))
+    return named.get(name, format_name(name))
 
 
 MAX_COLUMNS = 120

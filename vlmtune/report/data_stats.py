@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlmtune.data.dataset import BadRows, OpenFile, RowWalk, access_of, all_rows
+from vlmtune.data.dataset import BadRows, OpenFile, RowWalk, all_rows, media_policy_of
 from vlmtune.data.encode import Encoder, OverLength, encoder_for
 from vlmtune.data.measure import Measure, Measurer
 from vlmtune.data.tools.duplicates import (
@@ -115,7 +115,7 @@ def data_statistics(
     if recipe is None:
         return _none("recipe.resolved.yaml cannot be read")
     try:
-        conversations = all_rows(recipe.data.train, access=access_of(recipe.data))
+        conversations = all_rows(recipe.data.train, media_policy=media_policy_of(recipe.data))
         encoder = encoder_for(recipe, _load_processor(recipe, folder))
     except VlmtuneError as error:
         return _none(str(error))

@@ -94,7 +94,7 @@ def short_number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def spoken_bytes(value: float) -> str:
+def format_bytes(value: float) -> str:
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value >= size:
             return f"{value / size:.3g} {unit}"
@@ -106,6 +106,6 @@ def sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def spoken(name: str) -> str:
+def format_name(name: str) -> str:
     """A figure's or a key's name as words: `exact_match` -> `exact match`, `r5` -> `R@5`."""
     return re.sub(r"\br(\d+)\b", r"R@\1", name.replace("_", " "))

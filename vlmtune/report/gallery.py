@@ -252,10 +252,10 @@ def _entries(pair: Pair) -> list[_Entry]:
 def _entry(key: tuple[str, str], before: dict[str, Any] | None, after: dict[str, Any]) -> _Entry:
     outcome = outcome_of(is_right(before), is_right(after), has_before=before is not None)
     kind = after.get("question_type") or after.get("direction") or ""
-    return _Entry(key, outcome, spoken_slice(kind), before, after)
+    return _Entry(key, outcome, format_slice(kind), before, after)
 
 
-def spoken_slice(kind: object) -> str:
+def format_slice(kind: object) -> str:
     return clipped(kind).replace("_", " ")
 
 

@@ -18,7 +18,7 @@ from vlmtune.evaluation.guard import guard_verdict, guarded_metric
 from vlmtune.evaluation.metrics.base import Interval, Mean, bootstrap_intervals
 from vlmtune.recipe.explain import section_of, walk_keys
 from vlmtune.recipe.yaml import parse_yaml
-from vlmtune.report.format import Figure, number, sentence, short_number, spoken
+from vlmtune.report.format import Figure, format_name, number, sentence, short_number
 from vlmtune.report.gallery import clipped, mixups, worst_slices
 from vlmtune.report.run import Evaluation, Pair, RunRecord, is_right, row_key
 
@@ -217,8 +217,8 @@ def _learned(record: RunRecord, pair: Pair, widest: Evaluation | None) -> Findin
         return Finding(
             question,
             "plain",
-            f"{sentence(spoken(name))} is {_value(figure)} {when} training; nothing was measured "
-            f"{missing}.",
+            f"{sentence(format_name(name))} is {_value(figure)} {when} training; nothing was "
+            f"measured {missing}.",
             details,
         )
     before, after = pair.before.figures[name], pair.after.figures[name]
@@ -239,7 +239,7 @@ def _learned(record: RunRecord, pair: Pair, widest: Evaluation | None) -> Findin
         if high < 0
         else ("No clear change.", "plain")
     )
-    told = f"{verdict} {sentence(spoken(name))} went from {before.text} to {_value(after)}."
+    told = f"{verdict} {sentence(format_name(name))} went from {before.text} to {_value(after)}."
     return Finding(question, tone, told, details)
 
 
@@ -264,7 +264,7 @@ def _still_wrong(shown: Evaluation | None) -> Finding:
     if not slices:
         return Finding(question, "plain", details.pop(0) if details else "Not known.", (*details,))
     imperfect = [(kind, f) for kind, f in slices if not f.is_share or f.value < 1]
-    words = [f"{spoken(kind)} ({f.text})" for kind, f in (imperfect or slices)[:3]]
+    words = [f"{format_name(kind)} ({f.text})" for kind, f in (imperfect or slices)[:3]]
     tone = "plain"
     told = "Worst on " + ", then ".join(words) + "."
     if judged and not judged.count(False):
@@ -307,12 +307,13 @@ def _forgotten(recipe: Mapping[str, Any] | None, guard: Pair) -> Finding:
         return Finding(question, "plain", f"Not known: {name} was not measured before training.")
     before, after = guard.before.figures[name], guard.after.figures[name]
     if before.value == 0 and not before.lower_is_better:
-        told = f"There was nothing to forget: {spoken(name)} was {before.text} before training."
+        told = (
+            f"There was nothing to forget: {format_name(name)} was {before.text} before training."
+        )
         return Finding(question, "plain", told)
     verdict = guard_verdict(before.value, after.value, metric=name, max_drop=allowed)
-    told = (
-        f"{sentence(spoken(name))} on the guard's data went from {before.text} to {_value(after)}."
-    )
+    change = f"went from {before.text} to {_value(after)}"
+    told = f"{sentence(format_name(name))} on the guard's data {change}."
     limit = f"{100 * allowed:g} points" if after.is_share else short_number(allowed)
     details = (f"At most {limit} worse is allowed.",)
     if verdict.has_fallen:
@@ -328,7 +329,7 @@ def _other_way(pair: Pair, name: str) -> list[str]:
     before, after = pair.before.figures.get(other), pair.after.figures.get(other)
     if before is None or after is None:
         return []
-    return [f"{sentence(spoken(other))} went from {before.text} to {_value(after)}."]
+    return [f"{sentence(format_name(other))} went from {before.text} to {_value(after)}."]
 
 
 def _measured_on_more(pair: Pair, widest: Evaluation | None, name: str) -> list[str]:
@@ -336,7 +337,7 @@ def _measured_on_more(pair: Pair, widest: Evaluation | None, name: str) -> list[
     if widest is None or name not in widest.figures:
         return []
     told = [
-        f"Without seeing a picture ({spoken(guesser)}): {of[name].text}."
+        f"Without seeing a picture ({format_name(guesser)}): {of[name].text}."
         for guesser, of in widest.blind.items()
         if name in of
     ]

@@ -29,7 +29,7 @@ from vlmtune.recipe.load import load_resolved
 from vlmtune.recipe.schema import Recipe
 from vlmtune.report.charts import Chart, draw_rank_map, metric_charts
 from vlmtune.report.data_stats import PERCENTILES, DataStatistics, data_statistics
-from vlmtune.report.format import number, sentence, short_number, spoken, spoken_bytes
+from vlmtune.report.format import format_bytes, format_name, number, sentence, short_number
 from vlmtune.report.gallery import build_gallery, clipped, draw_scale, mixups
 from vlmtune.report.headline import differences, findings, grouped_reasons, parse_recipe, value_at
 from vlmtune.report.pictures import Thumbnails
@@ -40,10 +40,10 @@ from vlmtune.report.run import (
     RunRecord,
     choose_pair,
     choose_widest,
+    format_age,
     guard_pair,
     read_evaluations,
     read_run,
-    spoken_time,
 )
 
 MAX_SKIPPED_SHOWN = 50
@@ -89,9 +89,9 @@ def render_page(record: RunRecord) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "spoken": spoken,
+        "spoken": format_name,
         "short": short_number,
-        "bytes": spoken_bytes,
+        "bytes": format_bytes,
         "plural": plural,
         "sentence": sentence,
         "coded": coded,
@@ -209,7 +209,7 @@ def _about(record: RunRecord, recipe: dict[str, Any] | None) -> list[str]:
     if isinstance(samples := summary.get("samples"), int) and samples:
         words.append(plural(samples, "sample") + " seen")
     if (seconds := number(summary.get("seconds"))) is not None and samples:
-        words.append(spoken_time(seconds))
+        words.append(format_age(seconds))
     return words
 
 

@@ -179,16 +179,16 @@ def _state_of(record: RunRecord, now: float) -> State:
     times += [t for path in folder.glob("eval/*") if (t := _modified(path))]
     still = now - max(times, default=now)
     if still < STILL_SECONDS:
-        return State("running", f"running: step {step}, last written {spoken_time(still)} ago")
+        return State("running", f"running: step {step}, last written {format_age(still)} ago")
     checkpoints = sorted(path.name for path in folder.glob("checkpoints/step-*"))
     kept = f"the newest checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint is left"
     return State(
         "failed",
-        f"ended without a result after step {step}, {spoken_time(still)} ago; {kept}",
+        f"ended without a result after step {step}, {format_age(still)} ago; {kept}",
     )
 
 
-def spoken_time(seconds: float) -> str:
+def format_age(seconds: float) -> str:
     """`seconds` in the largest fitting unit: `40 seconds`, `3 minutes`, `2 days`."""
     for unit, size in (("day", 86_400), ("hour", 3600), ("minute", 60)):
         if seconds >= size:

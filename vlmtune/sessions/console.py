@@ -82,10 +82,10 @@ class _Lines:
         done_before, began = self._first
         left = (now - began) / max(1, done - done_before) * (self._total - done)
         text = f"{self._what} {done} of {self._total}"
-        print(f"{text}, {spoken_time(left)} left" if left else text, file=sys.stderr)
+        print(f"{text}, {format_duration(left)} left" if left else text, file=sys.stderr)
 
 
-def spoken_time(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`48 s`, `2.5 min`, `1.2 h`."""
     for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= 1.5 * size:

@@ -77,14 +77,14 @@ def read_input(options: DataOptions, *, model: str | None = None) -> DataInput:
 
 def open_input(given: DataInput, side: Side = "train") -> list[OpenFile]:
     """The files of one of the sets. Raises VlmtuneError where the recipe names none."""
-    from vlmtune.data.dataset import access_of, cache_dir_of, open_files
+    from vlmtune.data.dataset import cache_dir_of, media_policy_of, open_files
 
     entries = given.section.train if side == "train" else given.section.eval
     if entries is None:
         what = "the recipe has no data.eval" if given.is_recipe else "only a recipe has two sets"
         raise VlmtuneError(what, do="leave out --of eval")
-    access = access_of(given.section)
-    return open_files(entries, access=access, cache_dir=cache_dir_of(access))
+    media_policy = media_policy_of(given.section)
+    return open_files(entries, media_policy=media_policy, cache_dir=cache_dir_of(media_policy))
 
 
 def load_encoder(recipe: Recipe) -> Encoder:

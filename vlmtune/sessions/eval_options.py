@@ -13,7 +13,7 @@ from vlmtune.errors import ErrorGroup, VlmtuneError, plural
 from vlmtune.sessions.eval_tables import print_result
 from vlmtune.sessions.evaluate import (
     ChooseFolder,
-    Plan,
+    EvalPlan,
     check_output,
     compare_targets,
     default_parent,
@@ -25,7 +25,7 @@ from vlmtune.sessions.evaluate import (
 from vlmtune.sessions.preload import preload
 
 if TYPE_CHECKING:
-    from vlmtune.data.types import Access, Conversation
+    from vlmtune.data.types import Conversation, MediaPolicy
     from vlmtune.evaluation.results import Result
     from vlmtune.recipe.data_section import DataEntry
     from vlmtune.recipe.schema import EvalSection, Recipe
@@ -185,7 +185,7 @@ def _tell_differences(
 
 
 @dataclass(frozen=True)
-class Request:
+class EvalOptions:
     """`options` are the keys of `eval` and `eval.decoding` that were given, `reading` what was
     said of how `data` is read."""
 
@@ -201,7 +201,7 @@ class Request:
     allow_urls: bool = False
     finished: dict[str, Path] = field(default_factory=dict)
 
-    def plan(self, processes: Processes, **settings: Any) -> Plan:
+    def plan(self, processes: Processes, **settings: Any) -> EvalPlan:
         """Everything but the models, loaded and checked. Raises VlmtuneError for whatever is wrong
         with it."""
         from vlmtune.evaluation.metrics.registry import metrics_for
@@ -242,7 +242,7 @@ class Request:
                 check_target(target)  # the last one's mistake shows before the first is answered
         if self.output is not None:
             make_folder(self.output)
-        return Plan(
+        return EvalPlan(
             conversations=conversations,
             data=self.data,
             section=section,
@@ -251,7 +251,7 @@ class Request:
             **settings,
         )
 
-    def run(self, plan: Plan, *, as_json: bool) -> dict[str, Any]:
+    def run(self, plan: EvalPlan, *, as_json: bool) -> dict[str, Any]:
         """Evaluate and print unless `as_json`; what `--json` holds. Contains collectives."""
         if len(self.targets) > 1:
             return compare_targets(self.targets, plan, self.finished, self.output, as_json=as_json)
@@ -314,7 +314,7 @@ class Request:
             entries = _entries_of_run(self.data, recipes)
             taken = [entry for entry in entries if keys_of(entry)]
         try:
-            return load_conversations(entries, access=self._access(recipes))[0]
+            return load_conversations(entries, media_policy=self._access(recipes))[0]
         except VlmtuneError as error:
             hints = [
                 VlmtuneError(
@@ -329,12 +329,12 @@ class Request:
                 raise
             raise ErrorGroup([error, *hints]) from error
 
-    def _access(self, recipes: Mapping[str, Recipe]) -> Access:
+    def _access(self, recipes: Mapping[str, Recipe]) -> MediaPolicy:
         """What pictures may be read from: what the first run's recipe allows, and the options."""
-        from vlmtune.data.dataset import access_of
+        from vlmtune.data.dataset import media_policy_of
         from vlmtune.data.types import LOCAL
 
-        of_run = next((access_of(recipe.data) for recipe in recipes.values()), LOCAL)
+        of_run = next((media_policy_of(recipe.data) for recipe in recipes.values()), LOCAL)
         return replace(
             of_run,
             allow_outside_paths=of_run.allow_outside_paths or self.allow_outside_paths,

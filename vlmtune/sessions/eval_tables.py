@@ -34,10 +34,13 @@ def print_result(result: Mapping[str, Any]) -> None:
             table.add_row(
                 "all" if kind is None else kind,
                 name,
-                shown(name, interval["value"]),
-                shown_interval(name, interval),
+                format_figure(name, interval["value"]),
+                format_interval(name, interval),
                 str(interval["count"]),
-                *("" if guess is None else shown(name, guess["value"]) for guess in guesses),
+                *(
+                    "" if guess is None else format_figure(name, guess["value"])
+                    for guess in guesses
+                ),
             )
     _print(table)
     if "guard" in result:
@@ -67,7 +70,7 @@ def print_comparison(comparisons: Sequence[Comparison], changes: Sequence[Change
     # A figure need not be defined for every target (precision without a positive answer).
     figures = {name: d for c in reversed(comparisons) for name, d in c.differences.items()}
     for name, own in figures.items():
-        table.add_row(name, first, shown(name, own.first))
+        table.add_row(name, first, format_figure(name, own.first))
         for comparison in comparisons:
             found = comparison.differences.get(name)
             if found is None:
@@ -76,16 +79,16 @@ def print_comparison(comparisons: Sequence[Comparison], changes: Sequence[Change
             table.add_row(
                 name,
                 comparison.target,
-                shown(name, found.value),
-                shown(name, found.difference, signed=True),
-                shown_interval(name, {"low": found.low, "high": found.high}, signed=True),
+                format_figure(name, found.value),
+                format_figure(name, found.difference, signed=True),
+                format_interval(name, {"low": found.low, "high": found.high}, signed=True),
                 *(
                     ("", "", "")
                     if test is None
                     else (
                         str(test.right_to_wrong),
                         str(test.wrong_to_right),
-                        shown_p(test.p_value),
+                        format_p_value(test.p_value),
                     )
                 ),
             )
@@ -116,21 +119,22 @@ def change_lines(changes: Sequence[Change]) -> list[str]:
     return lines
 
 
-def shown(name: str, value: float, *, signed: bool = False) -> str:
+def format_figure(name: str, value: float, *, signed: bool = False) -> str:
     """A figure in per cent where it is a share, else as it is."""
 
     sign = "+" if signed else ""
     return f"{100 * value:{sign}.2f} %" if is_fraction(name) else f"{value:{sign}.3f}"
 
 
-def shown_interval(name: str, interval: Mapping[str, float], *, signed: bool = False) -> str:
+def format_interval(name: str, interval: Mapping[str, float], *, signed: bool = False) -> str:
     low, high = (
-        shown(name, interval[end], signed=signed).removesuffix(" %") for end in ("low", "high")
+        format_figure(name, interval[end], signed=signed).removesuffix(" %")
+        for end in ("low", "high")
     )
     return f"{low} to {high}"
 
 
-def shown_p(value: float) -> str:
+def format_p_value(value: float) -> str:
     return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
 
 

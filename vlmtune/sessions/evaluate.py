@@ -22,18 +22,18 @@ from typing import Any
 
 import torch
 
-from vlmtune.data.dataset import access_of, load_conversations
+from vlmtune.data.dataset import load_conversations, media_policy_of
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation
 from vlmtune.errors import VlmtuneError
 from vlmtune.evaluation import guard as guarding
 from vlmtune.evaluation.answer_log import (
-    KeptAnswers,
+    AnswerLog,
     answer_settings,
     decoding_in_effect,
     kept_settings,
     references_digest,
-    remove_kept,
+    remove_answer_log,
     settings_digest,
 )
 from vlmtune.evaluation.compare import compare
@@ -143,7 +143,7 @@ logger = logging.getLogger("vlmtune")
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvalPlan:
     """What is asked of every target. `guesses` are the majority answers, with `--blind`."""
 
     conversations: Sequence[Conversation]
@@ -160,12 +160,12 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvalSession:
     """An opened target and how it is asked."""
 
     target: str
     opened: OpenTarget
-    plan: Plan
+    plan: EvalPlan
 
     def settings(
         self, conversations: Sequence[Conversation], section: EvalSection, encoder: Encoder
@@ -208,9 +208,9 @@ class Asked:
             kept = None
             if section.task != "retrieval":
                 settings = self.settings(shown or conversations, section, encoder)
-                kept = stack.enter_context(KeptAnswers(folder, settings, rank=rank))
+                kept = stack.enter_context(AnswerLog(folder, settings, rank=rank))
                 if processes.is_main:
-                    _tell_kept(kept, len(conversations), folder)
+                    _log_kept_answers(kept, len(conversations), folder)
             quiet = self.plan.quiet or not processes.is_main
             on_progress = stack.enter_context(progress(told, num_mine, quiet=quiet))
             return evaluate(
@@ -264,7 +264,7 @@ class Asked:
         }
 
 
-def _tell_kept(kept: KeptAnswers, total: int, folder: Path) -> None:
+def _log_kept_answers(kept: AnswerLog, total: int, folder: Path) -> None:
     if kept.texts:
         logger.info("%d of %d answers are kept from an earlier start", len(kept.texts), total)
     if kept.dropped:
@@ -276,7 +276,7 @@ def _tell_kept(kept: KeptAnswers, total: int, folder: Path) -> None:
 
 
 def evaluate_blind(
-    asked: Asked, guesses: Sequence[str], folder: Path
+    asked: EvalSession, guesses: Sequence[str], folder: Path
 ) -> tuple[dict[str, dict[str, object]], EvalReport]:
     """The figures of guessers that never see a picture, and the report of the one that is the
     model with blank pictures. A collective."""
@@ -309,7 +309,7 @@ def evaluate_blind(
     return figures, blank
 
 
-def evaluate_guard(asked: Asked, folder: Path) -> tuple[GuardVerdict, EvalReport] | None:
+def evaluate_guard(asked: EvalSession, folder: Path) -> tuple[GuardVerdict, EvalReport] | None:
     """Whether a run fell on its recipe's guard; None where there is none. A collective."""
 
     recipe = asked.opened.recipe
@@ -343,7 +343,9 @@ def _guard_conversations(recipe: Recipe, encoder: Encoder) -> list[Conversation]
 
     guard, policy = recipe.eval.guard, recipe.data.on_bad_sample
     assert guard is not None
-    found, _ = load_conversations(guard.data, on_bad_sample=policy, access=access_of(recipe.data))
+    found, _ = load_conversations(
+        guard.data, on_bad_sample=policy, media_policy=media_policy_of(recipe.data)
+    )
     chosen = fixed_subset(found, guard.max_samples, seed=recipe.seed)
     return usable(chosen, encoder=encoder, skip=policy == "skip")
 
@@ -353,7 +355,7 @@ ChooseFolder = Callable[[str, Mapping[str, Any]], Path]
 
 
 def evaluate_target(
-    target: str, plan: Plan, place: Path | ChooseFolder, *, reuse: bool = False
+    target: str, plan: EvalPlan, place: Path | ChooseFolder, *, reuse: bool = False
 ) -> dict[str, Any]:
     """Evaluate one target and write its report into `place`; what `--json` holds of it. With
     `reuse`, a report that the folder holds of the same evaluation is taken. Contains collectives.
@@ -366,7 +368,7 @@ def evaluate_target(
         trust_remote_code=plan.trust_remote_code,
         device=plan.processes.device,
     )
-    asked = Asked(target, opened, plan)
+    asked = EvalSession(target, opened, plan)
     encoder = answering_encoder(opened)
     settings = asked.settings(plan.conversations, plan.section, encoder)
     main = plan.processes.is_main
@@ -399,7 +401,7 @@ def evaluate_target(
         for place, (written, what) in reports.items():
             write_report(written, place, about=what)
         for place in reports:
-            remove_kept(place)
+            remove_answer_log(place)
     return about | report.summary() | predictions
 
 
@@ -448,7 +450,7 @@ def folders_of(names: Iterable[str]) -> dict[str, str]:
 
 def compare_targets(
     targets: Sequence[str],
-    plan: Plan,
+    plan: EvalPlan,
     finished: Mapping[str, Path],
     output: Path | None,
     *,
@@ -520,7 +522,7 @@ def _tell_differences(results: Sequence[Result]) -> None:
             )
 
 
-def _unfinished_or_new(what: Mapping[str, Any], plan: Plan) -> Path:
+def _unfinished_or_new(what: Mapping[str, Any], plan: EvalPlan) -> Path:
     """The newest folder in which this comparison was stopped, or a new one."""
     stem = f"compare-{plan.data[0].stem}" if plan.data else "compare"
     for folder in sorted(Path("eval").glob(f"{glob.escape(stem)}-*"), reverse=True):

@@ -19,13 +19,13 @@ from vlmtune.models.targets import TrainedRow, trained_rows
 from vlmtune.recipe.load import LoadedRecipe, dump_recipe
 from vlmtune.recipe.schema import Recipe
 from vlmtune.sessions.console import print_table
-from vlmtune.sessions.train_evaluation import build_evaluation, load_held_out, verdict_of_run
+from vlmtune.sessions.train_evaluation import build_evaluation, load_eval_sets, verdict_of_run
 from vlmtune.train import build, checkpoint, run_folder
 from vlmtune.train.checkpoint import Best, Checkpoint, best_by, data_hashes_of, fingerprint_of
 from vlmtune.train.loop import Schedule, TrainResult, is_finished, train
-from vlmtune.train.run_folder import SkipLedger
+from vlmtune.train.run_folder import SkipLog
 from vlmtune.train.runtime import DTYPES, describe_environment
-from vlmtune.train.state import Trainee
+from vlmtune.train.state import TrainState
 
 NOT_RUN: dict[str, Any] = {
     "samples": 0,
@@ -46,7 +46,7 @@ NOT_RUN: dict[str, Any] = {
 
 
 def summary_of(
-    folder: Path, saved: Path | None, result: TrainResult, trainee: Trainee
+    folder: Path, saved: Path | None, result: TrainResult, trainee: TrainState
 ) -> dict[str, Any]:
     """What `--json` prints and `summary.json` keeps."""
     seconds = max(result.seconds - result.paused_seconds, 1e-9)
@@ -70,7 +70,7 @@ def summary_of(
     }
 
 
-def _cache_figures(trainee: Trainee) -> dict[str, int] | None:
+def _cache_figures(trainee: TrainState) -> dict[str, int] | None:
     """How often the features of a picture were kept already, in this process; None where none
     are kept."""
     if trainee.features is None or trainee.features.cache is None:
@@ -91,7 +91,7 @@ def print_plan(
     recipe: Recipe,
     method: str,
     trained: Sequence[TrainedRow],
-    trainee: Trainee,
+    trainee: TrainState,
     total_steps: int,
     start: Checkpoint | None,
     accelerator: Accelerator,
@@ -139,7 +139,7 @@ class Session:
             checkpoint.check_fingerprint(start.state.fingerprint, fingerprint, path=self.folder)
             run_folder.check_same_run(self.folder, fingerprint)
         data, skipped = build.open_training_data(recipe)
-        held_out = load_held_out(recipe)
+        eval_sets = load_eval_sets(recipe)
         total_steps = build.total_steps_of(recipe, data)
         best_at = None
         if start is not None:
@@ -150,10 +150,12 @@ class Session:
                 return self.of_finished(finished, step, best)
             if best is not None:
                 best_at = run_folder.find_best(self.folder, best, resume=self.resume, step=step)
-        ledger = build.build_ledger(recipe, folder=self.folder, data=data, num_skipped=len(skipped))
+        skip_log = build.build_skip_log(
+            recipe, folder=self.folder, data=data, num_skipped=len(skipped)
+        )
         if start is not None:
-            ledger.restore(start.state.left_out, num_bad=start.state.num_bad)
-        ledger.add(build.left_out(skipped), write=False)
+            skip_log.restore(start.state.left_out, num_bad=start.state.num_bad)
+        skip_log.add(build.left_out(skipped), write=False)
         vlm = self.load_model()
         linear_modules = quantization_report(vlm.model, vlm.family)
         if not self.quiet:
@@ -188,7 +190,7 @@ class Session:
             trainee=trainee,
             encoder=encoder,
             accelerator=self.accelerator,
-            held_out=held_out,
+            eval_sets=eval_sets,
             folder=self.folder,
         )
 
@@ -196,7 +198,7 @@ class Session:
             # A process that failed on the way here leaves no folder and moves no old run.
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
-                self.prepare_folder(hashes, vlm.commit, ledger, start, best_at)
+                self.prepare_folder(hashes, vlm.commit, skip_log, start, best_at)
                 run_folder.write_modules(
                     self.folder, trained=trained, linear_modules=linear_modules
                 )
@@ -211,7 +213,7 @@ class Session:
             accelerator=self.accelerator,
             folder=self.folder,
             fingerprint=fingerprint,
-            skips=ledger,
+            skips=skip_log,
             evaluate=evaluate,
             resume=start,
             quiet=self.quiet,
@@ -260,7 +262,7 @@ class Session:
         self,
         hashes: dict[str, str],
         commit: str | None,
-        ledger: SkipLedger,
+        skip_log: SkipLog,
         start: Checkpoint | None,
         best_at: Path | None,
     ) -> None:
@@ -286,7 +288,7 @@ class Session:
                 other = Path(str(self.resume)).resolve().parent.parent
                 run_folder.bring_from(other, self.folder, step=step, best=best_at)
         run_folder.drop_evaluations_after(self.folder, step)
-        ledger.write()
+        skip_log.write()
 
     def say(self, text: str) -> None:
         """A line for the person watching."""

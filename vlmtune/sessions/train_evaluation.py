@@ -18,7 +18,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from vlmtune.data.dataset import access_of, load_conversations
+from vlmtune.data.dataset import load_conversations, media_policy_of
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Conversation
 from vlmtune.evaluation.guard import (
@@ -40,21 +40,21 @@ from vlmtune.recipe.schema import EvalSection, Recipe
 from vlmtune.train.build import check_best_metric, embedding_prompt_of, layout_of, usable
 from vlmtune.train.contrastive import Contrastive, contrastive_loss
 from vlmtune.train.loop import Progress
-from vlmtune.train.state import Trainee
+from vlmtune.train.state import TrainState
 from vlmtune.train.step import evaluation_loss
 
 logger = logging.getLogger("vlmtune")
 
 
 @dataclasses.dataclass(frozen=True)
-class HeldOut:
+class EvalSets:
     """What is evaluated during training; either may be empty."""
 
     samples: list[Conversation]
     guard: list[Conversation]
 
 
-def load_held_out(recipe: Recipe) -> HeldOut:
+def load_eval_sets(recipe: Recipe) -> EvalSets:
     """The fixed subsets of `data.eval` and `eval.guard.data`. Raises VlmtuneError for bad rows;
     with `data.on_bad_sample: skip` they are named and left out. Raises for rows that cannot be
     scored, which the first evaluation would find, hours later."""
@@ -63,7 +63,7 @@ def load_held_out(recipe: Recipe) -> HeldOut:
         found, bad = load_conversations(
             entries or [],
             on_bad_sample=recipe.data.on_bad_sample,
-            access=access_of(recipe.data),
+            media_policy=media_policy_of(recipe.data),
         )
         for row in bad:
             logger.warning("not evaluated on: %s", row.reason)
@@ -76,10 +76,10 @@ def load_held_out(recipe: Recipe) -> HeldOut:
     samples = load("data.eval", recipe.data.eval, recipe.eval.max_samples)
     _check_scorable(samples, recipe.eval)
     if guard is None:
-        return HeldOut(samples, [])
+        return EvalSets(samples, [])
     guarded = load("eval.guard.data", guard.data, guard.max_samples)
     _check_scorable(guarded, guard_section(recipe.eval))
-    return HeldOut(samples, guarded)
+    return EvalSets(samples, guarded)
 
 
 def _check_scorable(samples: Sequence[Conversation], section: EvalSection) -> None:
@@ -96,19 +96,19 @@ class TrainingEvaluation:
 
     recipe: Recipe
     vlm: VLM
-    trainee: Trainee
+    trainee: TrainState
     encoder: Encoder
     accelerator: Accelerator
-    held_out: HeldOut
+    eval_sets: EvalSets
     folder: Path
 
     def __call__(self, step: int, on_progress: Progress) -> dict[str, float]:
 
         values: dict[str, float] = {}
-        if self.held_out.samples and (step > 0 or self.recipe.eval.before):
+        if self.eval_sets.samples and (step > 0 or self.recipe.eval.before):
             values |= {f"eval_{name}": value for name, value in self._losses().items()}
             report = self._report(
-                self.held_out.samples,
+                self.eval_sets.samples,
                 self.recipe.eval,
                 step=step,
                 name=f"step-{step:06d}",
@@ -116,9 +116,9 @@ class TrainingEvaluation:
                 on_progress=on_progress,
             )
             values |= {f"eval_{name}": m.value for name, m in report.metrics.items()}
-        if self.held_out.guard and self.recipe.eval.guard is not None:
+        if self.eval_sets.guard and self.recipe.eval.guard is not None:
             report = self._report(
-                self.held_out.guard,
+                self.eval_sets.guard,
                 guard_section(self.recipe.eval),
                 step=step,
                 name=f"guard-step-{step:06d}",
@@ -142,13 +142,13 @@ class TrainingEvaluation:
         if isinstance(objective, Contrastive) and prompt is not None:
             return contrastive_loss(
                 forward,
-                self.held_out.samples,
+                self.eval_sets.samples,
                 temperature=objective.temperature,
                 prompt=prompt,
                 batch_size=self.recipe.train.batch_size,
                 **common,
             )
-        return evaluation_loss(forward, self.held_out.samples, **common)
+        return evaluation_loss(forward, self.eval_sets.samples, **common)
 
     def _report(
         self,
@@ -195,26 +195,26 @@ def build_evaluation(
     recipe: Recipe,
     *,
     vlm: VLM,
-    trainee: Trainee,
+    trainee: TrainState,
     encoder: Encoder,
     accelerator: Accelerator,
-    held_out: HeldOut,
+    eval_sets: EvalSets,
     folder: Path,
 ) -> TrainingEvaluation | None:
     """The evaluation of `trainee`, tried on every sample's encoding first; None without data.
     `vlm` has the trained model."""
 
-    if not (held_out.samples or held_out.guard):
+    if not (eval_sets.samples or eval_sets.guard):
         return None
     skip = recipe.data.on_bad_sample == "skip"
     prompt = embedding_prompt_of(recipe)
-    left = HeldOut(
-        usable(held_out.samples, encoder=encoder, skip=skip, embedding_prompt=prompt),
-        usable(held_out.guard, encoder=encoder, skip=skip),
+    left = EvalSets(
+        usable(eval_sets.samples, encoder=encoder, skip=skip, embedding_prompt=prompt),
+        usable(eval_sets.guard, encoder=encoder, skip=skip),
     )
     for key, given, kept in (
-        ("data.eval", held_out.samples, left.samples),
-        ("eval.guard.data", held_out.guard, left.guard),
+        ("data.eval", eval_sets.samples, left.samples),
+        ("eval.guard.data", eval_sets.guard, left.guard),
     ):
         check_some_left(key, num_left=len(kept), num_given=len(given))
     figures = figure_names(left.samples, recipe.eval)
@@ -233,7 +233,7 @@ def build_evaluation(
         trainee=trainee,
         encoder=encoder,
         accelerator=accelerator,
-        held_out=left,
+        eval_sets=left,
         folder=folder,
     )
 

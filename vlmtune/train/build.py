@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from vlmtune.data.batches import BatchLayout, Budget, num_steps
-from vlmtune.data.dataset import ConversationSet, access_of, cache_dir_of, open_conversations
+from vlmtune.data.dataset import ConversationSet, cache_dir_of, media_policy_of, open_conversations
 from vlmtune.data.encode import Encoder, OverLength, encoder_for
 from vlmtune.data.measure import WorkScale
 from vlmtune.data.pairs import encode_pair
@@ -34,16 +34,16 @@ from vlmtune.models.forward import (
 )
 from vlmtune.models.load import VLM, pad_token_id
 from vlmtune.models.packing import can_pack, use_packed_attention
-from vlmtune.models.vision import Level, VisionFeatures, kept_level, tower_digest
+from vlmtune.models.vision import Level, VisionFeatures, cacheable_stage, vision_fingerprint
 from vlmtune.models.vision_cache import DiskStore, FeatureCache, MemoryStore, open_disk_store
 from vlmtune.recipe.schema import Recipe
-from vlmtune.train.checkpoint import TrainState, updated
+from vlmtune.train.checkpoint import CheckpointMeta, updated
 from vlmtune.train.contrastive import Contrastive
 from vlmtune.train.feed import (
     FeedSettings,
-    LeftOut,
+    SkippedSample,
+    StepBatch,
     StepBuilder,
-    StepData,
     StepDataset,
     steps_from,
     stream_steps,
@@ -56,9 +56,9 @@ from vlmtune.train.probe import (
     first_batch,
     freeze_unreached,
 )
-from vlmtune.train.run_folder import SkipLedger
-from vlmtune.train.runtime import DTYPES, leave_out_autocast, to_device
-from vlmtune.train.state import Trainee
+from vlmtune.train.run_folder import SkipLog
+from vlmtune.train.runtime import DTYPES, disable_autocast, to_device
+from vlmtune.train.state import TrainState
 from vlmtune.train.step import NextToken, Objective
 
 log = logging.getLogger("vlmtune")
@@ -72,7 +72,7 @@ KEPT_PARTS: dict[Level, tuple[str, ...]] = {
 
 def keeps_features(recipe: Recipe, vlm: VLM) -> bool:
     """Whether something of each picture is kept: the recipe wants it and the tower is frozen."""
-    level = kept_level(base_of(vlm.model), vlm.family)
+    level = cacheable_stage(base_of(vlm.model), vlm.family)
     return recipe.train.vision_cache != "off" and level is not None
 
 
@@ -86,7 +86,7 @@ def build_vision_features(
     features kept that change while the model trains.
     """
     base, mode = base_of(vlm.model), recipe.train.vision_cache
-    level = kept_level(base, vlm.family)
+    level = cacheable_stage(base, vlm.family)
     if level is None:
         _refuse(recipe, vlm)
         return None
@@ -99,8 +99,8 @@ def build_vision_features(
         stores.append(MemoryStore(min(bound, free) // num_processes))
     if mode != "memory":
         store = open_disk_store(
-            cache_dir_of(access_of(recipe.data)),
-            tower_digest(base, vlm.family, KEPT_PARTS[level]),
+            cache_dir_of(media_policy_of(recipe.data)),
+            vision_fingerprint(base, vlm.family, KEPT_PARTS[level]),
             max_bytes=bound,
             num_processes=num_processes,
         )
@@ -124,7 +124,7 @@ def _refuse(recipe: Recipe, vlm: VLM) -> None:
     """Say why nothing is kept; raise where the recipe wants it kept."""
     mode = recipe.train.vision_cache
     trained = trained_media_names(base_of(vlm.model), vlm.family)
-    if not vlm.family.takes_features:
+    if not vlm.family.supports_precomputed_features:
         reason = f"a model of the family {vlm.family.name} makes them itself"
         if recipe.parts is not None:
             reason += " where the recipe states its parts"
@@ -153,15 +153,17 @@ def open_training_data(recipe: Recipe) -> tuple[TrainingData, list[Skipped]]:
     Raises VlmtuneError for files that cannot be used, an ErrorGroup for bad rows.
     """
     section = recipe.data
-    access = access_of(section)
+    media_policy = media_policy_of(section)
     if not section.streaming:
-        return open_conversations(section.train, on_bad_sample=section.on_bad_sample, access=access)
+        return open_conversations(
+            section.train, on_bad_sample=section.on_bad_sample, media_policy=media_policy
+        )
     stream = open_stream(
         section.train,
         seed=recipe.seed,
         block_rows=section.shuffle_buffer,
-        access=access,
-        cache_dir=cache_dir_of(access),
+        media_policy=media_policy,
+        cache_dir=cache_dir_of(media_policy),
     )
     return stream, []
 
@@ -189,14 +191,14 @@ def epochs_of(recipe: Recipe) -> float | None:
     return recipe.train.epochs or DEFAULT_EPOCHS
 
 
-def build_ledger(
+def build_skip_log(
     recipe: Recipe, *, folder: Path, data: TrainingData, num_skipped: int
-) -> SkipLedger:
+) -> SkipLog:
     """`num_skipped`: bad rows that are not part of `data`. How many rows a stream has is not
     known: bad ones count against the samples of the whole run, each time they come."""
     known = num_samples_of(data)
     drawn = total_steps_of(recipe, data) * recipe.train.batch_size
-    return SkipLedger(
+    return SkipLog(
         folder / "skipped.jsonl",
         num_samples=drawn if known is None else known + num_skipped,
         max_bad_fraction=recipe.data.max_bad_fraction,
@@ -204,18 +206,20 @@ def build_ledger(
     )
 
 
-def left_out(skipped: Sequence[Skipped]) -> list[LeftOut]:
+def left_out(skipped: Sequence[Skipped]) -> list[SkippedSample]:
     """The rows that the reader skipped, as the ledger lists them."""
-    return [LeftOut(s.id, s.source.file, s.source.line, s.reason, is_bad=True) for s in skipped]
+    return [
+        SkippedSample(s.id, s.source.file, s.source.line, s.reason, is_bad=True) for s in skipped
+    ]
 
 
 def build_encoder(recipe: Recipe, vlm: VLM) -> Encoder:
     """What makes samples as the recipe says, from its cache where it asks for one, with the keys
     of their pictures where features are kept. `vlm.model` is adapted already."""
     data = recipe.data
-    cache_dir = cache_dir_of(access_of(data)) if data.cache == "disk" else None
-    media_layout = vlm.family.media_layout if keeps_features(recipe, vlm) else None
-    return encoder_for(recipe, vlm.processor, cache_dir=cache_dir, media_layout=media_layout)
+    cache_dir = cache_dir_of(media_policy_of(data)) if data.cache == "disk" else None
+    image_batching = vlm.family.image_batching if keeps_features(recipe, vlm) else None
+    return encoder_for(recipe, vlm.processor, cache_dir=cache_dir, image_batching=image_batching)
 
 
 def layout_of(recipe: Recipe, vlm: VLM) -> BatchLayout:
@@ -224,7 +228,7 @@ def layout_of(recipe: Recipe, vlm: VLM) -> BatchLayout:
     return BatchLayout(
         budget=Budget(section.micro_batch_tokens, section.micro_batch_supervised_tokens),
         pad_token_id=pad_token_id(vlm.processor),
-        media_layout=vlm.family.media_layout,
+        image_batching=vlm.family.image_batching,
         packs=section.packing and can_pack(base_of(vlm.model), vlm.family),
     )
 
@@ -236,8 +240,8 @@ def build_steps(
     encoder: Encoder,
     vlm: VLM,
     accelerator: Accelerator,
-    start: TrainState | None,
-) -> Callable[[int, int], Iterator[StepData]]:
+    start: CheckpointMeta | None,
+) -> Callable[[int, int], Iterator[StepBatch]]:
     """What gives this process its part of the steps from a first to a last one; of a stream, the
     first is the one after `start`.
 
@@ -341,14 +345,14 @@ def build_trainee(
     data: TrainingData,
     encoder: Encoder,
     accelerator: Accelerator,
-) -> Trainee:
+) -> TrainState:
     """Wrap, probe, checkpoint activations, build the optimizer, prepare for the processes."""
     dtype = DTYPES[recipe.train.precision]
     prompt = embedding_prompt_of(recipe)
     kind = SupervisedForward if prompt is None else EmbeddingForward
     adapter.model.to(accelerator.device)
     if recipe.train.precision == "bf16" and not needs_autocast(adapter.model, dtype):
-        leave_out_autocast(accelerator)
+        disable_autocast(accelerator)
     features = build_vision_features(recipe, vlm=vlm, accelerator=accelerator)
     forward = kind(adapter.model, vlm.family, features)
     layout = layout_of(recipe, vlm)
@@ -387,10 +391,10 @@ def build_trainee(
     optimizer = build_optimizer(groups, kind=recipe.train.optimizer, device=accelerator.device)
     forward.train()
     prepared, optimizer = accelerator.prepare(forward, optimizer)
-    return Trainee(prepared, adapter, trained, parts, optimizer, objective, features)
+    return TrainState(prepared, adapter, trained, parts, optimizer, objective, features)
 
 
-def saver(recipe: Recipe, trainee: Trainee) -> Callable[[Path], None]:
+def saver(recipe: Recipe, trainee: TrainState) -> Callable[[Path], None]:
     """What writes the result into a folder: the method's files and, after contrastive training,
     `contrastive.json` with what else makes an embedding."""
 

@@ -39,12 +39,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlmtune.data.dataset import access_of, cache_dir_of, content_hash
+from vlmtune.data.dataset import cache_dir_of, content_hash, media_policy_of
 from vlmtune.data.stream import stream_identity
 from vlmtune.errors import VlmtuneError
 from vlmtune.recipe.data_section import DataSection, VideoSection
 from vlmtune.recipe.schema import Recipe, TrainSection, is_lower_better
-from vlmtune.train.runtime import Arrival, to_host
+from vlmtune.train.runtime import CudaEvent, to_host
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def data_hashes_of(recipe: Recipe) -> dict[str, str]:
     """What the training files are told by: their content; of streamed ones size and time."""
     if recipe.data.streaming:
         return stream_identity(recipe.data.train)
-    cache_dir = cache_dir_of(access_of(recipe.data))
+    cache_dir = cache_dir_of(media_policy_of(recipe.data))
     return {str(k): v for k, v in content_hash(recipe.data.train, cache_dir=cache_dir).items()}
 
 
@@ -145,7 +145,7 @@ WRITING = ".writing-"
 
 
 @dataclass(frozen=True)
-class TrainState:
+class CheckpointMeta:
     """Where a run stands. `fingerprint` maps what must not change between stop and resume (recipe
     keys, data files) to its value or hash. `num_bad`: bad samples so far, as they count against
     `data.max_bad_fraction`. `cursor`: where a stream of rows stands (`StreamCursor.as_dict`)."""
@@ -161,7 +161,7 @@ class TrainState:
 
 @dataclass
 class Checkpoint:
-    state: TrainState
+    state: CheckpointMeta
     tensors: dict[str, Tensor]
     optimizer: dict[str, Any]
     rng: list[dict[str, Any]]
@@ -255,12 +255,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
         )
 
 
-def read_state(path: Path) -> TrainState:
+def read_state(path: Path) -> CheckpointMeta:
     """Where the run stood at a complete checkpoint."""
     with _damage_told(path):
         values = json.loads((path / "state.json").read_text())
         best = values.pop("best", None)
-        return TrainState(**values, best=None if best is None else Best(**best))
+        return CheckpointMeta(**values, best=None if best is None else Best(**best))
 
 
 @contextlib.contextmanager
@@ -326,7 +326,7 @@ def copied(checkpoint: Checkpoint) -> Checkpoint:
         optimizer=_copied(checkpoint.optimizer, copies),
     )
     if torch.cuda.is_available():
-        Arrival(torch.device("cuda")).wait()
+        CudaEvent(torch.device("cuda")).wait()
     return copy
 
 

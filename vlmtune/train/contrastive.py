@@ -27,12 +27,12 @@ from torch.nn import functional as F
 
 from vlmtune.data.batches import BatchLayout
 from vlmtune.data.encode import Encoder
-from vlmtune.data.pairs import encode_pair, side_batches
-from vlmtune.data.types import Conversation, SideBatch
+from vlmtune.data.pairs import contrastive_batches, encode_pair
+from vlmtune.data.types import ContrastiveBatch, Conversation
 from vlmtune.errors import SampleError
 from vlmtune.train.checkpoint import random_state, restore_random_state
-from vlmtune.train.feed import StepData
-from vlmtune.train.runtime import ahead, to_device
+from vlmtune.train.feed import StepBatch
+from vlmtune.train.runtime import prefetch_to_device, to_device
 from vlmtune.train.step import reduced_at_last
 
 MAX_SCALE = 100.0
@@ -93,22 +93,22 @@ class Contrastive:
             log_scale.clamp_(max=math.log(MAX_SCALE))
         return log_scale.exp()
 
-    def num_terms(self, data: StepData) -> int:
+    def num_terms(self, data: StepBatch) -> int:
         return len(data.pair_keys)
 
-    def weight(self, data: StepData) -> float:
+    def weight(self, data: StepBatch) -> float:
         return float(len(data.pair_keys))
 
     def backward(
         self,
         forward: nn.Module,
-        data: StepData,
+        data: StepBatch,
         accelerator: Accelerator,
         weight: float | Tensor,
     ) -> Tensor:
-        batches = [batch for batch in data.micro_batches if isinstance(batch, SideBatch)]
+        batches = [batch for batch in data.micro_batches if isinstance(batch, ContrastiveBatch)]
         num_pairs = len(data.pair_keys)
-        own, states = embed_sides(forward, batches, num_pairs, accelerator.device)
+        own, states = embed_modalities(forward, batches, num_pairs, accelerator.device)
         after = random_state()
         own.requires_grad_()
         everyone, start = gathered(own, accelerator)
@@ -119,14 +119,14 @@ class Contrastive:
         self._keep_alike(accelerator)
         self._accuracy = result.num_right / (2 * weight)  # read where it is logged
         assert own.grad is not None
-        on_device = ahead(batches, accelerator.device)
+        on_device = prefetch_to_device(batches, accelerator.device)
         for number, (batch, state) in enumerate(zip(on_device, states, strict=True)):
             restore_random_state(state)
             with reduced_at_last(forward, accelerator, number=number, of=len(batches)):
                 embeddings = forward(batch.inputs, batch.last)  # (B, D)
                 wanted = torch.zeros_like(embeddings)
                 if batch.pairs:
-                    wanted = own.grad[batch.side, list(batch.pairs)]
+                    wanted = own.grad[batch.modality, list(batch.pairs)]
                 # Every process has the whole loss; DDP takes the mean over processes. `wanted`
                 # holds fp16's loss scale already.
                 ((embeddings * wanted).sum() * accelerator.num_processes).backward()
@@ -146,8 +146,8 @@ class Contrastive:
 
 
 @torch.no_grad()
-def embed_sides(
-    forward: nn.Module, batches: Sequence[SideBatch], num_pairs: int, device: torch.device
+def embed_modalities(
+    forward: nn.Module, batches: Sequence[ContrastiveBatch], num_pairs: int, device: torch.device
 ) -> tuple[Tensor, list[dict[str, object]]]:
     """The embeddings of both sides, (2, n, D), and the random state before each micro-batch."""
     states, found = [], []
@@ -158,7 +158,7 @@ def embed_sides(
     own = found[0].new_zeros((2, num_pairs, found[0].shape[-1]))
     for batch, embeddings in zip(batches, found, strict=True):
         if batch.pairs:
-            own[batch.side, list(batch.pairs)] = embeddings
+            own[batch.modality, list(batch.pairs)] = embeddings
     return own, states
 
 
@@ -185,7 +185,7 @@ def _gathered_keys(keys: Sequence[tuple[int, int]], accelerator: Accelerator) ->
     return torch.cat([everyone[rank, :count] for rank, count in enumerate(counts)])
 
 
-def _by_micro_batch(losses: Tensor, batches: Sequence[SideBatch]) -> Tensor:
+def _by_micro_batch(losses: Tensor, batches: Sequence[ContrastiveBatch]) -> Tensor:
     """The losses (n,) of this process as sums per micro-batch: half with each side of a pair."""
     sums = [losses[list(batch.pairs)].sum() / 2 for batch in batches]
     return torch.stack(sums)
@@ -218,9 +218,9 @@ def contrastive_loss(
                 sums[3] += 1
         if not pairs:
             continue
-        batches = side_batches(pairs, layout=layout)
+        batches = contrastive_batches(pairs, layout=layout)
         with accelerator.autocast():
-            own, _ = embed_sides(forward, batches, len(pairs), accelerator.device)
+            own, _ = embed_modalities(forward, batches, len(pairs), accelerator.device)
         keys = torch.tensor([(p.picture_key, p.text_key) for p in pairs], device=own.device)
         result = info_nce(own[0], own[1], keys, scale)
         sums += torch.tensor([float(result.losses.sum()), float(result.num_right), len(pairs), 0])

@@ -33,9 +33,9 @@ from vlmtune.data.encode import Encoder, OverLength
 from vlmtune.data.formats.base import check_trainable
 from vlmtune.data.measure import WorkScale
 from vlmtune.data.order import Order
-from vlmtune.data.pairs import Pair, encode_pair, side_batches
+from vlmtune.data.pairs import ImageTextPair, contrastive_batches, encode_pair
 from vlmtune.data.stream import OpenStream, Stream, StreamCursor
-from vlmtune.data.types import IGNORED, Batch, Conversation, Sample, SideBatch, Source
+from vlmtune.data.types import IGNORED, Batch, ContrastiveBatch, Conversation, Sample, Source
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.train.runtime import pinned
 
@@ -46,7 +46,7 @@ _TOO_MANY_FILES = re.compile(r"received \d+ items of ancdata\s*\Z|\AToo many ope
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class SkippedSample:
     """A sample that was not trained on. `is_bad`: it could not be used; otherwise it was too long
     and the recipe says to drop it."""
 
@@ -61,7 +61,7 @@ class LeftOut:
 
 
 @dataclass
-class StepData:
+class StepBatch:
     """The micro-batches of one process for one optimizer step; at least one.
 
     `pair_keys` are, of contrastive training, the picture's and the text's key of each pair.
@@ -72,8 +72,8 @@ class StepData:
     seen after the step; `cursor`: where a stream stands after it.
     """
 
-    micro_batches: Sequence[Batch | SideBatch]
-    left_out: list[LeftOut]
+    micro_batches: Sequence[Batch | ContrastiveBatch]
+    left_out: list[SkippedSample]
     notes: list[tuple[str, str, int]]
     num_step_samples: int
     positions: Sequence[int]
@@ -81,12 +81,12 @@ class StepData:
     pair_keys: Sequence[tuple[int, int]] = ()
     cursor: StreamCursor | None = None
 
-    def pin_memory(self) -> StepData:
+    def pin_memory(self) -> StepBatch:
         """The step with its micro-batches in pinned memory; the DataLoader calls it for CUDA."""
         return replace(self, micro_batches=[pinned(batch) for batch in self.micro_batches])
 
 
-class Unread(Protocol):
+class LazySample(Protocol):
     """A sample not yet read. `id` and `source` name it where it cannot be."""
 
     @property
@@ -122,8 +122,8 @@ class StepBuilder:
     settings: FeedSettings
 
     def build(
-        self, whole: Sequence[Unread], *, epoch: float, cursor: StreamCursor | None = None
-    ) -> StepData:
+        self, whole: Sequence[LazySample], *, epoch: float, cursor: StreamCursor | None = None
+    ) -> StepBatch:
         """The step of the samples `whole`, of which only this process's share is read.
 
         Raises the first SampleError, unless such samples are left out.
@@ -131,8 +131,8 @@ class StepBuilder:
         s = self.settings
         read = [_read(unread) for unread in whole] if s.world_size > 1 else []
         share = self._share(read) if read else range(len(whole))
-        samples: list[Sample | Pair] = []
-        left_out: list[LeftOut] = []
+        samples: list[Sample | ImageTextPair] = []
+        left_out: list[SkippedSample] = []
         for number in share:
             name, source = None, None
             try:
@@ -146,10 +146,10 @@ class StepBuilder:
                     raise
                 name, source = name or whole[number].id, source or whole[number].source
                 left_out.append(
-                    LeftOut(name, source.file, source.line, str(error), is_bad=not is_dropped)
+                    SkippedSample(name, source.file, source.line, str(error), is_bad=not is_dropped)
                 )
-        pairs = [x for x in samples if isinstance(x, Pair)]
-        return StepData(
+        pairs = [x for x in samples if isinstance(x, ImageTextPair)]
+        return StepBatch(
             micro_batches=self._pair_batches(pairs) if pairs else self._batches(samples),
             left_out=left_out,
             notes=[
@@ -166,21 +166,23 @@ class StepBuilder:
 
     def _share(self, read: Sequence[Conversation | SampleError]) -> list[int]:
         """This process's samples, by number: the same split on every process that can read the
-        same files. Where they cannot, the step finds out (`PendingStep.check_shares`)."""
+        same files. Where they cannot, the step finds out (`AsyncStepMetrics.check_shares`)."""
         s = self.settings
         work = [0.0 if isinstance(x, SampleError) else s.work.tokens(x) for x in read]
         return balanced_shares(work, s.world_size)[s.rank]
 
-    def _encode(self, conversation: Conversation) -> Sample | Pair:
+    def _encode(self, conversation: Conversation) -> Sample | ImageTextPair:
         prompt = self.settings.embedding_prompt
         if prompt is None:
             return self.encoder.encode(conversation)
         return encode_pair(self.encoder, conversation, prompt=prompt)
 
-    def _pair_batches(self, pairs: Sequence[Pair]) -> list[SideBatch]:
-        return side_batches(pairs, layout=self.settings.layout)
+    def _pair_batches(self, pairs: Sequence[ImageTextPair]) -> list[ContrastiveBatch]:
+        return contrastive_batches(pairs, layout=self.settings.layout)
 
-    def _batches(self, encoded: Sequence[Sample | Pair]) -> Sequence[Batch | SideBatch]:
+    def _batches(
+        self, encoded: Sequence[Sample | ImageTextPair]
+    ) -> Sequence[Batch | ContrastiveBatch]:
         s = self.settings
         samples = [x for x in encoded if isinstance(x, Sample)] or [self._unsupervised()]
         batches = make_batches(samples, s.layout)
@@ -188,7 +190,7 @@ class StepBuilder:
             return batches
         # No pair is left: the row takes part in the gradient's reduction, with zeros.
         last = torch.tensor([samples[0].num_tokens - 1])
-        return [SideBatch(batches[0].inputs, last, 1, (), ("",), 0, 0)]
+        return [ContrastiveBatch(batches[0].inputs, last, 1, (), ("",), 0, 0)]
 
     def _unsupervised(self) -> Sample:
         """A sample without a target: a process with nothing to train on still takes part in the
@@ -202,7 +204,7 @@ class StepBuilder:
         )
 
 
-def _read(unread: Unread) -> Conversation | SampleError:
+def _read(unread: LazySample) -> Conversation | SampleError:
     try:
         return unread.conversation()
     except SampleError as error:
@@ -216,7 +218,7 @@ def _or_raise(read: Conversation | SampleError) -> Conversation:
 
 
 @dataclass(frozen=True)
-class _Numbered:
+class _IndexedSample:
     """Sample `index` of a set."""
 
     conversations: Sequence[Conversation]
@@ -239,7 +241,7 @@ class _Numbered:
         return self.conversations[self.index]
 
 
-class StepDataset(Dataset[StepData | VlmtuneError]):
+class StepDataset(Dataset[StepBatch | VlmtuneError]):
     """Steps by number. `epochs`: where the stream of samples ends, so that the last step may be
     smaller; None: it goes on for as many steps as are asked for.
 
@@ -260,13 +262,13 @@ class StepDataset(Dataset[StepData | VlmtuneError]):
         self.order = order
         self.epochs = epochs
 
-    def __getitem__(self, step: int) -> StepData | VlmtuneError:
+    def __getitem__(self, step: int) -> StepBatch | VlmtuneError:
         size = self.builder.settings.batch_size
         rows = step_samples(step, order=self.order, batch_size=size, epochs=self.epochs)
         epoch = ((step - 1) * size + len(rows)) / self.order.num_per_epoch
         try:
             return self.builder.build(
-                [_Numbered(self.conversations, row) for row in rows], epoch=epoch
+                [_IndexedSample(self.conversations, row) for row in rows], epoch=epoch
             )
         except VlmtuneError as error:
             return with_traceback(error)
@@ -294,7 +296,7 @@ def is_lost_worker(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def lost_workers_told() -> Iterator[None]:
+def translate_worker_errors() -> Iterator[None]:
     """What torch raises, at any moment, where a process that makes steps ahead is gone, as a
     VlmtuneError."""
     try:
@@ -317,9 +319,9 @@ def lost_workers_told() -> Iterator[None]:
 
 def steps_from(
     dataset: StepDataset, first: int, last: int, *, num_workers: int
-) -> Iterator[StepData]:
+) -> Iterator[StepBatch]:
     """The steps `first` to `last`, both included, in order. Raises the first `VlmtuneError`."""
-    return loaded(dataset, sampler=range(first, last + 1), num_workers=num_workers)
+    return load_steps(dataset, sampler=range(first, last + 1), num_workers=num_workers)
 
 
 def _allow_many_files() -> None:
@@ -334,9 +336,9 @@ def _allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def loaded(
-    dataset: Dataset[StepData | VlmtuneError], *, sampler: range | None, num_workers: int
-) -> Iterator[StepData]:
+def load_steps(
+    dataset: Dataset[StepBatch | VlmtuneError], *, sampler: range | None, num_workers: int
+) -> Iterator[StepBatch]:
     """The items of `dataset`, made ahead by `num_workers` processes; the same, in the same order,
     for any number of them."""
     if num_workers:
@@ -359,7 +361,7 @@ def loaded(
         yield item
 
 
-class StreamDataset(IterableDataset[StepData | VlmtuneError]):
+class StreamDataset(IterableDataset[StepBatch | VlmtuneError]):
     """The steps `first` to `last`; `cursor` is where the stream stands before the first of them,
     None at its start.
 
@@ -381,7 +383,7 @@ class StreamDataset(IterableDataset[StepData | VlmtuneError]):
         self.steps = range(first, last + 1)
         self.cursor = cursor
 
-    def __iter__(self) -> Iterator[StepData | VlmtuneError]:
+    def __iter__(self) -> Iterator[StepBatch | VlmtuneError]:
         worker = get_worker_info()
         own, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         opened = OpenStream(self.stream, self.cursor)
@@ -405,7 +407,7 @@ def stream_steps(
     *,
     cursor: StreamCursor | None,
     num_workers: int,
-) -> Iterator[StepData]:
+) -> Iterator[StepBatch]:
     """The steps `first` to `last`, both included, in order. Raises the first `VlmtuneError`."""
     dataset = StreamDataset(stream, builder, first=first, last=last, cursor=cursor)
-    return loaded(dataset, sampler=None, num_workers=num_workers)
+    return load_steps(dataset, sampler=None, num_workers=num_workers)

@@ -23,12 +23,11 @@ from accelerate.utils import gather_object
 
 from vlmtune.data.stream import StreamCursor
 from vlmtune.recipe.schema import EvalSection, Recipe, TrainSection
-from vlmtune.train import state as trainees
 from vlmtune.train.checkpoint import (
     Best,
     Checkpoint,
+    CheckpointMeta,
     CheckpointWriter,
-    TrainState,
     best_by,
     checkpoint_path,
     is_over,
@@ -37,20 +36,20 @@ from vlmtune.train.checkpoint import (
     restore_random_state,
     updated,
 )
-from vlmtune.train.feed import StepData, lost_workers_told
+from vlmtune.train.feed import StepBatch, translate_worker_errors
 from vlmtune.train.optim import learning_rate_factor, resolve_count, set_learning_rate
-from vlmtune.train.run_folder import SkipLedger
+from vlmtune.train.run_folder import SkipLog
 from vlmtune.train.runtime import StopSignal, peak_memory_bytes
-from vlmtune.train.state import Trainee
+from vlmtune.train.state import TrainState, restore, save
 from vlmtune.train.step import train_step
-from vlmtune.train.step_metrics import PendingStep, StepResult, reads_late
-from vlmtune.train.tracker import Tracker, Window
+from vlmtune.train.step_metrics import AsyncStepMetrics, StepResult, should_defer_sync
+from vlmtune.train.tracker import MetricsAccumulator, Tracker
 
 Progress = Callable[[int, int], None]
 """Told how many of how many samples are done."""
 Evaluate = Callable[[int, Progress], dict[str, float]]
 """The figures of an evaluation at an optimizer step, by name; a collective."""
-HELD_OUT = "eval_"
+EVAL_PREFIX = "eval_"
 """How the names of figures on `data.eval` start."""
 
 
@@ -103,23 +102,23 @@ class TrainResult:
     best: Best | None = None
 
 
-def is_finished(state: TrainState, recipe: Recipe, total_steps: int) -> bool:
+def is_finished(state: CheckpointMeta, recipe: Recipe, total_steps: int) -> bool:
     """Whether a run in this state has no step left to do."""
     best = best_by(state.best, recipe.eval.best_metric)
     return state.step == total_steps or is_over(best, recipe.eval.patience)
 
 
 def train(
-    trainee: Trainee,
+    trainee: TrainState,
     *,
     section: TrainSection,
     schedule: Schedule,
-    make_steps: Callable[[int, int], Iterator[StepData]],
+    make_steps: Callable[[int, int], Iterator[StepBatch]],
     prepare_folder: Callable[[], None],
     accelerator: Accelerator,
     folder: Path,
     fingerprint: dict[str, Any],
-    skips: SkipLedger,
+    skips: SkipLog,
     evaluate: Evaluate | None,
     resume: Checkpoint | None = None,
     quiet: bool = False,
@@ -135,11 +134,11 @@ def train(
     first, best = 1, None
     if resume is not None:
         first, best = resume.state.step + 1, best_by(resume.state.best, schedule.best_metric)
-        trainees.restore(trainee, resume, accelerator)
+        restore(trainee, resume, accelerator)
     # A run that had stopped for want of anything better has no step left to do.
     last = first - 1 if is_over(best, schedule.patience) else schedule.total_steps
     began = time.monotonic()
-    with lost_workers_told():
+    with translate_worker_errors():
         steps = _with_first_made(make_steps(first, last))
     waited = time.monotonic() - began
     prepare_folder()
@@ -167,17 +166,17 @@ def train(
             stop=stop,
             writer=writer,
             tracker=tracker,
-            late=reads_late(accelerator.device),
+            defer_sync=should_defer_sync(accelerator.device),
             result=TrainResult(steps=first - 1, best=best),
-            window=Window(started=began, wait_seconds=waited),
+            window=MetricsAccumulator(started=began, wait_seconds=waited),
             began=began,
         )
-        with lost_workers_told():
+        with translate_worker_errors():
             loop.run(range(first, last + 1), steps)
     return loop.finish()
 
 
-def _with_first_made(steps: Iterator[StepData]) -> Iterator[StepData]:
+def _with_first_made(steps: Iterator[StepBatch]) -> Iterator[StepBatch]:
     """The same steps, the first one made already: what is wrong with it is raised here."""
     return itertools.chain(list(itertools.islice(steps, 1)), steps)
 
@@ -186,33 +185,33 @@ def _with_first_made(steps: Iterator[StepData]) -> Iterator[StepData]:
 class _Loop:
     """A session of training: what it works with, and how far it has come."""
 
-    trainee: Trainee
+    trainee: TrainState
     section: TrainSection
     schedule: Schedule
     accelerator: Accelerator
     folder: Path
     fingerprint: dict[str, Any]
-    skips: SkipLedger
+    skips: SkipLog
     evaluate: Evaluate | None
     stop: StopSignal
     writer: CheckpointWriter
     tracker: Tracker
-    late: bool
+    defer_sync: bool
     result: TrainResult
-    window: Window
+    window: MetricsAccumulator
     began: float
-    pending: deque[PendingStep] = field(default_factory=deque)
+    pending: deque[AsyncStepMetrics] = field(default_factory=deque)
     notes: set[tuple[str, str, int]] = field(default_factory=set)
     cursor: StreamCursor | None = None
 
-    def run(self, numbers: range, steps: Iterator[StepData]) -> None:
+    def run(self, numbers: range, steps: Iterator[StepBatch]) -> None:
         """The steps of these numbers, up to the last or to a reason to stop."""
         schedule = self.schedule
         if self.evaluate is not None and schedule.evaluates_before and numbers.start == 1:
             paused = time.monotonic()
             values = self._evaluated(self.evaluate, 0)
             self.tracker.log(0, values)
-            if any(name.startswith(HELD_OUT) for name in values):
+            if any(name.startswith(EVAL_PREFIX) for name in values):
                 # A name that is no figure is said now, not after the first stretch of training.
                 _best_after(None, schedule.best_metric, 0, values)
             self._pause_since(paused)
@@ -223,7 +222,7 @@ class _Loop:
             self.window.wait_seconds += time.monotonic() - waited
             line, stops = self._train(step, data)
             paused = time.monotonic()
-            goes_on = self._look(step, line, stops=stops)
+            goes_on = self._evaluate_log_save(step, line, stops=stops)
             self._pause_since(paused)
             if not goes_on:
                 break
@@ -245,7 +244,7 @@ class _Loop:
         result.peak_memory_bytes = peak_memory_bytes(self.accelerator.device)
         return result
 
-    def _train(self, step: int, data: StepData) -> tuple[dict[str, Any], bool]:
+    def _train(self, step: int, data: StepBatch) -> tuple[dict[str, Any], bool]:
         """One optimizer step: the line to log of it, empty where none is due, and whether a
         process was asked to stop."""
         factor = learning_rate_factor(
@@ -261,7 +260,7 @@ class _Loop:
         method_log = self._launch(step, data, stop_requested=asked, log_parts=is_logged)
         is_due = is_logged or bool(method_log) or self._evaluates(step) or self._saves(step)
         # Of several processes all must see the same: what one was asked is known when it is read.
-        is_due = is_due or not self.late or (asked and self.accelerator.num_processes == 1)
+        is_due = is_due or not self.defer_sync or (asked and self.accelerator.num_processes == 1)
         done = self._read(all_but=0 if is_due else 1)
         stops = done is not None and done.stop
         if stops:
@@ -275,11 +274,11 @@ class _Loop:
             objective=self.trainee.objective,
             accelerator=self.accelerator,
         )
-        self.window = Window()
+        self.window = MetricsAccumulator()
         return line | method_log, stops
 
     def _launch(
-        self, step: int, data: StepData, *, stop_requested: bool, log_parts: bool
+        self, step: int, data: StepBatch, *, stop_requested: bool, log_parts: bool
     ) -> dict[str, object]:
         """Do a step, its figures not yet read; what the adapter's method has to log."""
         trainee = self.trainee
@@ -296,7 +295,7 @@ class _Loop:
             max_grad_norm=self.section.max_grad_norm,
             stop_requested=stop_requested,
             log_parts=log_parts,
-            late=self.late,
+            defer_sync=self.defer_sync,
         )
         self.pending.append(pending)
         self.notes.update(data.notes)
@@ -335,7 +334,7 @@ class _Loop:
     def _saves(self, step: int) -> bool:
         return step % self.schedule.save_every == 0 or step == self.schedule.total_steps
 
-    def _look(self, step: int, line: dict[str, Any], *, stops: bool) -> bool:
+    def _evaluate_log_save(self, step: int, line: dict[str, Any], *, stops: bool) -> bool:
         """Evaluate, log and save where they are due; whether training goes on."""
         schedule, result = self.schedule, self.result
         is_last = step == schedule.total_steps
@@ -373,7 +372,7 @@ class _Loop:
         assert not self.pending, "what is saved was read, and is finite"
         num_processes = self.accelerator.num_processes
         left_out = self.skips.as_list()
-        state = TrainState(
+        state = CheckpointMeta(
             step,
             num_processes,
             self.fingerprint,
@@ -382,7 +381,7 @@ class _Loop:
             num_bad=self.skips.num_bad,
             cursor=None if self.cursor is None else self.cursor.as_dict(),
         )
-        trainees.save(self.trainee, state, self.accelerator, self.writer)
+        save(self.trainee, state, self.accelerator, self.writer)
 
     def _pause_since(self, moment: float) -> None:
         """Evaluating and saving are no part of the training speed."""
@@ -396,5 +395,5 @@ def _best_after(
 ) -> Best | None:
     if metric is None:
         return None
-    own = {n.removeprefix(HELD_OUT): v for n, v in values.items() if n.startswith(HELD_OUT)}
+    own = {n.removeprefix(EVAL_PREFIX): v for n, v in values.items() if n.startswith(EVAL_PREFIX)}
     return updated(best, metric=metric, step=step, values=own)

@@ -23,26 +23,26 @@ from vlmtune.data.batches import BatchLayout, make_batch
 from vlmtune.data.dataset import ConversationSet
 from vlmtune.data.encode import Encoder
 from vlmtune.data.formats.base import check_trainable
-from vlmtune.data.pairs import encode_pair, side_batches
+from vlmtune.data.pairs import contrastive_batches, encode_pair
 from vlmtune.data.stream import OpenStream, Stream
-from vlmtune.data.types import Batch, Conversation, SideBatch
+from vlmtune.data.types import Batch, ContrastiveBatch, Conversation
 from vlmtune.errors import SampleError, VlmtuneError, plural
 from vlmtune.models.forward import SupervisedForward, base_of, full_logits
 
-LOOKED_OVER = 1000
+MAX_PROBED = 1000
 """Samples that are looked at before training: has one a picture, which is the first to encode."""
 
 TrainingData = ConversationSet | Stream
 
 
-def looked_over(data: TrainingData, problems: list[SampleError]) -> Iterator[Conversation]:
+def sample_evenly(data: TrainingData, problems: list[SampleError]) -> Iterator[Conversation]:
     """Up to `LOOKED_OVER` samples from all over the data; of those that cannot be read, the errors
     are added to `problems`."""
     if isinstance(data, Stream):
         opened = OpenStream(data)
-        unread = (opened.take().conversation for _ in range(LOOKED_OVER))
+        unread = (opened.take().conversation for _ in range(MAX_PROBED))
         return _readable(unread, problems)
-    apart = math.ceil(len(data) / LOOKED_OVER)
+    apart = math.ceil(len(data) / MAX_PROBED)
     numbers = range(0, len(data), apart)
     return _readable((partial(data.__getitem__, at) for at in numbers), problems)
 
@@ -72,7 +72,7 @@ def first_batch(
     *,
     needs_media: bool,
     embedding_prompt: str | None = None,
-) -> Batch | SideBatch:
+) -> Batch | ContrastiveBatch:
     """A micro-batch of the first usable sample, one with a picture or a video where there is one;
     with an embedding prompt, of its picture side.
 
@@ -81,11 +81,11 @@ def first_batch(
     """
     problems: list[SampleError] = []
 
-    def batch_of(conversation: Conversation) -> Batch | SideBatch | None:
+    def batch_of(conversation: Conversation) -> Batch | ContrastiveBatch | None:
         try:
             if embedding_prompt is not None:
                 pair = encode_pair(encoder, conversation, prompt=embedding_prompt)
-                return side_batches([pair], layout=layout)[0]
+                return contrastive_batches([pair], layout=layout)[0]
             check_trainable(conversation)
             return make_batch([encoder.encode(conversation)], layout)
         except SampleError as error:
@@ -97,15 +97,15 @@ def first_batch(
     without_media: list[Conversation] = []
     # Where modules want a picture, one is looked for as long as there may be one.
     for conversation in chain(
-        looked_over(data, unreadable), _every_sample(data) if needs_media else ()
+        sample_evenly(data, unreadable), _every_sample(data) if needs_media else ()
     ):
         num_looked_at += 1
         if not (conversation.images or conversation.videos):
-            if len(without_media) < LOOKED_OVER:
+            if len(without_media) < MAX_PROBED:
                 without_media.append(conversation)
         elif (batch := batch_of(conversation)) is not None:
             return batch
-        elif len(problems) == LOOKED_OVER:
+        elif len(problems) == MAX_PROBED:
             break
     if needs_media and not problems and num_looked_at:
         raise VlmtuneError(
@@ -204,7 +204,7 @@ def own_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def freeze_unreached(
-    forward: nn.Module, batch: Batch | SideBatch, parameters: Mapping[str, nn.Parameter]
+    forward: nn.Module, batch: Batch | ContrastiveBatch, parameters: Mapping[str, nn.Parameter]
 ) -> list[str]:
     """Freeze the trained tensors that get no gradient from `batch`, say so, return their names.
 
@@ -213,7 +213,7 @@ def freeze_unreached(
     was_training = forward.training
     forward.eval()
     with torch.random.fork_rng(devices=[]):
-        if isinstance(batch, SideBatch):
+        if isinstance(batch, ContrastiveBatch):
             forward(batch.inputs, batch.last).sum().backward()
         else:
             forward(batch).backward()

@@ -37,7 +37,7 @@ from vlmtune.train.checkpoint import (
     read_state,
     sync_folder,
 )
-from vlmtune.train.feed import LeftOut
+from vlmtune.train.feed import SkippedSample
 from vlmtune.train.tracker import finite_or_null
 
 RESULTS = ("adapter", "model")
@@ -305,7 +305,7 @@ def allowed_bad(max_bad_fraction: float, num_samples: int) -> int:
 _Place = tuple[str, str, int]
 
 
-class SkipLedger:
+class SkipLog:
     """Every sample left out, once, in order of appearance; the same on all processes.
 
     Bad samples count against `max_bad_fraction` of `num_samples`; samples dropped for their length
@@ -325,14 +325,14 @@ class SkipLedger:
         self._num_samples = num_samples
         self._limit = allowed_bad(max_bad_fraction, num_samples)
         self._counts_repeats = counts_repeats
-        self._entries: dict[_Place, LeftOut] = {}
+        self._entries: dict[_Place, SkippedSample] = {}
         self.num_bad = 0
 
     @property
     def num_left_out(self) -> int:
         return len(self._entries)
 
-    def add(self, entries: Iterable[LeftOut], *, write: bool) -> None:
+    def add(self, entries: Iterable[SkippedSample], *, write: bool) -> None:
         """Note what is new; raises `VlmtuneError` beyond the limit, on every process alike."""
         drawn = list(entries)
         new = list({_place(e): e for e in drawn if _place(e) not in self._entries}.values())
@@ -360,7 +360,7 @@ class SkipLedger:
     def restore(self, entries: Iterable[dict[str, Any]], *, num_bad: int | None = None) -> None:
         """Start from a checkpoint's entries, without those of an attempt after it. `num_bad`:
         where it is more than one for each bad entry."""
-        restored = [LeftOut(**entry) for entry in entries]
+        restored = [SkippedSample(**entry) for entry in entries]
         self._entries = {_place(entry): entry for entry in restored}
         counted = sum(entry.is_bad for entry in restored)
         self.num_bad = counted if num_bad is None else num_bad
@@ -370,13 +370,13 @@ class SkipLedger:
         self._path.unlink(missing_ok=True)
         self._append(self._entries.values())
 
-    def _append(self, entries: Iterable[LeftOut]) -> None:
+    def _append(self, entries: Iterable[SkippedSample]) -> None:
         lines = [json.dumps(e.as_dict(), ensure_ascii=False) + "\n" for e in entries]
         if lines:
             with self._path.open("a", encoding="utf-8") as file:
                 file.writelines(lines)
 
 
-def _place(entry: LeftOut) -> _Place:
+def _place(entry: SkippedSample) -> _Place:
     """What tells samples apart: of large sets and of streams nobody checks that ids are unique."""
     return entry.id, entry.file, entry.line

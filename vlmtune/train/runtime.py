@@ -1,7 +1,7 @@
 """The one place that configures accelerate: processes, signals, and transfers to the device.
 
     DataLoader -> pinned batch -> `ahead`: the next micro-batch is copied while one computes
-    device value -> `to_host` -> pinned copy, read once `Arrival.wait` returns
+    device value -> `to_host` -> pinned copy, read once `CudaEvent.wait` returns
 
 On any other device nothing is pinned and nothing is in flight.
 """
@@ -26,7 +26,7 @@ from accelerate.utils import AutocastKwargs
 from torch import Tensor
 
 from vlmtune import __version__
-from vlmtune.data.types import Batch, SideBatch
+from vlmtune.data.types import Batch, ContrastiveBatch
 from vlmtune.errors import VlmtuneError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -86,7 +86,7 @@ def build_accelerator(precision: str) -> Accelerator:
     )
 
 
-def leave_out_autocast(accelerator: Accelerator) -> None:
+def disable_autocast(accelerator: Accelerator) -> None:
     """Let a model that computes in its own dtypes do so: what is prepared after this is not run
     under autocast. fp16's loss scaler stays."""
     accelerator.autocast_handler = AutocastKwargs(enabled=False)
@@ -156,10 +156,10 @@ class StopSignal:
         return 128 + (self.received or signal.SIGINT)
 
 
-AnyBatch = TypeVar("AnyBatch", bound=Batch | SideBatch)
+AnyBatch = TypeVar("AnyBatch", bound=Batch | ContrastiveBatch)
 
 
-class Arrival:
+class CudaEvent:
     """The moment at which everything that was queued on a device before it is done."""
 
     def __init__(self, device: torch.device) -> None:
@@ -176,7 +176,7 @@ class Arrival:
 def to_host(tensor: Tensor) -> Tensor:
     """A copy of `tensor` in the host's memory, which later changes of it do not reach.
 
-    From CUDA into pinned memory: it is there when an `Arrival` made after it has come.
+    From CUDA into pinned memory: it is there when an `CudaEvent` made after it has come.
     """
     tensor = tensor.detach()
     if tensor.device.type != "cuda":
@@ -185,7 +185,7 @@ def to_host(tensor: Tensor) -> Tensor:
     return there.copy_(tensor, non_blocking=True)
 
 
-def to_device_late(values: Sequence[float], device: torch.device) -> Tensor:
+def to_device_async(values: Sequence[float], device: torch.device) -> Tensor:
     """`values` as a float64 tensor on `device`; the host does not wait for it."""
     tensor = torch.tensor(values, dtype=torch.float64)
     if device.type == "cuda":
@@ -205,7 +205,7 @@ def pinned(batch: AnyBatch) -> AnyBatch:
     return _mapped(batch, lambda tensor: tensor.pin_memory())
 
 
-def ahead(batches: Sequence[AnyBatch], device: torch.device) -> Iterator[AnyBatch]:
+def prefetch_to_device(batches: Sequence[AnyBatch], device: torch.device) -> Iterator[AnyBatch]:
     """The batches on `device`, in turn. On CUDA each is copied on a stream of its own while the
     one before it computes: two are on the device at once."""
     if device.type != "cuda":
@@ -235,6 +235,6 @@ def _mapped(batch: AnyBatch, change: Any) -> AnyBatch:
     return replace(batch, inputs={k: change(v) for k, v in batch.inputs.items()}, **changed)
 
 
-def _tensors(batch: Batch | SideBatch) -> list[Tensor]:
+def _tensors(batch: Batch | ContrastiveBatch) -> list[Tensor]:
     own = [getattr(batch, field.name) for field in fields(batch)]
     return [t for t in [*own, *batch.inputs.values()] if isinstance(t, Tensor)]

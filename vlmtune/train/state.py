@@ -17,8 +17,8 @@ from vlmtune.errors import VlmtuneError
 from vlmtune.models.vision import VisionFeatures
 from vlmtune.train.checkpoint import (
     Checkpoint,
+    CheckpointMeta,
     CheckpointWriter,
-    TrainState,
     random_state,
     restore_random_state,
 )
@@ -39,7 +39,7 @@ class TrainedMethod(Method, Protocol):
 
 
 @dataclass
-class Trainee:
+class TrainState:
     """What is trained, and by what. `parameters` are the trained tensors by name; `features` makes
     those of pictures where the vision tower is frozen."""
 
@@ -65,7 +65,7 @@ class Trainee:
 
 
 def save(
-    trainee: Trainee, state: TrainState, accelerator: Accelerator, writer: CheckpointWriter
+    trainee: TrainState, state: CheckpointMeta, accelerator: Accelerator, writer: CheckpointWriter
 ) -> None:
     """Begin to write a checkpoint of `trainee` at `state`; the main process does. A collective,
     after which no process may read the checkpoint yet: `writer` knows when it is there."""
@@ -77,7 +77,7 @@ def save(
         writer.save(Checkpoint(state, trainee.state_dict(), optimizer, rng))
 
 
-def restore(trainee: Trainee, checkpoint: Checkpoint, accelerator: Accelerator) -> None:
+def restore(trainee: TrainState, checkpoint: Checkpoint, accelerator: Accelerator) -> None:
     """Put a checkpoint's tensors, optimizer and random state in place. Raises `VlmtuneError` where
     they are of other modules or another number of processes."""
     if len(checkpoint.rng) != accelerator.num_processes:

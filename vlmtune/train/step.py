@@ -25,9 +25,9 @@ from vlmtune.data.encode import Encoder
 from vlmtune.data.types import Batch, Conversation
 from vlmtune.errors import SampleError
 from vlmtune.models.forward import total_weight
-from vlmtune.train.feed import StepData
-from vlmtune.train.runtime import ahead, to_device
-from vlmtune.train.step_metrics import PendingStep, counts_of
+from vlmtune.train.feed import StepBatch
+from vlmtune.train.runtime import prefetch_to_device, to_device
+from vlmtune.train.step_metrics import AsyncStepMetrics, counts_of
 
 
 class Method(Protocol):
@@ -48,16 +48,16 @@ class Objective(Protocol):
     @property
     def tensors(self) -> Mapping[str, nn.Parameter]: ...
 
-    def num_terms(self, data: StepData) -> int:
+    def num_terms(self, data: StepBatch) -> int:
         """Terms of the loss in this process's share of a step."""
 
-    def weight(self, data: StepData) -> float:
+    def weight(self, data: StepBatch) -> float:
         """Their weights' sum; their number where each counts 1."""
 
     def backward(
         self,
         forward: nn.Module,
-        data: StepData,
+        data: StepBatch,
         accelerator: Accelerator,
         weight: float | Tensor,
     ) -> Tensor:
@@ -73,7 +73,7 @@ def train_step(
     forward: nn.Module,
     *,
     step: int,
-    data: StepData,
+    data: StepBatch,
     objective: Objective,
     method: Method,
     parameters: Mapping[str, nn.Parameter],
@@ -83,14 +83,14 @@ def train_step(
     max_grad_norm: float | None,
     stop_requested: bool = False,
     log_parts: bool = False,
-    late: bool = False,
-) -> PendingStep:
+    defer_sync: bool = False,
+) -> AsyncStepMetrics:
     """Forward and backward over this process's `data`, then update. With several processes it
     contains two collectives (counts, losses) besides DDP's and the objective's own.
 
     Raises `VlmtuneError` on all processes, before the update, when the loss or the gradient is not
     finite on any of them, or the step's samples are not shared out one by one. With `late`, no
-    figure is read here and `PendingStep.read` raises it.
+    figure is read here and `AsyncStepMetrics.read` raises it.
     """
     local = [
         objective.weight(data),
@@ -99,15 +99,17 @@ def train_step(
         stop_requested,
         share_mark(data.positions),
     ]
-    counts = counts_of(local, accelerator, late=late)
+    counts = counts_of(local, accelerator, defer_sync=defer_sync)
     losses = objective.backward(forward, data, accelerator, counts.divisor)
     penalty = method.penalty()
     if penalty is not None:
         # After the reduction of the last micro-batch and equal on all processes: added as it is.
         accelerator.backward(penalty)
     total = accelerator.reduce(losses.sum(), "sum")
-    pending = PendingStep(step, data=data, counts=counts, losses=losses, accelerator=accelerator)
-    if not late:
+    pending = AsyncStepMetrics(
+        step, data=data, counts=counts, losses=losses, accelerator=accelerator
+    )
+    if not defer_sync:
         pending.check_shares()
         pending.check("loss", total)
     skipped = None
@@ -116,7 +118,7 @@ def train_step(
         skipped = ~_all_finite(optimizer)
     part_norms = _part_norms(parameters, part_of_name) if log_parts else {}
     grad_norm = clip_gradients(list(parameters.values()), max_grad_norm)
-    if not late and accelerator.scaler is None:
+    if not defer_sync and accelerator.scaler is None:
         pending.check("gradient", grad_norm)
     pending.send(
         total=total, grad_norm=grad_norm, penalty=penalty, part_norms=part_norms, skipped=skipped
@@ -133,22 +135,22 @@ class NextToken:
     unit = "supervised_tokens"
     tensors: Mapping[str, nn.Parameter] = {}
 
-    def num_terms(self, data: StepData) -> int:
+    def num_terms(self, data: StepBatch) -> int:
         return sum(batch.targets.numel() for batch in _token_batches(data))
 
-    def weight(self, data: StepData) -> float:
+    def weight(self, data: StepBatch) -> float:
         return sum(total_weight(batch.targets, batch.weights) for batch in _token_batches(data))
 
     def backward(
         self,
         forward: nn.Module,
-        data: StepData,
+        data: StepBatch,
         accelerator: Accelerator,
         weight: float | Tensor,
     ) -> Tensor:
         losses = []
         batches = _token_batches(data)
-        for number, batch in enumerate(ahead(batches, accelerator.device)):
+        for number, batch in enumerate(prefetch_to_device(batches, accelerator.device)):
             with reduced_at_last(forward, accelerator, number=number, of=len(batches)):
                 loss = forward(batch)
                 # DDP takes the mean over processes; the weight is already global.
@@ -160,7 +162,7 @@ class NextToken:
         return {}
 
 
-def _token_batches(data: StepData) -> list[Batch]:
+def _token_batches(data: StepBatch) -> list[Batch]:
     return [batch for batch in data.micro_batches if isinstance(batch, Batch)]
 
 

@@ -1,11 +1,11 @@
 """The figures of a launched step: on a CUDA device they are read later, so that nothing waits.
 
-    train_step -> PendingStep -> read -> StepResult
+    train_step -> AsyncStepMetrics -> read -> StepResult
 
-Read at once, `loss` and gradient are checked before the update. Read late (`reads_late`), the step
-is updated first, and checked when it is read: after the next step was launched at the latest, and
-before anything is logged, evaluated or saved. A step that is not finite ends the run either way,
-and no checkpoint ever holds it.
+Read at once, `loss` and gradient are checked before the update. Read late (`should_defer_sync`),
+the step is updated first, and checked when it is read: after the next step was launched at the
+latest, and before anything is logged, evaluated or saved. A step that is not finite ends the run
+either way, and no checkpoint ever holds it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from vlmtune.data.batches import share_mark
 from vlmtune.errors import VlmtuneError
-from vlmtune.train.feed import LeftOut, StepData
-from vlmtune.train.runtime import Arrival, to_device_late, to_host
+from vlmtune.train.feed import SkippedSample, StepBatch
+from vlmtune.train.runtime import CudaEvent, to_device_async, to_host
 
 
 @dataclass
@@ -42,7 +42,7 @@ class StepResult:
     part_grad_norms: dict[str, float] = field(default_factory=dict)
 
 
-def reads_late(device: torch.device) -> bool:
+def should_defer_sync(device: torch.device) -> bool:
     """Whether reading a figure on `device` makes the host wait for all that is queued there."""
     return device.type == "cuda"
 
@@ -62,16 +62,16 @@ class Counts:
         return weight or 1.0
 
 
-def counts_of(local: Sequence[float], accelerator: Accelerator, *, late: bool) -> Counts:
+def counts_of(local: Sequence[float], accelerator: Accelerator, *, defer_sync: bool) -> Counts:
     """The sums of `local` over all processes: weight, terms, left out, stops, and the shares'
     marks. A collective."""
     if accelerator.num_processes == 1:
         return Counts(local)
-    sums = accelerator.reduce(to_device_late(local, accelerator.device), "sum")
-    return Counts(sums if late else sums.tolist())
+    sums = accelerator.reduce(to_device_async(local, accelerator.device), "sum")
+    return Counts(sums if defer_sync else sums.tolist())
 
 
-class PendingStep:
+class AsyncStepMetrics:
     """Step number `step`, launched from `data`; its figures may still be on the device.
 
     `losses` are the weighted sums of this process's micro-batches. `left_out`: what this process
@@ -79,10 +79,16 @@ class PendingStep:
     """
 
     def __init__(
-        self, step: int, *, data: StepData, counts: Counts, losses: Tensor, accelerator: Accelerator
+        self,
+        step: int,
+        *,
+        data: StepBatch,
+        counts: Counts,
+        losses: Tensor,
+        accelerator: Accelerator,
     ) -> None:
         self.step = step
-        self.left_out: list[LeftOut] = data.left_out
+        self.left_out: list[SkippedSample] = data.left_out
         self.method_log: dict[str, object] = {}
         self._mark = share_mark(range(data.num_step_samples))
         self._sample_ids = [batch.sample_ids for batch in data.micro_batches]
@@ -91,7 +97,7 @@ class PendingStep:
         self._accelerator = accelerator
         self._figures: dict[str, Tensor] = {}
         self._part_norms: dict[str, Tensor] = {}
-        self._arrival: Arrival | None = None
+        self._arrival: CudaEvent | None = None
 
     def send(
         self,
@@ -113,7 +119,7 @@ class PendingStep:
             self._counts = to_host(self._counts)
         self._figures = {name: to_host(value) for name, value in figures.items()}
         self._part_norms = {part: to_host(norm) for part, norm in part_norms.items()}
-        self._arrival = Arrival(self._accelerator.device)
+        self._arrival = CudaEvent(self._accelerator.device)
 
     def read(self) -> StepResult:
         """The figures, once they are there.

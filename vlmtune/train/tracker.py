@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from vlmtune.train.feed import StepData
+from vlmtune.train.feed import StepBatch
 from vlmtune.train.runtime import peak_memory_bytes
 from vlmtune.train.step import Objective
 from vlmtune.train.step_metrics import StepResult
@@ -41,7 +41,7 @@ def finite_or_null(value: object) -> object:
 
 
 @dataclass
-class Window:
+class MetricsAccumulator:
     """Sums since the last logged line."""
 
     started: float = field(default_factory=time.monotonic)
@@ -58,7 +58,7 @@ class Window:
     def loss(self) -> float:
         return self.loss_sum / (self.weight or 1.0)
 
-    def launched(self, data: StepData, *, num_processes: int) -> None:
+    def launched(self, data: StepBatch, *, num_processes: int) -> None:
         """Count a step's data, all but what was left out of it."""
         self.num_samples += data.num_step_samples
         # Of this process, times their number: an estimate that costs no collective.

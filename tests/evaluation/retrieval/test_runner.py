@@ -28,7 +28,7 @@ EMBEDDING = EvalSection(task="retrieval", scorer="embedding", batch_size=5)
 
 
 def mean_log_prob(vlm: VLM, encoder: Encoder, conversation: Conversation) -> float:
-    batch = collate([encoder.encode(conversation)], pad_token_id=0, media_layout="flat")
+    batch = collate([encoder.encode(conversation)], pad_token_id=0, image_batching="flat")
     with torch.no_grad():
         logits = full_logits(vlm.model, batch.inputs)[batch.supervised]
     return float(logits.log_softmax(-1).gather(1, batch.targets[:, None]).mean())
@@ -142,7 +142,7 @@ def test_embedding_scores_are_cosines_of_sides_embedded_one_by_one(
     items = retrieval_items(conversations)
 
     def state(side: Conversation) -> np.ndarray:
-        batch = collate([encoder.encode_prompt(side)], pad_token_id=0, media_layout="flat")
+        batch = collate([encoder.encode_prompt(side)], pad_token_id=0, image_batching="flat")
         with torch.no_grad():
             output = vlm.model.model(**batch.inputs, use_cache=False)
         vector = output.last_hidden_state[0, -1].numpy()

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from vlmtune.data.types import (
     LOCAL,
-    Access,
     Conversation,
     Image,
     Media,
+    MediaPolicy,
     Part,
     Role,
     Source,
@@ -40,7 +40,7 @@ class Row:
     base_dir: Path
     fallback_id: str
     entry: DataEntry
-    access: Access = LOCAL
+    media_policy: MediaPolicy = LOCAL
 
     def error(
         self,
@@ -236,7 +236,7 @@ PLACEHOLDERS: dict[str, MediaKind] = {"<image>": "image", "<video>": "video"}
 
 
 @dataclass
-class MediaBeside:
+class MediaPlaceholders:
     """The pictures and videos listed beside the turns, handed out in order to the placeholders.
 
     `placeholders`: the words that stand for one, and of what; other words are text.
@@ -293,7 +293,7 @@ class MediaBeside:
                 )
 
 
-def media_beside(row: Row, *, always: bool) -> MediaBeside:
+def media_placeholders(row: Row, *, always: bool) -> MediaPlaceholders:
     """What the row's `image(s)` and `video(s)` list.
 
     `always`: `<image>` and `<video>` are placeholders even where nothing is listed, so that a
@@ -306,7 +306,7 @@ def media_beside(row: Row, *, always: bool) -> MediaBeside:
         "video": [video(value, row) for value in _videos(row)],
     }
     known = {word: kind for word, kind in PLACEHOLDERS.items() if always or given[kind]}
-    return MediaBeside(row, given, known)
+    return MediaPlaceholders(row, given, known)
 
 
 def pictures(value: object, row: Row) -> list[Image]:
@@ -321,7 +321,7 @@ def picture(value: object, row: Row) -> Image:
     name, content = _reference(
         value, row, noun="picture", expected="a path, a URL, a data: URL, base64 or bytes"
     )
-    return Image(name, row.base_dir, content=content, access=row.access)
+    return Image(name, row.base_dir, content=content, media_policy=row.media_policy)
 
 
 def video(value: object, row: Row) -> Video:
@@ -335,11 +335,11 @@ def video(value: object, row: Row) -> Video:
                 "a video's frames are given as bytes", expected="paths or data: URLs of pictures"
             )
         refs = tuple(frame.ref for frame in frames)
-        return Video(refs, row.base_dir, access=row.access)
+        return Video(refs, row.base_dir, media_policy=row.media_policy)
     name, content = _reference(
         value, row, noun="video", expected="a path, a URL, bytes or a list of frames"
     )
-    return Video(name, row.base_dir, content=content, access=row.access)
+    return Video(name, row.base_dir, content=content, media_policy=row.media_policy)
 
 
 def _reference(value: object, row: Row, *, noun: str, expected: str) -> tuple[str, bytes | None]:

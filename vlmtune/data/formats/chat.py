@@ -33,12 +33,12 @@ from typing import Any
 from vlmtune.data.formats.base import (
     MEDIA_KEYS,
     NOUNS,
-    MediaBeside,
     MediaKind,
+    MediaPlaceholders,
     Row,
     build_conversation,
     listed,
-    media_beside,
+    media_placeholders,
     merge_texts,
     picture,
     video,
@@ -170,16 +170,16 @@ def matches_messages(values: Mapping[str, Any], entry: DataEntry) -> bool:
 
 def parse_messages(row: Row) -> Conversation:
     """The conversation of a row whose turns have `role` and `content`."""
-    beside = media_beside(row, always=False)
+    media = media_placeholders(row, always=False)
     parsed = [
-        _messages_turn(turn, number, row, beside)
+        _messages_turn(turn, number, row, media)
         for number, turn in enumerate(turns_of(row), start=1)
     ]
-    beside.check_all_taken()
+    media.check_all_taken()
     return build_conversation(row, parsed)
 
 
-def _messages_turn(turn: dict[str, Any], number: int, row: Row, beside: MediaBeside) -> Turn:
+def _messages_turn(turn: dict[str, Any], number: int, row: Row, media: MediaPlaceholders) -> Turn:
     for key in ("role", "content"):
         if key not in turn:
             raise row.error(
@@ -199,14 +199,14 @@ def _messages_turn(turn: dict[str, Any], number: int, row: Row, beside: MediaBes
     if isinstance(content, list):
         parts: list[Part] = []
         for index, part in enumerate(content, start=1):
-            parts.extend(_messages_part(part, f"{place}, part {index}", role, row, beside))
+            parts.extend(_messages_part(part, f"{place}, part {index}", role, row, media))
     else:
-        parts = _text(content, place, role, row, beside)
+        parts = _text(content, place, role, row, media)
     return Turn(role, merge_texts(parts), weight_of(turn, number, role, row))
 
 
 def _messages_part(
-    part: object, place: str, role: Role, row: Row, beside: MediaBeside
+    part: object, place: str, role: Role, row: Row, media: MediaPlaceholders
 ) -> list[Part]:
     if not isinstance(part, dict):
         raise row.error(f"{place} is not an object", got=describe(part), expected='{"type": …, …}')
@@ -225,26 +225,28 @@ def _messages_part(
             got=describe(kind),
             expected=" | ".join(MESSAGES_PART_TYPES),
         )
-    if kind != "text" and kind not in given and beside.given[kind]:
-        _check_index(given.pop("index", None), place, kind, row, beside)
+    if kind != "text" and kind not in given and media.given[kind]:
+        _check_index(given.pop("index", None), place, kind, row, media)
     unknown = sorted(given.keys() - {"type", kind})
     if unknown:
         raise row.error(
             f"{place} has an unknown key", got=listed(unknown), expected=f"{kind} and type"
         )
     if kind == "text":
-        return _text(given.get("text"), place, role, row, beside)
+        return _text(given.get("text"), place, role, row, media)
     if kind == "image":
-        from_list = "image" not in given and beside.given["image"]
-        return [beside.take("image") if from_list else picture(given.get("image"), row)]
-    from_list = "video" not in given and beside.given["video"]
-    return [beside.take("video") if from_list else video(given.get("video"), row)]
+        from_list = "image" not in given and media.given["image"]
+        return [media.take("image") if from_list else picture(given.get("image"), row)]
+    from_list = "video" not in given and media.given["video"]
+    return [media.take("video") if from_list else video(given.get("video"), row)]
 
 
-def _check_index(index: object, place: str, kind: MediaKind, row: Row, beside: MediaBeside) -> None:
+def _check_index(
+    index: object, place: str, kind: MediaKind, row: Row, media: MediaPlaceholders
+) -> None:
     """Raise SampleError where a part says by `index` (0-based) which of the row's list it is, and
     that is not the next."""
-    expected = beside.num_taken[kind]
+    expected = media.num_taken[kind]
     if index is not None and (index != expected or isinstance(index, bool)):
         raise row.error(
             f"{place} takes its {NOUNS[kind]} out of order",
@@ -253,10 +255,10 @@ def _check_index(index: object, place: str, kind: MediaKind, row: Row, beside: M
         )
 
 
-def _text(text: object, place: str, role: Role, row: Row, beside: MediaBeside) -> list[Part]:
+def _text(text: object, place: str, role: Role, row: Row, media: MediaPlaceholders) -> list[Part]:
     checked = row.text(text, place=place)
     if role == "user":
-        return beside.split(checked)
+        return media.split(checked)
     return [Text(checked)] if checked else []
 
 
@@ -348,18 +350,18 @@ def matches_sharegpt(values: Mapping[str, Any], entry: DataEntry) -> bool:
 
 def parse_sharegpt(row: Row) -> Conversation:
     """The conversation of a row whose turns have `from` and `value`."""
-    beside = media_beside(row, always=True)
-    if beside.given["video"] and not beside.given["image"]:
-        beside.placeholders["<image>"] = "video"
+    media = media_placeholders(row, always=True)
+    if media.given["video"] and not media.given["image"]:
+        media.placeholders["<image>"] = "video"
     parsed = [
-        _sharegpt_turn(turn, number, row, beside)
+        _sharegpt_turn(turn, number, row, media)
         for number, turn in enumerate(turns_of(row), start=1)
     ]
-    beside.check_all_taken()
+    media.check_all_taken()
     return build_conversation(row, parsed)
 
 
-def _sharegpt_turn(turn: dict[str, Any], number: int, row: Row, beside: MediaBeside) -> Turn:
+def _sharegpt_turn(turn: dict[str, Any], number: int, row: Row, media: MediaPlaceholders) -> Turn:
     for key in ("from", "value"):
         if key not in turn:
             raise row.error(
@@ -378,10 +380,10 @@ def _sharegpt_turn(turn: dict[str, Any], number: int, row: Row, beside: MediaBes
     weight = weight_of(turn, number, role, row)
     value = row.text(turn["value"], place=f"turn {number}")
     if role == "user":
-        return Turn(role, tuple(beside.split(value)))
-    for word, kind in beside.placeholders.items():
+        return Turn(role, tuple(media.split(value)))
+    for word, kind in media.placeholders.items():
         # `<video>` is an element of HTML too: in an answer it may stand for itself.
-        if word in value and (word == "<image>" or beside.given[kind]):
+        if word in value and (word == "<image>" or media.given[kind]):
             raise row.error(
                 f"turn {number} ({speaker}) holds a {NOUNS[kind]}",
                 expected=f"{NOUNS[kind]}s in human turns only",

@@ -54,10 +54,10 @@ from typing import Any
 
 from vlmtune.data.formats.base import (
     MEDIA_KEYS,
-    MediaBeside,
+    MediaPlaceholders,
     Row,
     build_conversation,
-    media_beside,
+    media_placeholders,
     most_common,
     pictures,
 )
@@ -69,7 +69,7 @@ Exchange = tuple[str, str | None]
 """A question and its answer; None: it is not answered."""
 
 
-def exchanges_of(row: Row, *, question: str, answer: str | None) -> list[Exchange]:
+def qa_pairs_of(row: Row, *, question: str, answer: str | None) -> list[Exchange]:
     """The exchanges of the row's `history`, then the one given. Raises SampleError."""
     history = row.values.get("history")
     if history is None:
@@ -94,11 +94,11 @@ def exchanges_of(row: Row, *, question: str, answer: str | None) -> list[Exchang
     return [*earlier, (question, answer)]
 
 
-def build_exchanges(
+def build_qa_pairs(
     row: Row,
     exchanges: Sequence[Exchange],
     *,
-    beside: MediaBeside,
+    media: MediaPlaceholders,
     system: str | None = None,
     id_key: str = "id",
     answers: Sequence[str] | None = None,
@@ -107,13 +107,13 @@ def build_exchanges(
     """The conversation of `exchanges`; pictures and videos go where their placeholders are, or in
     front of the first question where no question has any. Raises SampleError."""
     turns = [Turn("system", (Text(system),))] if system else []
-    are_placed = any(beside.has_placeholder(question) for question, _ in exchanges)
+    are_placed = any(media.has_placeholder(question) for question, _ in exchanges)
     for number, (question, answer) in enumerate(exchanges):
-        in_front: list[Part] = [] if are_placed or number else list(beside.in_front())
-        turns.append(Turn("user", (*in_front, *beside.split(question))))
+        in_front: list[Part] = [] if are_placed or number else list(media.in_front())
+        turns.append(Turn("user", (*in_front, *media.split(question))))
         if answer is not None:
             turns.append(Turn("assistant", (Text(answer),)))
-    beside.check_all_taken()
+    media.check_all_taken()
     return build_conversation(
         row, turns, id_key=id_key, answers=answers, question_type=question_type
     )
@@ -138,7 +138,7 @@ CLASS_PROMPT = "What does the picture show? Answer with the name of its class."
 """Asked where the recipe's entry has no `prompt`."""
 
 
-def asked_of_pictures(
+def image_qa(
     row: Row,
     images: object,
     *,
@@ -156,11 +156,13 @@ def asked_of_pictures(
     given = [] if images == "" else pictures(images, row)
     if must_have_picture and not given:
         raise row.error("there is no picture", got=row.keys, expected="image")
-    beside = MediaBeside(row, {"image": given, "video": []}, {"<image>": "image"} if given else {})
-    return build_exchanges(
+    media = MediaPlaceholders(
+        row, {"image": given, "video": []}, {"<image>": "image"} if given else {}
+    )
+    return build_qa_pairs(
         row,
         [(question, answer)],
-        beside=beside,
+        media=media,
         id_key=id_key,
         answers=answers,
         question_type=question_type,
@@ -210,15 +212,15 @@ def matches_query_response(values: Mapping[str, Any], entry: DataEntry) -> bool:
 def parse_query_response(row: Row) -> Conversation:
     """The conversation of a row with `query` and `response`."""
     has_response = row.values.get("response") is not None or not row.values.get("answers")
-    exchanges = exchanges_of(
+    exchanges = qa_pairs_of(
         row,
         question=required_text(row, "query"),
         answer=required_text(row, "response") if has_response else None,
     )
-    return build_exchanges(
+    return build_qa_pairs(
         row,
         exchanges,
-        beside=media_beside(row, always=True),
+        media=media_placeholders(row, always=True),
         system=optional_text(row, "system"),
     )
 
@@ -236,15 +238,15 @@ def parse_alpaca(row: Row) -> Conversation:
     question = required_text(row, "instruction")
     more = optional_text(row, "input")
     has_output = row.values.get("output") is not None or not row.values.get("answers")
-    exchanges = exchanges_of(
+    exchanges = qa_pairs_of(
         row,
         question=f"{question}\n{more}" if more else question,
         answer=required_text(row, "output") if has_output else None,
     )
-    return build_exchanges(
+    return build_qa_pairs(
         row,
         exchanges,
-        beside=media_beside(row, always=True),
+        media=media_placeholders(row, always=True),
         system=optional_text(row, "system"),
     )
 
@@ -264,7 +266,7 @@ def parse_chartqa(row: Row) -> Conversation:
     if not labels:
         raise row.error("there is no label", got=row.keys, expected="a text or a list of texts")
     image = row.values.get("image")
-    return asked_of_pictures(
+    return image_qa(
         row,
         row.values.get("imgname") if image is None else image,
         question=required_text(row, "query"),
@@ -304,7 +306,7 @@ def parse_class_folders(row: Row) -> Conversation:
             expected="the name of the class",
             do="give its name; or name the format table, where the number is the answer",
         )
-    return asked_of_pictures(
+    return image_qa(
         row,
         row.values.get("image"),
         question=row.entry.prompt or CLASS_PROMPT,
@@ -338,7 +340,7 @@ def parse_coco_captions(row: Row) -> Conversation:
         raise row.error("captions is empty", expected="at least one text")
     if captions and row.values.get("caption") is not None:
         raise row.error("both caption and captions are given", expected="one of them")
-    return asked_of_pictures(
+    return image_qa(
         row,
         row.values.get("image"),
         question=row.entry.prompt or CAPTION_PROMPT,
@@ -360,7 +362,7 @@ def parse_docvqa(row: Row) -> Conversation:
     """The conversation of a question of a page."""
     answers = answers_of(row, "answers")
     kinds = row.texts(row.values.get("question_types"), place="question_types")
-    return asked_of_pictures(
+    return image_qa(
         row,
         _page(row),
         question=required_text(row, "question"),
@@ -392,7 +394,7 @@ def matches_image_text(values: Mapping[str, Any], entry: DataEntry) -> bool:
 
 def parse_image_text(row: Row) -> Conversation:
     """The conversation of a picture and what is written beside it."""
-    return asked_of_pictures(
+    return image_qa(
         row,
         row.values.get("image"),
         question=row.entry.prompt or CAPTION_PROMPT,
@@ -417,7 +419,7 @@ def parse_vqav2(row: Row) -> Conversation:
     """The conversation of a question of VQAv2."""
     answers = answers_of(row, "answers")
     agreed = optional_text(row, "multiple_choice_answer")
-    return asked_of_pictures(
+    return image_qa(
         row,
         row.values.get("image"),
         question=required_text(row, "question"),

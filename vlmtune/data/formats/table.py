@@ -19,8 +19,8 @@ from vlmtune.data.formats.flat import (
     CAPTION_PROMPT,
     CLASS_PROMPT,
     answers_of,
-    asked_of_pictures,
     best_answer,
+    image_qa,
 )
 from vlmtune.data.types import Conversation
 from vlmtune.errors import describe, nearest
@@ -105,7 +105,7 @@ def parse(row: Row) -> Conversation:
         _check_answers(row, columns["answer"])
         several = answers_of(row, columns["answer"])
         is_one = isinstance(row.values[columns["answer"]], (str, int, float))
-        return asked_of_pictures(
+        return image_qa(
             row,
             images,
             question=_question(row, columns["question"]),
@@ -116,7 +116,7 @@ def parse(row: Row) -> Conversation:
         )
     said = columns[form[1]]
     prompt = CAPTION_PROMPT if form[1] == "caption" else CLASS_PROMPT
-    return asked_of_pictures(
+    return image_qa(
         row,
         images,
         question=row.entry.prompt or prompt,

@@ -191,7 +191,7 @@ def open_table(
             _write(place, key, columns, build)
             table = _load(place, key)
         except OSError as error:
-            _say_not_kept(str(place.parent), error.strerror or str(error))
+            _log_not_kept(str(place.parent), error.strerror or str(error))
     if table is None:
         extra: Extra = {}
         pieces = list(build(extra))
@@ -278,7 +278,7 @@ def _changed(path: Path) -> VlmtuneError:
 
 
 @cache
-def _say_not_kept(folder: str, reason: str) -> None:
+def _log_not_kept(folder: str, reason: str) -> None:
     logger.warning(
         "%s: cannot be written to (%s); indexes are kept in memory and made anew next time",
         folder,

@@ -100,7 +100,7 @@ def open_picture_folder(path: Path, *, format_name: FormatName | None) -> Folder
     if counts:
         logger.info("%s: files that are not used: %s", path, counts)
     if kind == "class_folders":
-        _tell_classes(path, pictures)
+        _log_classes(path, pictures)
     return FolderRows(path, kind, Names(pictures))
 
 
@@ -168,7 +168,7 @@ def _detect(path: Path, pictures: list[str], texts: set[str]) -> Kind:
     return "class_folders"
 
 
-def _tell_classes(path: Path, pictures: list[str]) -> None:
+def _log_classes(path: Path, pictures: list[str]) -> None:
     """Name the classes: a folder too high or too low gives others than are meant."""
     classes = Counter(name.partition("/")[0] for name in pictures if "/" in name)
     names = ", ".join(f"{name} ({num:,})" for name, num in sorted(classes.items()))

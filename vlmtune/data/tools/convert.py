@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.data.dataset import BadRows, OnBadSample, OpenFile, RowWalk
-from vlmtune.data.tools.message_rows import MediaPlaces, line_of, row_of, writing
+from vlmtune.data.tools.message_rows import MediaFiles, line_of, row_of, writing
 from vlmtune.errors import SampleError, VlmtuneError
 
 VERSION = 1
@@ -93,7 +93,7 @@ def convert(
         run = _Run(
             walk=RowWalk(files, new_ids),
             state=state,
-            places=MediaPlaces(output, copy_images, num_outside=state.num_outside),
+            places=MediaFiles(output, copy_images, num_outside=state.num_outside),
             names=names,
             lines=lines,
             skipped=skipped,
@@ -147,7 +147,7 @@ class _Names:
 class _Run:
     walk: RowWalk
     state: _State
-    places: MediaPlaces
+    places: MediaFiles
     names: _Names
     lines: FileIO
     skipped: FileIO

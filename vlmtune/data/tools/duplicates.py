@@ -49,7 +49,7 @@ class PictureDigests:
         where the file cannot be read."""
         refs = media.ref if isinstance(media.ref, tuple) else (media.ref,)
         return tuple(
-            self._of(Image(ref, media.base_dir, media.content, media.access)) for ref in refs
+            self._of(Image(ref, media.base_dir, media.content, media.media_policy)) for ref in refs
         )
 
     def _of(self, image: Image) -> int:

@@ -38,7 +38,7 @@ _LOOKS_OTHERWISE = ("data:", "file:", "http:", "https:")
 
 
 @dataclass
-class MediaPlaces:
+class MediaFiles:
     """Where the pictures and videos of the rows in `output` are. `copy`: all of them in
     OUT_images/; else files stay where they are."""
 
@@ -124,7 +124,7 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def row_of(conversation: Conversation, places: MediaPlaces) -> dict[str, Any]:
+def row_of(conversation: Conversation, places: MediaFiles) -> dict[str, Any]:
     """The row that reads back as an equal conversation.
 
     Raises SampleError where a picture cannot be had, CannotWrite where its file cannot be written.
@@ -149,7 +149,7 @@ def line_of(row: dict[str, Any]) -> bytes:
     return text + b"\n"
 
 
-def _turn(turn: Turn, source: Source, places: MediaPlaces) -> dict[str, Any]:
+def _turn(turn: Turn, source: Source, places: MediaFiles) -> dict[str, Any]:
     row: dict[str, Any] = {"role": turn.role}
     if all(isinstance(part, Text) for part in turn.parts):
         row["content"] = turn.text
@@ -162,7 +162,7 @@ def _turn(turn: Turn, source: Source, places: MediaPlaces) -> dict[str, Any]:
     return row
 
 
-def _part(part: Part, source: Source, places: MediaPlaces) -> dict[str, Any]:
+def _part(part: Part, source: Source, places: MediaFiles) -> dict[str, Any]:
     if isinstance(part, Text):
         return {"type": "text", "text": part.text}
     try:
@@ -178,14 +178,14 @@ def _part(part: Part, source: Source, places: MediaPlaces) -> dict[str, Any]:
         raise placed(reason, source) from error
 
 
-def _video(video: Video, places: MediaPlaces) -> str | list[str]:
+def _video(video: Video, places: MediaFiles) -> str | list[str]:
     if isinstance(video.ref, str):
         return places.place(_as_image(video, video.ref))
     return [places.place(_as_image(video, ref)) for ref in video.ref]
 
 
 def _as_image(media: Media, ref: str) -> Image:
-    return Image(ref, media.base_dir, media.content, media.access)
+    return Image(ref, media.base_dir, media.content, media.media_policy)
 
 
 def _head(file: Path) -> bytes:

@@ -22,7 +22,7 @@ import numpy as np
 
 from vlmtune.data.dataset import BadRows, OnBadSample, OpenFile, RowWalk
 from vlmtune.data.tools.duplicates import Digests, PictureDigests, digests_of
-from vlmtune.data.tools.message_rows import MediaPlaces, line_of, row_of, writing
+from vlmtune.data.tools.message_rows import MediaFiles, line_of, row_of, writing
 from vlmtune.errors import SampleError, VlmtuneError, plural
 
 _TRAIN, _EVAL, _BAD = range(3)
@@ -142,7 +142,7 @@ def split(
     chosen = choose_eval(sizes, names, fraction=eval_fraction, seed=seed)
     sides = np.full(len(usable), _BAD, np.int8)
     sides[np.frombuffer(usable, bool)] = np.where(chosen[of_row], _EVAL, _TRAIN)
-    places = [MediaPlaces(output, copy_images) for output in outputs]
+    places = [MediaFiles(output, copy_images) for output in outputs]
     counts, unused = _write(RowWalk(files, new_ids), sides, places, on_row)
     return Split(
         outputs=outputs,
@@ -177,7 +177,7 @@ def _read(walk: RowWalk, groups: Groups, bad: BadRows, on_row: Callable[[int], N
 def _write(
     walk: RowWalk,
     sides: np.ndarray,
-    places: Sequence[MediaPlaces],
+    places: Sequence[MediaFiles],
     on_row: Callable[[int], None],
 ) -> tuple[list[int], dict[str, int]]:
     """The number of samples of each side, and the keys that were not used."""

@@ -218,7 +218,7 @@ class _Embedder:
         batch = collate(
             [self.encoder.encode_prompt(side) for side in sides],
             pad_token_id=pad_token_id(self.vlm.processor),
-            media_layout=self.vlm.family.media_layout,
+            image_batching=self.vlm.family.image_batching,
         )
         inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
         last = inputs["attention_mask"].sum(dim=1) - 1  # (B,)

@@ -27,7 +27,7 @@ from vlmtune.models.adapters.base import (
     wrap,
     write_adapter,
 )
-from vlmtune.models.adapters.lora_kernels import set_exact_magnitudes, use_own_forward
+from vlmtune.models.adapters.lora_kernels import install_kernels, set_exact_magnitudes
 from vlmtune.models.load import VLM
 from vlmtune.recipe.schema import Recipe
 
@@ -79,7 +79,7 @@ def build_lora(vlm: VLM, recipe: Recipe, *, total_steps: int) -> LoraAdapter:
     check_wrapped(model, plan, ranks={t.path: t.rank for t in plan.targets})
     if recipe.use_dora:
         set_exact_magnitudes(model)
-    num_own = use_own_forward(model)
+    num_own = install_kernels(model)
     assert num_own == len(plan.targets), (num_own, len(plan.targets))
     _check_count(model, plan, use_dora=recipe.use_dora)
     return LoraAdapter(model, vlm.processor)

@@ -26,7 +26,7 @@ nearly gone.)
 
 m are the trained magnitudes.
 
-Before training and after loading, `use_own_forward` gives LoRA's and DoRA's layers the forward
+Before training and after loading, `install_kernels` gives LoRA's and DoRA's layers the forward
 passes of this file; layers of any other kind stay as they are.
 """
 
@@ -314,7 +314,7 @@ def _scaled(b: Tensor, ratio: Tensor, scale: float) -> Tensor:
     return b * (ratio * scale).unsqueeze(1)
 
 
-def use_own_forward(model: PeftModel) -> int:
+def install_kernels(model: PeftModel) -> int:
     """Let the LoRA and DoRA layers of `model` compute as we do; how many there are.
 
     No number of the model changes, and neither does what it saves or merges. The computation is

@@ -25,20 +25,20 @@ from vlmtune.models.adapters.base import ADAPTER, tuner_layers
 from vlmtune.models.adapters.lora_kernels import FusedLora
 
 
-def folded_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
+def merged_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
     """(parameter path in the base model, float32 weight) of every module that the adapter changes.
 
     One at a time: only one folded weight is in memory. The base must not be quantised.
     """
     for path, layer in tuner_layers(model).items():
         if has_formula(layer):
-            yield f"{path}.weight", folded_weight(layer)
+            yield f"{path}.weight", merged_weight(layer)
     for name, weight in saved_weights(model):
         yield name, weight.float()
 
 
 def has_formula(layer: Any) -> bool:
-    """Whether `folded_weight` covers one of PEFT's layers: a low-rank change of a linear layer."""
+    """Whether `merged_weight` covers one of PEFT's layers: a low-rank change of a linear layer."""
     if not isinstance(layer, LoraLayer) or not isinstance(layer.get_base_layer(), nn.Linear):
         return False
     variant = layer.lora_variant.get(ADAPTER)
@@ -75,7 +75,7 @@ def saved_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def folded_weight(layer: Any) -> Tensor:
+def merged_weight(layer: Any) -> Tensor:
     """The weight (O, I), float32, of one of PEFT's LoRA, DoRA or AdaLoRA linear layers."""
     weight = layer.get_base_layer().weight.float()  # (O, I)
     a, b = _matrix(layer.lora_A[ADAPTER]), _matrix(layer.lora_B[ADAPTER])  # (r, I), (O, r)
