@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
+
+
+class Located(Protocol):
+    """What has a place in a file, as a row has."""
+
+    @property
+    def file(self) -> str: ...
+
+    @property
+    def line(self) -> int | None: ...
 
 
 class VlmtuneError(Exception):
     """The user's input is wrong; the command line prints it without a traceback and exits 2.
 
-    Rendered as `FILE:LINE: message; got …; expected …; do …`, leaving out what is not given.
+    Rendered as `FILE:LINE: message; got …; expected …; do …`, leaving out what is not given. The
+    place is `at` something that has one, or a `file` with or without a `line`.
     """
 
     exit_code = 2
@@ -19,6 +32,7 @@ class VlmtuneError(Exception):
         self,
         message: str,
         *,
+        at: Located | None = None,
         file: str | Path | None = None,
         line: int | None = None,
         got: object = None,
@@ -27,6 +41,8 @@ class VlmtuneError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
+        if at is not None:
+            file, line = at.file, at.line
         self.file = None if file is None else str(file)
         self.line = line
         self.got = got
@@ -68,6 +84,19 @@ class ErrorGroup(VlmtuneError):
 
 class SampleError(VlmtuneError):
     """One sample cannot be used; counted instead of raised with `data.on_bad_sample: skip`."""
+
+
+@contextlib.contextmanager
+def at(source: Located) -> Iterator[None]:
+    """Within, an error without a place becomes a `SampleError` of the sample at `source`."""
+    try:
+        yield
+    except VlmtuneError as error:
+        if error.file is not None:
+            raise
+        raise SampleError(
+            error.message, at=source, got=error.got, expected=error.expected, do=error.do
+        ) from error
 
 
 class CheckFailed(VlmtuneError):

@@ -35,8 +35,8 @@ from vlmtune.data.media import locate_media
 from vlmtune.data.order import Order, num_slots
 from vlmtune.data.sources.base import Rows
 from vlmtune.data.sources.registry import digests_of, open_rows
-from vlmtune.data.types import LOCAL, Conversation, Media, MediaPolicy, Skipped, Source, placed
-from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError, plural, shorten
+from vlmtune.data.types import LOCAL, Conversation, Media, MediaPolicy, Skipped, Source
+from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError, at, plural, shorten
 from vlmtune.recipe.data_section import DataEntry, DataSection, FormatName
 
 logger = logging.getLogger("vlmtune")
@@ -139,8 +139,8 @@ class ConversationSet(Sequence[Conversation]):
         """The entries that have samples, and how many each has."""
         counts: dict[int, int] = {}
         entries: dict[int, DataEntry] = {}
-        for at, file in enumerate(self.files):
-            counts[id(file.entry)] = counts.get(id(file.entry), 0) + self._count(at)
+        for index, file in enumerate(self.files):
+            counts[id(file.entry)] = counts.get(id(file.entry), 0) + self._count(index)
             entries[id(file.entry)] = file.entry
         return [(entries[key], count) for key, count in counts.items() if count]
 
@@ -323,10 +323,8 @@ def check_located(conversation: Conversation) -> None:
     """Look for every picture and video. Raises SampleError with the row's place."""
     everything: tuple[Media, ...] = (*conversation.images, *conversation.videos)
     for media in everything:
-        try:
+        with at(conversation.source):
             locate_media(media)
-        except VlmtuneError as error:
-            raise placed(error, conversation.source) from error
 
 
 def _check_id(conversation: Conversation, places: dict[str, Source]) -> None:
@@ -334,8 +332,7 @@ def _check_id(conversation: Conversation, places: dict[str, Source]) -> None:
     if first is not conversation.source:
         raise SampleError(
             f"the id {shorten(conversation.id, 60)!r} is taken",
-            file=conversation.source.file,
-            line=conversation.source.line,
+            at=conversation.source,
             got=f"the same id at {first.file}:{first.line}",
             expected="an id of its own",
             do=NEW_IDS,
@@ -423,8 +420,7 @@ class RowWalk:
         if _digest(conversation.id) in self._ids:
             raise SampleError(
                 f"the id {shorten(conversation.id, 60)!r} is taken",
-                file=conversation.source.file,
-                line=conversation.source.line,
+                at=conversation.source,
                 got="the same id in an earlier row",
                 expected="an id of its own",
                 do=NEW_IDS,

@@ -22,13 +22,13 @@ import PIL.Image
 
 from vlmtune.data.batches import MediaLayout
 from vlmtune.data.media import read_image
-from vlmtune.data.processing import ProcessError, media_keys_of, process
+from vlmtune.data.processing import media_keys_of, process
 from vlmtune.data.sample_cache import SampleCache, fingerprint_of
-from vlmtune.data.template import ChatTemplate, Rendered, TemplateError, special_tokens
-from vlmtune.data.tokens import MaskError, label_targets
-from vlmtune.data.types import IGNORED, Conversation, Sample, Text, Turn, placed
+from vlmtune.data.template import ChatTemplate, Rendered, special_tokens
+from vlmtune.data.tokens import label_targets
+from vlmtune.data.types import IGNORED, Conversation, Sample, Text, Turn
 from vlmtune.data.video import Clip, read_video
-from vlmtune.errors import SampleError, VlmtuneError, plural
+from vlmtune.errors import SampleError, VlmtuneError, at, plural
 from vlmtune.recipe.data_section import VideoSection
 from vlmtune.recipe.schema import Recipe
 
@@ -274,14 +274,12 @@ class Encoder:
                 do="take the sample out, or give some frames as pictures",
             )
         limit = self.max_image_pixels
-        try:
+        with at(conversation.source):
             pictures = [read_image(image, max_pixels=limit) for image in conversation.images]
             clips = [
                 read_video(video, section=self.video, max_pixels=limit)
                 for video in conversation.videos
             ]
-        except VlmtuneError as error:
-            raise placed(error, conversation.source) from error
         notes = [note for picture in pictures for note in picture.notes]
         notes += [note for clip in clips for note in clip.notes]
         return _Media([p.picture for p in pictures], clips, tuple(dict.fromkeys(notes)))
@@ -290,7 +288,7 @@ class Encoder:
         self, conversation: Conversation, media: _Media, *, scale: float = 1.0, prompt: bool = False
     ) -> _Encoded:
         tokenizer = self.processor.tokenizer
-        try:
+        with at(conversation.source):
             if prompt:
                 rendered = Rendered(self._template.render_prompt(conversation.turns), ())
             else:
@@ -310,8 +308,6 @@ class Encoder:
                 end_token=self._template.end_token,
                 tokenizer=tokenizer,
             )
-        except (TemplateError, ProcessError, MaskError) as error:
-            raise placed(error, conversation.source) from error
         assert not bool((labels.targets == self._image_id).any()), "a picture's token is supervised"
         notes = [*media.notes, *rendered.notes, *labels.notes]
         unknown = tokenizer.unk_token_id
@@ -430,6 +426,4 @@ def _error(
     do: str | None = None,
 ) -> SampleError:
     source = conversation.source
-    return SampleError(
-        message, file=source.file, line=source.line, got=got, expected=expected, do=do
-    )
+    return SampleError(message, at=source, got=got, expected=expected, do=do)

@@ -235,6 +235,15 @@ def upright_size(image: Image, *, max_pixels: int) -> tuple[int, int]:
         return opened.size if opened.format == "TIFF" else upright_sides(opened.size, orientation)
 
 
+@contextlib.contextmanager
+def reading_picture() -> Iterator[None]:
+    """Within, an OSError becomes a VlmtuneError: a file gone or locked since it was found."""
+    try:
+        yield
+    except OSError as error:
+        raise VlmtuneError(f"a picture cannot be read ({error.strerror or error})") from error
+
+
 def content_digest(image: Image) -> str:
     """The SHA-256 of a picture's bytes, as 64 hexadecimal digits. Raises VlmtuneError."""
     found = locate_image(image)

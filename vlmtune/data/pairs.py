@@ -148,6 +148,4 @@ def _asked(conversation: Conversation, parts: tuple[Part, ...]) -> Conversation:
 
 
 def _error(conversation: Conversation, message: str, *, got: object = None) -> SampleError:
-    return SampleError(
-        message, file=conversation.source.file, line=conversation.source.line, got=got
-    )
+    return SampleError(message, at=conversation.source, got=got)

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vlmtune.data.template import ChatTemplate, Rendered, Span, TemplateError, special_tokens
-from vlmtune.data.types import IGNORED, Conversation, Source, Text, Turn, placed
-from vlmtune.errors import SampleError, VlmtuneError, shorten
+from vlmtune.data.template import ChatTemplate, Rendered, Span, special_tokens
+from vlmtune.data.types import IGNORED, Conversation, Source, Text, Turn
+from vlmtune.errors import SampleError, VlmtuneError, at, shorten
 
 Offsets = Sequence[tuple[int, int]]
 
@@ -91,9 +91,9 @@ def align_by_tokens(
     if segments is None:
         return None
     placed: list[tuple[int, int]] = [(0, 0)] * len(processed)
-    for start, length, at in segments:
-        if at is not None:
-            placed[at : at + length] = offsets[start : start + length]
+    for start, length, target in segments:
+        if target is not None:
+            placed[target : target + length] = offsets[start : start + length]
     has_media = len(segments) > 1
     return Alignment(
         placed,
@@ -297,10 +297,8 @@ class AnswerTokenizer:
 
         Where it is the same, texts have the same tokens.
         """
-        try:
+        with at(conversation.source):
             return self._template.render_prompt(_asked(conversation))
-        except TemplateError as error:
-            raise placed(error, conversation.source) from error
 
     def answers(
         self,
@@ -326,9 +324,10 @@ class AnswerTokenizer:
     def _answer(self, conversation: Conversation, text: str, prompt: list[int]) -> torch.Tensor:
         found = next((token for token in self._reserved if token and token in text), None)
         if found is not None:
-            error = VlmtuneError("a text holds a control token of the model", got=found)
-            raise placed(error, conversation.source)
-        try:
+            raise SampleError(
+                "a text holds a control token of the model", at=conversation.source, got=found
+            )
+        with at(conversation.source):
             rendered = self._template.render([*_asked(conversation), _answer_turn(text)])
             ids, offsets = self._tokenize(rendered.text)
             targets = label_targets(
@@ -338,14 +337,11 @@ class AnswerTokenizer:
                 end_token=self._template.end_token,
                 tokenizer=self._tokenizer,
             ).targets
-        except (TemplateError, MaskError) as error:
-            raise placed(error, conversation.source) from error
         positions = (targets != IGNORED).nonzero().flatten()  # (n,)
         if ids[: int(positions[0]) + 1] != prompt:
             raise SampleError(
                 "the tokens before an answer depend on the answer",
-                file=conversation.source.file,
-                line=conversation.source.line,
+                at=conversation.source,
                 got=repr(shorten(text)),
                 expected="the prompt's own tokens before it",
                 do="rewrite the text's start",

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from vlmtune.errors import SampleError, VlmtuneError
-
 if TYPE_CHECKING:
     import torch
 
@@ -218,15 +216,3 @@ class ContrastiveBatch:
     sample_ids: tuple[str, ...]
     num_tokens: int
     num_images: int
-
-
-def placed(error: VlmtuneError, source: Source) -> SampleError:
-    """`error` as one of the sample at `source`."""
-    return SampleError(
-        error.message,
-        file=source.file,
-        line=source.line,
-        got=error.got,
-        expected=error.expected,
-        do=error.do,
-    )

@@ -69,8 +69,7 @@ class LikelihoodScorer:
         if prompt.num_tokens + longest > self.encoder.max_tokens:
             raise SampleError(
                 "the prompt and the longest text are too long together",
-                file=conversation.source.file,
-                line=conversation.source.line,
+                at=conversation.source,
                 got=f"{prompt.num_tokens} and {longest} tokens",
                 expected=f"at most {self.encoder.max_tokens}",
             )
@@ -123,14 +122,14 @@ def _likeliest(scorer: LikelihoodScorer, conversation: Conversation) -> int:
     if not conversation.options:
         raise SampleError(
             "sample has no options to choose from",
-            file=source.file,
-            line=source.line,
+            at=source,
             expected="`options`",
         )
     tokens = scorer.tokenizer.answers(conversation, conversation.options)
     scores = scorer.per_token(conversation, tokens)
     if np.isnan(scores).any():
         raise SampleError(
-            "an option's likelihood is not a number (NaN)", file=source.file, line=source.line
+            "an option's likelihood is not a number (NaN)",
+            at=source,
         )
     return int(scores.argmax())

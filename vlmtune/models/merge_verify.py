@@ -169,8 +169,7 @@ def _probe(sample: Sample, vlm: VLM) -> Probe:
     if positions.numel() == 0:
         raise VlmtuneError(
             "a sample to compare on has no answer",
-            file=sample.source.file,
-            line=sample.source.line,
+            at=sample.source,
             expected="an assistant turn",
         )
     return Probe(sample.id, batch.inputs, positions)

@@ -28,8 +28,8 @@ from vlmtune.data.measure import Measure, Measurer
 from vlmtune.data.media import verify_image
 from vlmtune.data.stream import Stream
 from vlmtune.data.tools.duplicates import Digests, PictureDigests, digests_of
-from vlmtune.data.types import Conversation, Source, placed
-from vlmtune.errors import SampleError, VlmtuneError, shorten
+from vlmtune.data.types import Conversation, Source
+from vlmtune.errors import SampleError, VlmtuneError, at, shorten
 from vlmtune.train.feed import LazySample, is_lost_worker, start_worker, with_traceback
 
 LEAK = "the answer stands in its question"
@@ -206,10 +206,8 @@ class RowChecker:
     def _measure(self, conversation: Conversation) -> Measure | None:
         if self.measurer is None:
             for image in conversation.images:
-                try:
+                with at(conversation.source):
                     verify_image(image, max_pixels=self._settings.max_image_pixels)
-                except VlmtuneError as error:
-                    raise placed(error, conversation.source) from error
             return None
         pair_prompt = self._settings.pair_prompt
         if not self._settings.with_prompt:

@@ -307,8 +307,7 @@ def look_at_repeated_ids(checked: CheckedSet, problems: Problems) -> None:
         source, other = table.source(number), table.source(first)
         error = SampleError(
             f"the id {shorten(ids[number], 60)!r} is taken",
-            file=source.file,
-            line=source.line,
+            at=source,
             got=f"the same id at {other.file}:{other.line}",
             expected="an id of its own",
             do=NEW_IDS,

@@ -314,9 +314,7 @@ def _explain(path: Path, detail: ErrorDetails, settings: Settings) -> VlmtuneErr
     key, kind = dotted(path), detail["type"]
     place = settings.place(path)
     if kind == "missing":
-        return VlmtuneError(
-            f"missing key {key!r}", file=place.file, line=place.line, expected=expected_at(path)
-        )
+        return VlmtuneError(f"missing key {key!r}", at=place, expected=expected_at(path))
     if kind == "extra_forbidden":
         return unknown_key(path, place)
     if detail["loc"][-1] == "[key]":
@@ -327,15 +325,13 @@ def _explain(path: Path, detail: ErrorDetails, settings: Settings) -> VlmtuneErr
     if kind == "value_error":
         return VlmtuneError(
             f"{key}: {detail['ctx']['error']}",
-            file=place.file,
-            line=place.line,
+            at=place,
             got=type_name(got),
             expected=expected_at(path),
         )
     return VlmtuneError(
         f"bad value of {key}",
-        file=place.file,
-        line=place.line,
+        at=place,
         got=type_name(got),
         expected=expected_at(path),
     )
@@ -347,19 +343,24 @@ def unknown_key(path: Path, place: Place) -> VlmtuneError:
         above = section_keys(path[: depth - 1]) or []
         if path[depth - 1] in above and section_keys(path[:depth]) is None:
             message = f"unknown key {dotted(path)!r}: {dotted(path[:depth])} has no keys below it"
-            return VlmtuneError(message, file=place.file, line=place.line)
+            return VlmtuneError(
+                message,
+                at=place,
+            )
         if path[depth - 1] not in above:
             path = path[:depth]
             break
     close = suggest(path)
     if close is not None:
         message = f"unknown key {dotted(path)!r}; did you mean {close!r}?"
-        return VlmtuneError(message, file=place.file, line=place.line)
+        return VlmtuneError(
+            message,
+            at=place,
+        )
     known = section_keys(path[:-1])
     return VlmtuneError(
         f"unknown key {dotted(path)!r}",
-        file=place.file,
-        line=place.line,
+        at=place,
         expected=None if known is None else "one of " + ", ".join(known),
     )
 
@@ -371,8 +372,7 @@ def _unknown_choice(message: str, got: str, detail: ErrorDetails, place: Place) 
     close = nearest(got, choices)
     return VlmtuneError(
         message,
-        file=place.file,
-        line=place.line,
+        at=place,
         got=repr(got[:60]),
         expected="one of " + ", ".join(choices),
         do=None if close is None else f"did you mean {close!r}?",
@@ -387,7 +387,10 @@ def _explain_conflict(conflict: Conflict, settings: Settings) -> VlmtuneError:
     paths: list[Path] = [tuple(key.split(".")) for key in conflict.keys]
     written = (path for path in paths if path in settings.places)
     place = settings.place(next(written, paths[0]))
-    return VlmtuneError(conflict.message, file=place.file, line=place.line)
+    return VlmtuneError(
+        conflict.message,
+        at=place,
+    )
 
 
 def _hidden_conflicts(settings: Settings, bad: set[Path]) -> list[VlmtuneError]:

@@ -144,4 +144,4 @@ def _elsewhere(name: str, folder: FolderPath) -> str | None:
 
 
 def _error(message: str, place: Place, got: str, do: str | None = None) -> VlmtuneError:
-    return VlmtuneError(message, file=place.file, line=place.line, got=got, do=do)
+    return VlmtuneError(message, at=place, got=got, do=do)

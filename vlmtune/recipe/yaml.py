@@ -200,8 +200,10 @@ class _Builder:
         self._report(f"a YAML tag that recipes do not use: {node.tag}", _line(node))
         return None
 
-    def _report(self, message: str, line: int, **details: str) -> None:
-        self.errors.append(VlmtuneError(message, file=self.file, line=line, **details))
+    def _report(
+        self, message: str, line: int, *, got: str | None = None, do: str | None = None
+    ) -> None:
+        self.errors.append(VlmtuneError(message, file=self.file, line=line, got=got, do=do))
 
 
 def dotted(path: Sequence[str | int]) -> str:

@@ -346,8 +346,7 @@ class SkipLog:
             raise VlmtuneError(
                 f"too many bad samples: {self.num_bad} of {self._num_samples}; "
                 f"the last: {last.reason}",
-                file=last.file,
-                line=last.line,
+                at=last,
                 expected=f"at most {self._limit} (data.max_bad_fraction)",
                 do="mend the data (data.on_bad_sample: error lists the bad rows) or raise "
                 "data.max_bad_fraction",

@@ -53,8 +53,7 @@ class Row:
         """A SampleError that names this row's file and line."""
         return SampleError(
             message,
-            file=self.source.file,
-            line=self.source.line,
+            at=self.source,
             got=got,
             expected=expected,
             do=do,
@@ -167,8 +166,7 @@ def check_trainable(conversation: Conversation) -> None:
             "there is no assistant turn"
             if all(turn.role != "assistant" for turn in conversation.turns)
             else "the last turn is not answered",
-            file=conversation.source.file,
-            line=conversation.source.line,
+            at=conversation.source,
             got="`answers` only" if conversation.answers else last.role,
             expected="a last turn of the assistant, to learn from",
             do="add the turn; `answers` alone are for evaluation",
@@ -176,8 +174,7 @@ def check_trainable(conversation: Conversation) -> None:
     if not any(turn.weight for turn in conversation.turns if turn.role == "assistant"):
         raise SampleError(
             "there is nothing to learn: no assistant turn is trained on",
-            file=conversation.source.file,
-            line=conversation.source.line,
+            at=conversation.source,
             got="`train: false` or `weight: 0` in each",
         )
 

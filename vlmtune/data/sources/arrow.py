@@ -116,7 +116,8 @@ def row_at(table: Any, index: int, source: Source) -> Mapping[str, Any]:
         row: Mapping[str, Any] = table.slice(index, 1).to_pylist()[0]
     except (ValueError, OverflowError) as error:
         raise SampleError(
-            f"the row's values cannot be read ({error})", file=source.file, line=source.line
+            f"the row's values cannot be read ({error})",
+            at=source,
         ) from error
     return row
 

@@ -71,8 +71,7 @@ class FolderRows:
         if not separator:
             raise SampleError(
                 "the picture is in no folder of a class",
-                file=source.file,
-                line=source.line,
+                at=source,
                 got=name,
                 expected="CLASS/PICTURE",
             )
@@ -199,17 +198,14 @@ def _read_text(folder: Path, name: str, source: Source) -> str:
     try:
         content = (folder / text).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise SampleError(
-            "the picture's text is not UTF-8", file=source.file, line=source.line, got=text
-        ) from error
+        raise SampleError("the picture's text is not UTF-8", at=source, got=text) from error
     except OSError as error:
         is_missing = isinstance(error, FileNotFoundError)
         raise SampleError(
             "the picture has no text"
             if is_missing
             else f"the picture's text cannot be read ({error.strerror})",
-            file=source.file,
-            line=source.line,
+            at=source,
             got=name,
             expected=f"a file {text}",
         ) from error

@@ -62,8 +62,7 @@ class CocoRows:
                 what = "picture" if name == "file_name" else "annotation"
                 raise SampleError(
                     f"the {what} has no {name}",
-                    file=source.file,
-                    line=source.line,
+                    at=source,
                     got=f"keys {', '.join(holder)}",
                     expected=name,
                 )
@@ -119,16 +118,14 @@ class VqaRows:
         if not isinstance(image_id, int) or isinstance(image_id, bool) or image_id < 0:
             raise SampleError(
                 "the question's picture cannot be told",
-                file=source.file,
-                line=source.line,
+                at=source,
                 got=f"image_id: {describe(image_id)}",
                 expected="a whole number, or the picture's name as image",
             )
         if self.picture_name is None:
             raise SampleError(
                 "how the pictures are called cannot be told",
-                file=source.file,
-                line=source.line,
+                at=source,
                 expected='"data_type": "mscoco" and "data_subtype" beside the questions, or the '
                 "picture's name in each question as image",
             )
@@ -177,6 +174,4 @@ def open_vqa(questions: Container, answers: Container, *, cache_dir: Path) -> Vq
 
 
 def _missing(what: str, source: Source, key: object, of: str = "image") -> SampleError:
-    return SampleError(
-        what, file=source.file, line=source.line, got=f"{of}_id: {describe(key)}", expected="it"
-    )
+    return SampleError(what, at=source, got=f"{of}_id: {describe(key)}", expected="it")

@@ -49,8 +49,7 @@ def as_row(value: Any, source: Source) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise SampleError(
             "the row is not an object",
-            file=source.file,
-            line=source.line,
+            at=source,
             got=describe(value),
             expected='{"messages": […]}',
         )

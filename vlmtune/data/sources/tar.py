@@ -119,8 +119,7 @@ def _put_pictures(row: dict[str, Any], pictures: list[Member], source: Source) -
         if strange:
             raise SampleError(
                 "the json names a picture that the sample does not hold",
-                file=source.file,
-                line=source.line,
+                at=source,
                 got=describe(strange[0]),
                 expected=", ".join(by_name),
             )
@@ -156,7 +155,7 @@ def _text(member: Member, source: Source) -> str:
 
 
 def _error(what: str, member: Member, source: Source) -> SampleError:
-    return SampleError(what, file=source.file, line=source.line, got=member.name)
+    return SampleError(what, at=source, got=member.name)
 
 
 logger = logging.getLogger("vlmtune")

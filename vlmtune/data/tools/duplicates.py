@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmtune.data.media import locate_image
-from vlmtune.data.types import Conversation, Image, Media, Text, placed
-from vlmtune.errors import VlmtuneError
+from vlmtune.data.media import locate_image, reading_picture
+from vlmtune.data.types import Conversation, Image, Media, Text
+from vlmtune.errors import at
 
 MAX_REMEMBERED = 100_000
 """Files of pictures whose digests are remembered, so that each is read once."""
@@ -119,13 +119,8 @@ def digests_of(conversation: Conversation, known: PictureDigests) -> Digests:
     pictures: list[int] = []
     held: tuple[Media, ...] = (*conversation.images, *conversation.videos)
     for media in held:
-        try:
+        with at(conversation.source), reading_picture():
             pictures += known.of(media)
-        except VlmtuneError as error:
-            raise placed(error, conversation.source) from error
-        except OSError as error:
-            reason = VlmtuneError(f"a picture cannot be read ({error.strerror or error})")
-            raise placed(reason, conversation.source) from error
     question = question_digest(conversation)
     both = np.array([question, *pictures], dtype="<u8").tobytes()
     turns = [

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.data.locations import HEAD_BYTES, content_kind, is_inside, is_url
-from vlmtune.data.media import content_digest, locate_image, locate_media
-from vlmtune.data.types import Conversation, Image, Media, Part, Source, Text, Turn, Video, placed
-from vlmtune.errors import VlmtuneError
+from vlmtune.data.media import content_digest, locate_image, locate_media, reading_picture
+from vlmtune.data.types import Conversation, Image, Media, Part, Source, Text, Turn, Video
+from vlmtune.errors import VlmtuneError, at
 
 SUFFIXES = {
     "a PNG": ".png",
@@ -165,17 +165,10 @@ def _turn(turn: Turn, source: Source, places: MediaFiles) -> dict[str, Any]:
 def _part(part: Part, source: Source, places: MediaFiles) -> dict[str, Any]:
     if isinstance(part, Text):
         return {"type": "text", "text": part.text}
-    try:
+    with at(source), reading_picture():
         if isinstance(part, Image):
             return {"type": "image", "image": places.place(part)}
         return {"type": "video", "video": _video(part, places)}
-    except CannotWrite:
-        raise
-    except VlmtuneError as error:
-        raise placed(error, source) from error
-    except OSError as error:  # gone or locked since it was found
-        reason = VlmtuneError(f"a picture cannot be read ({error.strerror or error})")
-        raise placed(reason, source) from error
 
 
 def _video(video: Video, places: MediaFiles) -> str | list[str]:

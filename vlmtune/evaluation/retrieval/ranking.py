@@ -343,7 +343,7 @@ def _key(conversation: Conversation) -> str:
 
 def _error(conversation: Conversation, message: str, expected: str) -> SampleError:
     source = conversation.source
-    return SampleError(message, file=source.file, line=source.line, expected=expected)
+    return SampleError(message, at=source, expected=expected)
 
 
 RECALLS = tuple(f"r{cutoff}" for cutoff in CUTOFFS)

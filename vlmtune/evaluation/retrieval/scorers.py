@@ -227,8 +227,7 @@ class _Embedder:
             if np.isnan(vector).any():
                 raise VlmtuneError(
                     "an embedding is not a number (NaN)",
-                    file=side.source.file,
-                    line=side.source.line,
+                    at=side.source,
                     do="look for overflow: evaluate with --dtype float32, or train at a lower rate",
                 )
         return vectors
