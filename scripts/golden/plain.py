@@ -15,7 +15,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-LARGEST_JSON = 100_000
+LARGEST_JSON = 50_000
 """Bytes; larger ones (tokenizers) are recorded by their hash."""
 
 MEASURED = re.compile(

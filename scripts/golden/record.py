@@ -11,7 +11,7 @@ of a fresh process costs seconds. Which worker runs a case depends on the case f
 
 Left out: GPUs, several processes of one job, kill and Ctrl-C, downloads and the hub, LLM.int8(),
 videos, a terminal (progress bars, colours), the Python API, speed, memory, dates and versions,
-what libraries say on their own loggers, TensorBoard's files, the content of optimizer states, and
+what libraries say of themselves, TensorBoard's files, the content of optimizer states, and
 the pixels of charts in reports (of a page its visible text is recorded).
 """
 
@@ -45,6 +45,8 @@ ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore",
     "CUDA_VISIBLE_DEVICES": "",
     "COLUMNS": "120",
     "TERM": "dumb",
@@ -63,7 +65,7 @@ def main() -> None:
     root = asked.root.resolve()
     began = time.monotonic()
     work = Path(tempfile.mkdtemp(prefix="golden-")).resolve()
-    os.environ |= ENVIRONMENT | {"XDG_CACHE_HOME": str(work / "cache"), "PYTHONPATH": str(root)}
+    os.environ |= ENVIRONMENT | {"PYTHONPATH": str(root)}
     shutil.copytree(root / "data" / "sample", work / "data" / "sample")
     shutil.copytree(root / "configs", work / "configs")
     cases = [case for part in asked.only for case in cases_of(part)]
@@ -95,9 +97,10 @@ def _worker() -> ProcessPoolExecutor:
 def record_case(case: Case, root: Path, work: Path) -> tuple[dict[str, Any], float]:
     """What the case's commands said and left, and how many seconds of this processor they took."""
     began = time.process_time()
-    call = _entry_point(root)
     folder = work / "cases" / case.part / case.name.replace("/", "_")
     folder.mkdir(parents=True)
+    os.environ["XDG_CACHE_HOME"] = str(work / "caches" / case.part / folder.name)
+    call = _entry_point(root)
     case.lay_out(folder, work)
     before = {path: path.lstat().st_mtime_ns for path in _files_below(folder)}
     places = {str(folder): "<CASE>", str(work): "<WORK>", str(root): "<ROOT>"}
@@ -154,10 +157,9 @@ def _as_a_process(
 
 
 def _entry_point(root: Path) -> Callable[[], Any]:
-    """The command line of the tree; of a worker's first call, with torch's own start."""
+    """The command line of the tree, the one thing of it that is known here."""
     if sys.path[0] != str(root):
         sys.path.insert(0, str(root))
-        logging.getLogger("transformers").setLevel(logging.ERROR)
     module = importlib.import_module("vlmtune.cli.app")
     assert Path(str(module.__file__)).is_relative_to(root), module.__file__
     return module.main
