@@ -19,11 +19,15 @@ LARGEST_JSON = 50_000
 """Bytes; larger ones (tokenizers) are recorded by their hash."""
 
 MEASURED = re.compile(
-    r".*_per_second|(paused_)?seconds|data_wait_fraction|peak_memory_bytes|free_disk_bytes"
+    r".*_per_second|(paused_)?seconds|data_wait_fraction|peak_memory_bytes|(free_)?bytes"
 )
 """Keys whose values are measured anew by each run."""
 OF_THE_MACHINE = {"python", "platform", "cpu_capability", "num_threads", "peft_version"}
 OF_THE_MACHINE |= {"transformers_version", "torch_version"}
+HASH_OF_PATHS = {"settings", "data_sha256"}
+"""Hashes of what names absolute paths: of all settings, and of data files that cases lay out."""
+KEPT = "kept/"
+"""The folder that cases call `data.cache_dir`."""
 UNORDERED = {"target_modules"}
 """Lists of an adapter's configuration that PEFT makes from a set."""
 
@@ -31,6 +35,7 @@ REPLACED = [
     (re.compile(pattern), by)
     for pattern, by in (
         (r"\b\d{4}-\d\d-\d\d([T _-]\d\d[:-]?\d\d([:-]?\d\d)?)?\b", "<DATE>"),
+        (r"\b\d{8}-\d{6}\b", "<DATE>"),
         (r"\b\d\d:\d\d(:\d\d)?\b", "<TIME>"),
         (r"(_per_second) [\d.,]+", r"\1 <SPEED>"),
         (r"[\d.,]+ (samples|tokens|pictures|images)( per second|/s)", r"<SPEED> \1\2"),
@@ -47,7 +52,7 @@ MEASURED_ON_A_PAGE = [
             r"((per second|data wait fraction|peak memory bytes)\n)[\d.,]+( %| [kMG]?B)?",
             r"\1<SPEED>",
         ),
-        (r"\b[\d.]+ (seconds|minutes|hours)\b", r"<TIME> \1"),
+        (r"\b[\d.]+ (seconds?|minutes?|hours?)\b", "<TIME>"),
     )
 ]
 PROGRESS = re.compile(r".* \d+ of \d+, .* left")
@@ -67,6 +72,8 @@ def plain_value(value: Any, places: Mapping[str, str], key: str = "") -> Any:
     """A JSON value without what a run measures anew."""
     if key == "versions":
         return sorted(value)
+    if key in HASH_OF_PATHS:
+        return _without_hashes(value, places)
     if key in OF_THE_MACHINE or (MEASURED.fullmatch(key) and value is not None):
         return "<LEFT OUT>"
     if isinstance(value, dict):
@@ -76,6 +83,15 @@ def plain_value(value: Any, places: Mapping[str, str], key: str = "") -> Any:
         items = [plain_value(item, places) for item in value]
         return sorted(items) if key in UNORDERED else items
     return _with_words(value, places) if isinstance(value, str) else value
+
+
+def _without_hashes(value: Any, places: Mapping[str, str]) -> Any:
+    if isinstance(value, str):
+        return "<LEFT OUT>"
+    plain = plain_value(value, places)
+    if not isinstance(plain, dict):
+        return plain
+    return {n: "<LEFT OUT>" if n.startswith("<CASE>") else item for n, item in plain.items()}
 
 
 def plain_file(path: Path, places: Mapping[str, str]) -> Any:
@@ -95,6 +111,22 @@ def plain_file(path: Path, places: Mapping[str, str]) -> Any:
     if path.suffix in (".yaml", ".csv", ".txt"):
         return plain_text(path.read_text(encoding="utf-8"), places)
     return digest(path.read_bytes())
+
+
+def is_read(name: str) -> bool:
+    """Whether the file's content is recorded: of checkpoints only that of the tensors."""
+    if "/checkpoints/" in name:
+        return name.endswith(".safetensors")
+    return not name.startswith(KEPT) and "/tensorboard/" not in name
+
+
+def plain_name(name: str) -> str:
+    """Without the time, the process and the hashes that TensorBoard and caches name files by."""
+    for folder in ("tensorboard/", KEPT):
+        if folder in name:
+            return name.split(folder)[0] + folder + "files"
+    (plain,) = plain_text(name, {})
+    return plain
 
 
 def tensor_hashes(path: Path) -> dict[str, str]:

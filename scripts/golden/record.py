@@ -11,8 +11,8 @@ of a fresh process costs seconds. Which worker runs a case depends on the case f
 
 Left out: GPUs, several processes of one job, kill and Ctrl-C, downloads and the hub, LLM.int8(),
 videos, a terminal (progress bars, colours), the Python API, speed, memory, dates and versions,
-what libraries say of themselves, TensorBoard's files, the content of optimizer states, and
-the pixels of charts in reports (of a page its visible text is recorded).
+what libraries say of themselves, TensorBoard's files, the content of optimizer states and
+of caches, hashes of absolute paths, and charts in reports (of a page its text is recorded).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from cases import Case, Command, cases_of, parts
-from plain import plain_file, plain_text, plain_value
+from plain import is_read, plain_file, plain_name, plain_text, plain_value
 
 NUM_WORKERS = 2
 ENVIRONMENT = {
@@ -108,8 +108,8 @@ def record_case(case: Case, root: Path, work: Path) -> tuple[dict[str, Any], flo
     files = {}
     for path in sorted(_files_below(folder)):
         if before.get(path) != path.lstat().st_mtime_ns:
-            name = str(path.relative_to(folder))
-            files[_plain_name(name)] = plain_file(path, places) if _is_read(name) else "is there"
+            name = plain_name(str(path.relative_to(folder)))
+            files[name] = plain_file(path, places) if is_read(name) else "is there"
     shutil.rmtree(folder)
     return {"commands": commands, "files": files}, time.process_time() - began
 
@@ -167,18 +167,6 @@ def _entry_point(root: Path) -> Callable[[], Any]:
 
 def _files_below(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
-
-
-def _is_read(name: str) -> bool:
-    """Of checkpoints only the tensors, of TensorBoard nothing; the rest of a file is its kind's."""
-    if "/checkpoints/" in name:
-        return name.endswith(".safetensors")
-    return "/tensorboard/" not in name
-
-
-def _plain_name(name: str) -> str:
-    """Without what TensorBoard makes of the time and the process."""
-    return name.split("events.out")[0] + "events" if "/tensorboard/" in name else name
 
 
 if __name__ == "__main__":
