@@ -63,8 +63,8 @@ def test_ranks_are_those_of_whole_passes_one_by_one(
     by_hand: tuple[np.ndarray, np.ndarray],
     options: dict[str, bool],
 ) -> None:
-    """The text's own likelihood is subtracted only where that is asked for: it halved what trained
-    models found."""
+    """The text's own likelihood is subtracted only where that is asked for: trained models find
+    far fewer texts with it."""
     scores, prior = by_hand
     section = LIKELIHOOD.model_copy(update=options)
     subtract_prior = "subtract_prior" in options
