@@ -13,7 +13,7 @@ A method is a few keys over the same recipe, at the same number of steps. One ru
     all of them   -> docs/methods.md (the tables, printed too) and docs/methods.json (every figure)
 
 What is already there with the same settings is not run again. Parts that are not asked for stay in
-docs/methods.* as they are, with the command and the hardware that made them.
+both pages as they are, with the command and the hardware that made them.
 """
 
 from __future__ import annotations

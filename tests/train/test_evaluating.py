@@ -247,8 +247,8 @@ def test_a_guard_of_other_data_than_before_training_is_not_compared(make_recipe,
 def test_a_fallen_guard_is_exit_code_1_with_the_result_saved(make_recipe, monkeypatch, tmp_path):
     from typer.testing import CliRunner
 
-    import vlmtune.evaluation.guard as guard_module
     from vlmtune.cli.app import app
+    from vlmtune.sessions import train_evaluation
 
     recipe = make_recipe("run", eval=guard(tmp_path / "data" / "train.jsonl", metric="loss"))
     done = CliRunner().invoke(app, ["train", str(recipe)])
@@ -256,7 +256,7 @@ def test_a_fallen_guard_is_exit_code_1_with_the_result_saved(make_recipe, monkey
     assert not (recipe.parent / "run" / "checkpoints").exists()  # said before the first step
     recipe = make_recipe("two", eval=guard(tmp_path / "data" / "train.jsonl"))
     monkeypatch.setattr(
-        guard_module,
+        train_evaluation,
         "read_figures",
         lambda folder: {"exact_match": 1.0 if folder.name.endswith("000000") else 0.5},
     )

@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 
 from tests.train.training import train_once, write_recipe
 from vlmtune.errors import ErrorGroup, VlmtuneError
-from vlmtune.models import precision
+from vlmtune.sessions import train
 from vlmtune.sessions.train import Session
 from vlmtune.train.runtime import build_accelerator, check_environment, disable_autocast
 
@@ -65,7 +65,7 @@ def test_bf16_on_a_gpu_without_it_is_refused_before_the_model_loads(
     )
     loaded: list[object] = []
     monkeypatch.setattr(Session, "load_model", lambda self: loaded.append(self))
-    monkeypatch.setattr(precision, "capability_of", lambda device: (7, 5))
+    monkeypatch.setattr(train, "capability_of", lambda device: (7, 5))
     with pytest.raises(ErrorGroup) as refused:
         train_once(recipe)
     told = str(refused.value).splitlines()
@@ -73,7 +73,7 @@ def test_bf16_on_a_gpu_without_it_is_refused_before_the_model_loads(
     assert "set train.precision=fp16" in told[0]
     assert "set quantization.compute_dtype=float16" in told[1]
     AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setattr(precision, "capability_of", lambda device: (8, 0))
+    monkeypatch.setattr(train, "capability_of", lambda device: (8, 0))
     with pytest.raises(AttributeError):  # no model: this far it comes
         train_once(recipe)
     assert loaded
