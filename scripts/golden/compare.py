@@ -1,6 +1,6 @@
 """Print what differs between two golden records; exit 1 where a difference is not expected.
 
-    python scripts/golden/compare.py OLD.json NEW.json [--expected FILE]
+    python scripts/golden/compare.py OLD.json NEW.json [--only PART …] [--expected FILE]
 
 A key names a place in the record: `PART/CASE/commands/0/stderr`, `PART/CASE/files/out.jsonl/3/id`.
 The file of expected differences (default `expected.yaml` beside this script) is a list of
@@ -18,6 +18,7 @@ import difflib
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,6 +28,7 @@ import yaml
 
 EXPECTED = Path(__file__).resolve().parent / "expected.yaml"
 SHOWN_LINES = 40
+SHOWN_PER_CASE = 15
 ABSENT = "<ABSENT>"
 
 
@@ -35,13 +37,15 @@ def main() -> None:
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     parser.add_argument("--expected", type=Path, default=EXPECTED)
-    parser.add_argument("--all", action="store_true", help="Show expected differences too.")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="Compare these parts.")
+    parser.add_argument("--all", action="store_true", help="Show every difference, also expected.")
     asked = parser.parse_args()
     old, new = (json.loads(path.read_text(encoding="utf-8")) for path in (asked.old, asked.new))
     entries = yaml.safe_load(asked.expected.read_text(encoding="utf-8")) or []
     used = [0] * len(entries)
     unexpected = 0
-    for part in dict.fromkeys([*old, *new]):
+    for part in asked.only or dict.fromkeys([*old, *new]):
+        shown: Counter[str] = Counter()
         found = list(differences(old.get(part, ABSENT), new.get(part, ABSENT), part))
         print(f"== {part}: {len(found) or 'no'} differences")
         for key, before, after in found:
@@ -50,9 +54,14 @@ def main() -> None:
                 unexpected += 1
             else:
                 used[number] += 1
-            if number is None or asked.all:
+            case = "/".join(key.split("/")[:2])
+            shown[case] += number is None
+            if asked.all or (number is None and shown[case] <= SHOWN_PER_CASE):
                 print(f"-- {key}" + ("" if number is None else f" ({entries[number]['why']})"))
                 show(before, after)
+        for case, count in shown.items():
+            if count > SHOWN_PER_CASE and not asked.all:
+                print(f"-- … and {count - SHOWN_PER_CASE} more in {case} (--all shows them)")
     for entry, count in zip(entries, used):
         print(f"expected, {count} times: {entry['keys']}: {entry['why']}")
     print(f"{unexpected} differences that are not expected")
