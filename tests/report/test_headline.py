@@ -83,7 +83,7 @@ def test_the_worst_slice_and_the_commonest_mix_up_are_named(tmp_path: Path, tiny
     assert wrong.answer.startswith("Worst on shape (0.0\u00a0%)")
     assert wrong.details == (
         "10 of 20 predictions are wrong.",
-        "Most often: “maybe” where “yes” was right (10 times).",
+        "Most frequent: “maybe” where “yes” is right (10 times).",
     )
 
 
@@ -95,7 +95,7 @@ def test_a_later_evaluation_on_more_samples_says_what_is_still_wrong(
     write_evaluation(run, 30, data, ["yes"] * 9 + ["no"], name="data-20260101-000000")
     learned, wrong, *_ = found(run)
     assert "went from 0.0\u00a0% to 100.0\u00a0%" in learned.answer  # the same four samples
-    assert any(d.startswith("On 10 samples (data-2026") for d in learned.details)
+    assert any(d.startswith("Over 10 samples (data-2026") for d in learned.details)
     assert "1 of 10 predictions is wrong." in wrong.details
 
 
@@ -121,7 +121,7 @@ def test_skipped_samples_are_counted_by_reason(tmp_path: Path, tiny_vlm: Path) -
     ]
     write_lines(run / "skipped.jsonl", [*entries, {"reason": "a picture is missing"}])
     skipped = found(run)[2]
-    assert (skipped.tone, skipped.answer) == ("bad", "Yes, 3 samples were not trained on.")
+    assert (skipped.tone, skipped.answer) == ("bad", "Yes, training left out 3 samples.")
     assert skipped.details == ("2 samples: too long", "1 sample: a picture is missing")
     assert grouped_reasons([{}]) == [("no reason given", 1)]
 
@@ -138,7 +138,7 @@ def test_the_guard_holds_within_what_the_recipe_allows(
     forgotten = found(run)[3]
     assert forgotten.tone == tone
     assert "from 100.0\u00a0%" in forgotten.answer
-    assert forgotten.details == ("At most 10 points worse is allowed.",)
+    assert forgotten.details == ("The recipe allows it to get worse by at most 10 points.",)
 
 
 def test_where_nothing_was_known_nothing_is_forgotten(tmp_path: Path, tiny_vlm: Path) -> None:
@@ -158,6 +158,6 @@ def test_what_is_not_known_is_said(tmp_path: Path, tiny_vlm: Path) -> None:
     assert answers == [
         "No answers were evaluated yet.",
         "Not known: no answers were evaluated.",
-        "Nothing so far.",
+        "Not so far.",
         "Not measured: the recipe has no eval.guard.",
     ]

@@ -15,7 +15,7 @@ def test_numbers_that_belong_together_share_a_chart() -> None:
     assert charts["Loss"] == ["training", "held-out"]
     assert charts["Learning rate"] == ["language", "vision"]
     assert charts["Gradient norm"] == ["total", "language"]
-    assert charts["Figures on held-out data"] == ["exact match"]
+    assert charts["Metrics on held-out data"] == ["exact match"]
     assert next(iter(charts)) == "Loss"
 
 
@@ -29,8 +29,8 @@ def test_any_further_number_is_drawn_under_its_name() -> None:
 def test_a_rank_and_a_share_on_held_out_data_do_not_share_an_axis() -> None:
     lines = [{"step": 1, "eval_recall_at_1": 0.5, "eval_median_rank": 1.0, "guard_accuracy": 0.9}]
     charts = drawn(lines)
-    assert charts["Figures on held-out data"] == ["recall at 1"]
-    assert charts["Figures on the guard's data"] == ["accuracy"]
+    assert charts["Metrics on held-out data"] == ["recall at 1"]
+    assert charts["Metrics on the guard's data"] == ["accuracy"]
     assert "Eval median rank" in charts
 
 
@@ -56,6 +56,6 @@ def test_many_lines_are_parted_evenly_over_charts() -> None:
     figures = {f"eval_figure_{n}": 0.5 for n in range(8)}
     charts = drawn([{"step": 1} | figures])
     assert {title: len(lines) for title, lines in charts.items()} == {
-        "Figures on held-out data, 1": 4,
-        "Figures on held-out data, 2": 4,
+        "Metrics on held-out data, 1": 4,
+        "Metrics on held-out data, 2": 4,
     }

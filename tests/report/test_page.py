@@ -50,7 +50,7 @@ def test_the_page_says_what_a_reader_asks_first(run: Path) -> None:
     assert "Finished at step 30" in text
     assert "Exact match went from 0.0 % to 50.0 %" in text
     assert "Worst on shape (0.0 %)" in text
-    assert "No, nothing." in text
+    assert "Was anything skipped? No." in text
     assert "1,200 parameters are trained" in text
     assert "All 6 predictions" in text
 
@@ -104,7 +104,7 @@ def test_a_page_of_many_large_pictures_stays_small(tmp_path: Path, tiny_vlm: Pat
     written = write_page(run)
     assert written.num_bytes == written.path.stat().st_size < MAX_BYTES
     text = " ".join(Elements(written.path.read_text()).text.split())
-    assert "Here are 200 of 300" in text
+    assert "The page shows 200 of 300" in text
 
 
 def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
@@ -130,8 +130,8 @@ def test_a_recipe_of_another_version_is_shown_and_costs_the_data_only(run: Path)
         file.write("future_key: 3\n")
     text = " ".join(page_of(run).text.split())
     assert "future_key" in text
-    assert "not a key of this version" in text
-    assert "the data or its processor is not at hand" in text
+    assert "this version has no such key" in text
+    assert "the data or the processor could not be read" in text
 
 
 def test_ranks_over_time_are_drawn_where_they_are_logged(run: Path) -> None:
@@ -183,7 +183,7 @@ def test_blind_guessers_stand_beside_the_figure(run: Path) -> None:
     blind = {"majority_answer": {"metrics": figures, "slices": {}}}
     write_json(path, json.loads(path.read_text()) | {"blind": blind})
     text = " ".join(page_of(run).text.split())
-    assert "Without seeing a picture (majority answer): 40.0 %." in text
+    assert "Without the pictures (majority answer): 40.0 %." in text
 
 
 def test_broken_figures_do_not_break_the_page(run: Path) -> None:
@@ -229,5 +229,5 @@ def test_what_is_taught_is_said_of_the_objective(run: Path, objective: str) -> N
     resolved = run / "recipe.resolved.yaml"
     resolved.write_text(resolved.read_text() + f"objective: {objective}\n")
     text = page_of(run).text
-    assert ("the loss is taken on these tokens alone" in text) is (objective == "next_token")
-    assert ("told from those of other samples" in text) is (objective == "contrastive")
+    assert ("The loss is computed on these tokens only" in text) is (objective == "next_token")
+    assert ("which answer belongs to which pictures" in text) is (objective == "contrastive")

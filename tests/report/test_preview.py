@@ -121,7 +121,7 @@ def test_weights_are_told(folder: Path):
     assert plain.notes == ()
     shown = preview(conversation, encoder_of("qwen"))
     assert shown.num_supervised == 2 * plain.num_supervised
-    assert shown.notes == (f"{plain.num_supervised} supervised tokens of weight 0.5",)
+    assert shown.notes == (f"{plain.num_supervised} supervised tokens with weight 0.5",)
 
 
 def test_text_that_turns_text_around_is_escaped_on_the_page(folder: Path):

@@ -22,7 +22,7 @@ def test_only_what_differs_from_the_schema_is_listed() -> None:
 
 def test_a_key_of_another_version_is_listed_and_not_refused() -> None:
     found = differences({"rankk": 3})
-    assert [(d.key, d.meaning) for d in found] == [("rankk", "not a key of this version")]
+    assert [(d.key, d.meaning) for d in found] == [("rankk", "this version has no such key")]
 
 
 def test_numbers_are_read_as_the_recipe_reads_them() -> None:

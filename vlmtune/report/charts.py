@@ -1,9 +1,9 @@
-"""Curves and heat maps as drawings that scale, and which numbers share one.
+"""Draws curves and rank maps as SVG, and decides which metrics share a chart.
 
     points -> at most MAX_POINTS, extremes kept -> nice range -> SVG path in the box
 
-The box is stretched to the page's width; lines keep their own width (`non-scaling-stroke`). A zoom
-is a part of the box, so the page's script never draws a line anew.
+The box is stretched to the page's width; lines keep their own width (`non-scaling-stroke`). To
+zoom, the page's script shows a part of the box; it never redraws a line.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vlmtune.report.format import NOT_SHARES, PER_CENT, format_name, number, sen
 
 MAX_POINTS = 1000
 MAX_DOTTED = 40
-"""A curve with at most so many points shows each of them."""
+"""A curve with at most this many points shows each point."""
 BOX = 1000
 
 Point = tuple[float, float]
@@ -52,7 +52,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Chart:
-    """`unit` is `number` or `bytes` or `share`: how the script writes values."""
+    """`unit` is `number`, `bytes` or `share`: it decides how the script writes values."""
 
     id: str
     title: str
@@ -72,7 +72,7 @@ def draw_chart(
     unit: str = "number",
     x_range: tuple[float, float],
 ) -> Chart:
-    """The chart of `series`, which have at least one point between them, over `x_range`."""
+    """The chart of `series` over `x_range`; at least one series has a point."""
     thinned = [Series(s.name, downsample(s.points)) for s in series if s.points]
     values = [y for s in thinned for _, y in s.points]
     y_range, y_values = nice_range(min(values), max(values))
@@ -94,8 +94,8 @@ def draw_chart(
 
 
 def downsample(points: Sequence[Point], limit: int = MAX_POINTS) -> tuple[Point, ...]:
-    """At most `limit` of `points`, in order: the first, the last, and of each stretch between them
-    the lowest and the highest, so that no spike is lost."""
+    """At most `limit` of `points`, in order: the first, the last, and the lowest and the highest of
+    each interval between them, so that no spike is lost."""
     if len(points) <= limit:
         return tuple(points)
     inner = points[1:-1]
@@ -112,8 +112,8 @@ def downsample(points: Sequence[Point], limit: int = MAX_POINTS) -> tuple[Point,
 
 
 def nice_range(low: float, high: float) -> tuple[tuple[float, float], list[float]]:
-    """A range around [low, high] that ends on round values, and its ticks. A range that nearly
-    starts at 0 starts there."""
+    """A range around [low, high] that ends on round values, and its ticks. A range that starts near
+    0 starts at 0."""
     if low > 0 and low < 0.4 * high:
         low = 0.0
     if math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-12):
@@ -135,7 +135,7 @@ def ticks_between(low: float, high: float, *, whole: bool = False) -> list[float
 
 
 def tick_labels(values: Sequence[float], unit: str) -> list[str]:
-    """Evenly spaced `values`, each with as few digits as tell it from the next."""
+    """Labels of evenly spaced `values`, each with as few digits as distinguish it from the next."""
     size, ending = {"bytes": (1e9, " GB"), "share": (0.01, PER_CENT)}.get(unit, (1.0, ""))
     shown = [value / size for value in values]
     close = abs(shown[1] - shown[0]) / 100 if len(shown) > 1 else 0.0
@@ -177,7 +177,7 @@ def _share(value: float, of: tuple[float, float]) -> float:
 NOT_DRAWN = ("step", "epoch", "ranks")
 MAX_CHARTS = 40
 MAX_LINES = 6
-"""Of one chart; more are told apart with pain. The page has as many colors."""
+"""Lines in one chart; more are hard to distinguish. The page has as many colors."""
 TITLES = {
     "loss": "Loss",
     "learning_rate": "Learning rate",
@@ -186,10 +186,10 @@ TITLES = {
     "tokens_per_second": "Tokens per second",
     "data_wait_fraction": "Time spent waiting for data",
     "peak_memory_bytes": "Peak memory",
-    "held_out": "Figures on held-out data",
-    "guard": "Figures on the guard's data",
+    "held_out": "Metrics on held-out data",
+    "guard": "Metrics on the guard's data",
 }
-"""Charts that are known, in the order of the page; others follow under their own names."""
+"""Titles of known charts, in the order of the page; other charts follow under their own names."""
 FIRST = ("loss", "held_out", "guard")
 GROUPS = {
     "loss": "loss",
@@ -202,7 +202,7 @@ UNITS = {"peak_memory_bytes": "bytes", "data_wait_fraction": "share"}
 
 
 def metric_charts(lines: Sequence[Mapping[str, Any]]) -> tuple[list[Chart], list[str]]:
-    """The charts of all numbers in `lines`, and the names of those left out for their number."""
+    """The charts of all numbers in `lines`, and the names of those beyond MAX_CHARTS."""
     series: dict[str, list[Point]] = defaultdict(list)
     for line in lines:
         for name, value in flat_numbers(line):
@@ -292,7 +292,7 @@ MAX_ROWS = 600
 
 @dataclass(frozen=True)
 class Stretch:
-    """Logged steps `first` to `last` at one rank; place and width in per cent of the row."""
+    """Logged steps `first` to `last` at one rank; `left` and `width` in per cent of the row."""
 
     left: float
     width: float

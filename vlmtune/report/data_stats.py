@@ -1,15 +1,15 @@
-"""What a set looks like to the model: counts per sample, duplicates, samples with their masks.
+"""Statistics of a data set as the model sees it: counts per sample, duplicates, label masks.
 
-recipe -> training files -> an even choice of samples -> encode with the run's own processor
+recipe -> training files -> evenly spaced samples -> encode with the run's own processor
        -> counts a sample -> percentiles and histograms
        -> a few samples as text, supervised tokens marked, runs of picture tokens collapsed
 
-Needs the data and the processor, no weights; where one of them is gone, `reason` says so.
+Needs the data and the processor, no weights; if one of them is missing, `reason` says so.
 
-    rows (all, or so many chosen evenly) -> counts, digests, with a measurer tokens
+    rows (all, or some evenly spaced) -> counts, digests, and tokens if there is a measurer
          -> SetStatistics -> percentiles and histograms (data_stats.py), Duplicates, Overlap
 
-Of a sample its counts and digests are kept, some 100 bytes.
+Only counts and digests of a sample are kept, about 100 bytes.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class ShownSample:
 
 @dataclass(frozen=True)
 class Bar:
-    """Place, width and height in per cent of the drawing; `label` says what is counted."""
+    """Position, width and height in per cent of the drawing; `label` says what is counted."""
 
     left: float
     width: float
@@ -111,7 +111,7 @@ def data_statistics(
     thumbnails: Thumbnails,
     max_samples: int = MAX_SAMPLES,
 ) -> DataStatistics:
-    """The statistics of the training data of the run in `folder`; never raises for what is gone."""
+    """The statistics of the training data of the run in `folder`; missing files never raise."""
     if recipe is None:
         return _none("recipe.resolved.yaml cannot be read")
     try:
@@ -208,7 +208,7 @@ def histogram(values: Sequence[int]) -> tuple[Bin, ...]:
 
 
 def percentiles(values: Sequence[int]) -> tuple[int, ...]:
-    """Counts that are there, in the order of PERCENTILES."""
+    """Percentiles that are values of the data, in the order of PERCENTILES."""
     points = np.percentile(np.asarray(values), PERCENTILES, method="nearest")
     return tuple(int(point) for point in points)
 
@@ -237,9 +237,9 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 
 @dataclass
 class SetStatistics:
-    """`num_rows` are in the files, `num_looked_at` were read. `counts`: by name, a value of each
-    sample. `num_dropped`: too long, and left out of training for it; `notes`: what is changed on
-    the way, with its samples."""
+    """`num_rows` are in the files, `num_looked_at` were read. `counts`: by name, one value for each
+    sample. `num_dropped`: samples left out of training as too long. `notes`: what encoding
+    changed, and in how many samples."""
 
     num_rows: int
     num_looked_at: int
@@ -260,11 +260,11 @@ class SetStatistics:
         return duplicates(self.table)
 
     def place(self, sample: int) -> Source:
-        """Where sample `sample` (0-based) stands."""
+        """The file and line of sample `sample` (0-based)."""
         return self.walk.place(self.rows[sample])
 
     def figures(self) -> dict[str, Figures]:
-        """By name; nothing where there are no samples."""
+        """The figures by name; empty if there are no samples."""
         return {name: figures(values) for name, values in self.counts.items() if values}
 
     def add(self, row: int, conversation: Conversation, measure: Measure | None) -> None:
@@ -288,8 +288,8 @@ class SetStatistics:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of a count per sample. `percentiles` in the order of PERCENTILES; `bins` as (first, last,
-    samples)."""
+    """The distribution of a count per sample. `percentiles` in the order of PERCENTILES; `bins` as
+    (first, last, samples)."""
 
     mean: float
     percentiles: tuple[int, ...]
@@ -297,14 +297,14 @@ class Figures:
 
     @property
     def bars(self) -> str:
-        """The histogram as a line of text; a bin with any sample is not blank."""
+        """The histogram as a line of text; only an empty bin is blank."""
         highest = max(count for *_, count in self.bins)
         top = len(BLOCKS) - 1
         return "".join(BLOCKS[-(-count * top // highest)] for *_, count in self.bins)
 
 
 def figures(values: Sequence[int]) -> Figures:
-    """Of at least one value."""
+    """The figures of at least one value."""
     bins = tuple((item.first, item.last, item.count) for item in histogram(values))
     return Figures(sum(values) / len(values), percentiles(values), bins)
 
@@ -317,9 +317,9 @@ def set_statistics(
     max_samples: int | None = None,
     on_row: Callable[[int], None] = lambda done: None,
 ) -> SetStatistics:
-    """Look at the rows of `files`; of more than `max_samples` at so many, chosen evenly.
+    """The statistics of the rows of `files`, or of `max_samples` evenly spaced ones.
 
-    Rows that cannot be used are counted in `bad`. `on_row` is told how many are done.
+    Rows that cannot be used are counted in `bad`. `on_row` gets the number of rows done.
     """
     walk, known = RowWalk(files), PictureDigests()
     total = len(walk)

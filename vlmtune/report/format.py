@@ -1,6 +1,6 @@
-"""Numbers as a person reads them, and what a figure's name says about its unit.
+"""Formats numbers for people, and derives a figure's unit from its name.
 
-The space before a per cent sign does not break.
+The space before a per cent sign is a no-break space.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from vlmtune.recipe.schema import is_lower_better
 
 PER_CENT = "\u00a0%"
 NOT_SHARES = ("cider", "rank", "loss", "count")
-"""Words in the names of figures that are no share of something, even below 1."""
+"""Words in the names of figures that are not shares, even where the value is below 1."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure with its 95 % interval over `count` samples; None for what is not known."""
+    """A figure with its 95 % interval over `count` samples; None where unknown."""
 
     name: str
     value: float
@@ -56,7 +56,7 @@ class Figure:
 
 
 def read_figures(metrics: Any) -> dict[str, Figure]:
-    """The figures of a report's `metrics` object; entries that are none are left out."""
+    """The figures of a report's `metrics` object; entries without a value are left out."""
     found: dict[str, Figure] = {}
     for name, entry in metrics.items() if isinstance(metrics, Mapping) else ():
         value = number(entry.get("value")) if isinstance(entry, Mapping) else None

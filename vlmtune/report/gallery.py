@@ -1,7 +1,7 @@
-"""On what a model is still wrong, and a bounded choice of predictions before and after training.
+"""What a model still gets wrong, and a limited selection of predictions before and after training.
 
 rows after (and before, matched by id) -> fixed | broken | wrong | right | unscored, and a slice
-  -> in turn one of each (outcome, slice), in an order fixed by the ids -> cards with thumbnails
+  -> one of each (outcome, slice) in turn, in an order fixed by the ids -> cards with thumbnails
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vlmtune.report.run import Evaluation, Pair, is_right, row_key
 MAX_ROWS = 40
 MAX_MIXUPS = 8
 MAX_WORDS = 60
-"""A longer answer is no name that is mixed up with another."""
+"""The longest answer, in characters, that counts as confused with another."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def worst_slices(evaluation: Evaluation, figure: str) -> list[tuple[str, Figure]
 
 
 def mixups(evaluation: Evaluation) -> list[Mixup]:
-    """The most frequent wrong answers with what was right, at least twice each. Not of ranked
-    queries, whose answers are many."""
+    """The most frequent wrong answers with the right one, at least twice each. Ranked queries are
+    left out: they have many answers."""
     counts: Counter[tuple[str, str]] = Counter()
     for row in evaluation.rows:
         answered, right = row.get("prediction"), row.get("answer")
@@ -201,7 +201,7 @@ def build_gallery(
     max_cards: int = MAX_CARDS,
     data: RunData | None = None,
 ) -> Gallery | None:
-    """The gallery of a pair of evaluations; None without predictions. `data`: as what the run reads
+    """The gallery of a pair of evaluations; None without predictions. `data` says how the run reads
     the files that hold pictures."""
     entries = _entries(pair)
     if not entries:
@@ -222,7 +222,7 @@ def build_gallery(
 
 
 def outcome_of(before: bool | None, after: bool | None, *, has_before: bool) -> str:
-    """`fixed` and `broken` where the answer changed sides, else `right` or `wrong`."""
+    """`fixed` or `broken` where training changed the outcome, else `right` or `wrong`."""
     if after is None:
         return "unscored"
     if not has_before or before is None or before == after:
@@ -231,8 +231,8 @@ def outcome_of(before: bool | None, after: bool | None, *, has_before: bool) -> 
 
 
 def choose(entries: Sequence[_Entry], limit: int) -> list[_Entry]:
-    """At most `limit` entries: one of each (outcome, slice) in turn, so that a rare kind is not
-    crowded out; the same ones every time. In the order of OUTCOMES."""
+    """At most `limit` entries, in the order of OUTCOMES: one of each (outcome, slice) in turn, so
+    that rare ones are not crowded out. The choice is the same every time."""
     groups: dict[tuple[str, str], list[_Entry]] = defaultdict(list)
     for entry in sorted(entries, key=lambda e: sha256("\0".join(e.key).encode()).digest()):
         groups[(entry.outcome, entry.slice)].append(entry)
@@ -315,7 +315,7 @@ def _ranked(entry: object) -> str:
 
 
 def _short_path(text: str) -> str:
-    """A picture's file name, where `text` is its path; else `text`."""
+    """The file name if `text` is a picture's path; else `text`."""
     return text.rpartition("/")[2] if text.startswith("/") and "\n" not in text else text
 
 
@@ -329,8 +329,8 @@ def clipped(text: object) -> str:
 def _embedded_pictures(
     chosen: Sequence[_Entry], pair: Pair, data: RunData
 ) -> dict[tuple[str, int], Image]:
-    """Pictures that the data file itself holds: predictions name them by a digest. Looked up by
-    (id, position) where the file is still there and holds the same ones."""
+    """Pictures stored in the data file itself, by (id, position). Predictions name them by digest;
+    they are found where the file still exists and holds the same pictures."""
     wanted = {
         (entry.key[0], index): name
         for entry in chosen

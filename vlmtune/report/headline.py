@@ -1,4 +1,4 @@
-"""The answers that a reader wants within a minute: learned? still wrong? skipped? forgotten?"""
+"""The page's summary: did the run learn, what is still wrong, what was skipped or forgotten?"""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def differences(values: dict[str, Any]) -> list[Difference]:
                 Difference(key, _shown(given[key]), _shown(default), info.description or "")
             )
     found += [
-        Difference(key, _shown(value), UNKNOWN, "not a key of this version")
+        Difference(key, _shown(value), UNKNOWN, "this version has no such key")
         for key, value in given.items()
         if key not in known
     ]
@@ -103,12 +103,12 @@ def _shown(value: Any) -> str:
 
 
 SAME = 1e-6
-"""How far the mean of the scores may be from a figure that is their mean."""
+"""A figure this close to the mean of the scores counts as their mean."""
 
 
 def difference(pair: Pair, name: str) -> Interval | None:
     """The mean of `after - before` of a figure over the samples of both, with its paired 95 %
-    interval (pictures resampled as wholes); None where the figure is no mean of scores."""
+    interval (resampled by picture); None where the figure is not a mean of scores."""
     if pair.before is None or pair.after is None:
         return None
     before = {row_key(row): row for row in pair.before.rows}
@@ -127,7 +127,7 @@ def difference(pair: Pair, name: str) -> Interval | None:
 
 
 def apart(before: Figure, after: Figure, sign: int) -> tuple[float, float]:
-    """How far the two intervals are apart at least and at most; the better way is up."""
+    """The smallest and the largest gap between the two intervals; positive means better."""
     lows = [f.value if f.low is None else f.low for f in (before, after)]
     highs = [f.value if f.high is None else f.high for f in (before, after)]
     if sign < 0:
@@ -138,7 +138,7 @@ def apart(before: Figure, after: Figure, sign: int) -> tuple[float, float]:
 def _score(row: Mapping[str, Any] | None, name: str) -> float | None:
     scores = None if row is None else row.get("scores")
     direction = None if row is None else row.get("direction")
-    if direction is not None:  # the figures of both directions stand side by side, a row's do not
+    if direction is not None:  # figures name their direction, the scores of a row do not
         name = name.removeprefix(f"{direction}_")
     return number(scores.get(name)) if isinstance(scores, dict) else None
 
@@ -153,7 +153,7 @@ MAX_REASONS = 8
 
 @dataclass(frozen=True)
 class Finding:
-    """`tone` is `good`, `bad` or `plain`; `answer` is a short sentence, `details` what backs it."""
+    """`tone` is `good`, `bad` or `plain`; `answer` is a short sentence, `details` support it."""
 
     question: str
     tone: str
@@ -169,8 +169,8 @@ def findings(
     widest: Evaluation | None,
     guard: Pair,
 ) -> list[Finding]:
-    """The four answers, in the order of the page. `widest`: the evaluation with the most samples,
-    which says best what is still wrong."""
+    """The four answers, in the order of the page. `widest` is the evaluation with the most samples:
+    it shows best what is still wrong."""
     return [
         _learned(record, pair, widest),
         _still_wrong(widest),
@@ -180,7 +180,7 @@ def findings(
 
 
 def grouped_reasons(skipped: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
-    """Why samples were skipped, without places and values, most frequent first."""
+    """Why samples were skipped, without file, line and value; most frequent first."""
     counts = Counter(_reason(entry) for entry in skipped)
     return counts.most_common(MAX_REASONS)
 
@@ -205,10 +205,12 @@ def _learned(record: RunRecord, pair: Pair, widest: Evaluation | None) -> Findin
         if (course := loss_course(record, name, until=until)) is not None
     )
     if isinstance(best, dict):
-        details += (f"The result is step {best.get('step')}'s, the best by {best.get('metric')}.",)
+        details += (
+            f"The result is from step {best.get('step')}, the best by {best.get('metric')}.",
+        )
     name = pair.main_figure
     if name is None or pair.shown is None:
-        told = "No answers were evaluated" + (", only the loss is known." if details else " yet.")
+        told = "No answers were evaluated" + ("; only the loss is known." if details else " yet.")
         return Finding(question, "plain", told, details)
     if pair.before is None or pair.after is None:
         figure = pair.shown.figures[name]
@@ -231,7 +233,7 @@ def _learned(record: RunRecord, pair: Pair, widest: Evaluation | None) -> Findin
         low, high = apart(before, after, sign)
     details = (*details, *_other_way(pair, name), *_measured_on_more(pair, widest, name))
     if not pair.has_same_samples:
-        details = (*details, "The two were measured on different choices of the data.")
+        details = (*details, "The two evaluations did not use the same samples.")
     verdict, tone = (
         ("Yes.", "good")
         if low > 0
@@ -244,7 +246,7 @@ def _learned(record: RunRecord, pair: Pair, widest: Evaluation | None) -> Findin
 
 
 def _still_wrong(shown: Evaluation | None) -> Finding:
-    question = "On what is it still wrong?"
+    question = "What does it still get wrong?"
     name = None if shown is None else shown.main_figure
     if shown is None or name is None:
         return Finding(question, "plain", "Not known: no answers were evaluated.")
@@ -257,7 +259,7 @@ def _still_wrong(shown: Evaluation | None) -> Finding:
     if found := mixups(shown):
         worst = found[0]
         details.append(
-            f"Most often: “{worst.answered}” where “{worst.right}” was right "
+            f"Most frequent: “{worst.answered}” where “{worst.right}” is right "
             f"({plural(worst.count, 'time')})."
         )
     slices = worst_slices(shown, name)
@@ -268,7 +270,7 @@ def _still_wrong(shown: Evaluation | None) -> Finding:
     tone = "plain"
     told = "Worst on " + ", then ".join(words) + "."
     if judged and not judged.count(False):
-        told, tone = "On nothing that was measured.", "good"
+        told, tone = "Nothing that was measured.", "good"
     return Finding(question, tone, told, tuple(details))
 
 
@@ -284,10 +286,10 @@ def _skipped(record: RunRecord) -> Finding:
         for name, count in record.unreadable.items()
     ]
     if not record.skipped:
-        told = "No, nothing." if record.lines else "Nothing so far."
+        told = "No." if record.lines else "Not so far."
         return Finding(question, "plain" if details else "good", told, tuple(details))
-    told = f"Yes, {plural(len(record.skipped), 'sample was', 'samples were')} not trained on."
-    return Finding(question, "bad", told.replace("1 sample were", "1 sample was"), tuple(details))
+    told = f"Yes, training left out {plural(len(record.skipped), 'sample')}."
+    return Finding(question, "bad", told, tuple(details))
 
 
 def _forgotten(recipe: Mapping[str, Any] | None, guard: Pair) -> Finding:
@@ -315,9 +317,9 @@ def _forgotten(recipe: Mapping[str, Any] | None, guard: Pair) -> Finding:
     change = f"went from {before.text} to {_value(after)}"
     told = f"{sentence(format_name(name))} on the guard's data {change}."
     limit = f"{100 * allowed:g} points" if after.is_share else short_number(allowed)
-    details = (f"At most {limit} worse is allowed.",)
+    details = (f"The recipe allows it to get worse by at most {limit}.",)
     if verdict.has_fallen:
-        return Finding(question, "bad", f"Yes, too much. {told}", details)
+        return Finding(question, "bad", f"Yes, more than allowed. {told}", details)
     return Finding(question, "good", f"No, the guard held. {told}", details)
 
 
@@ -337,13 +339,13 @@ def _measured_on_more(pair: Pair, widest: Evaluation | None, name: str) -> list[
     if widest is None or name not in widest.figures:
         return []
     told = [
-        f"Without seeing a picture ({format_name(guesser)}): {of[name].text}."
+        f"Without the pictures ({format_name(guesser)}): {of[name].text}."
         for guesser, of in widest.blind.items()
         if name in of
     ]
     if widest is not pair.after:
         count = plural(widest.num_samples, "sample")
-        told.insert(0, f"On {count} ({widest.label}): {_value(widest.figures[name])}.")
+        told.insert(0, f"Over {count} ({widest.label}): {_value(widest.figures[name])}.")
     return told
 
 

@@ -1,9 +1,9 @@
-"""The page: everything of a run gathered, rendered and written as one HTML file.
+"""Collects everything about a run and writes it as one HTML page.
 
 run folder -> record -> findings, charts, rank map, evaluations, gallery, data -> template -> file
 
 Jinja escapes all text. The Content-Security-Policy allows the page's own style and script by their
-hashes and pictures from `data:` addresses; nothing else runs or loads.
+hashes, and pictures from `data:` URLs; nothing else runs or loads.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class WrittenReport:
 def write_page(folder: Path, output: Path | None = None) -> WrittenReport:
     """Write the page of the run in `folder` to `output` (default: report.html in it).
 
-    Raises VlmtuneError where `folder` is no run or `output` cannot be written.
+    Raises VlmtuneError where `folder` is not a run folder or `output` cannot be written.
     """
     record = read_run(folder)
     output = folder / "report.html" if output is None else output
@@ -107,7 +107,7 @@ def render_page(record: RunRecord) -> str:
 
 
 def coded(text: str) -> Markup:
-    """`text` with its words between backticks as code."""
+    """`text` as HTML, with the words between backticks as code."""
     words = text.split("`")
     marked = [Markup("<code>{}</code>").format(w) if i % 2 else w for i, w in enumerate(words)]
     return Markup("").join(marked)
@@ -157,14 +157,14 @@ def page_values(record: RunRecord) -> dict[str, Any]:
 
 
 def _gallery_pair(pair: Pair, widest: Evaluation | None) -> Pair:
-    """Predictions before training, and the most that there are afterwards."""
+    """Predictions before training, and the largest set of predictions after it."""
     return pair if pair.after is None else Pair(pair.before, widest)
 
 
 @dataclass(frozen=True)
 class EvaluationGroup:
     """Evaluations of one task on the same data, and the names of all their figures. `pair` is the
-    first and the last of them; `sliced_figures` are those that the last has of any slice."""
+    first and the last of them; `sliced_figures` are the figures that the last has for a slice."""
 
     title: str
     is_guard: bool
@@ -198,7 +198,7 @@ def _group(is_guard: bool, task: str, evaluations: list[Evaluation]) -> Evaluati
 
 
 def _about(record: RunRecord, recipe: dict[str, Any] | None) -> list[str]:
-    """What was trained, in a few words each."""
+    """Short facts about the run: model, trained parameters, samples, time."""
     words = []
     if isinstance(model := value_at(recipe, "model"), str):
         words.append(Path(model).name if Path(model).is_absolute() else model)
@@ -224,7 +224,7 @@ def _data(record: RunRecord, thumbnails: Thumbnails) -> DataStatistics:
 
 
 def _run_data(record: RunRecord) -> RunData | None:
-    """None where the recipe cannot be read, which is said where the data are shown."""
+    """None where the recipe cannot be read; the section on the data says so."""
     if record.resolved_text is None:
         return None
     try:
@@ -235,7 +235,7 @@ def _run_data(record: RunRecord) -> RunData | None:
 
 
 def _chart_data(chart: Chart) -> dict[str, Any]:
-    """What the script needs to zoom and to show values."""
+    """The data that the page's script needs to zoom and to show values."""
     return {
         "id": chart.id,
         "unit": chart.unit,

@@ -1,7 +1,7 @@
-"""Small copies of pictures for the page, and what the processor makes of each.
+"""Thumbnails for the page, and the size that the processor gives each picture.
 
 the sample's own grid of patches (t, h, w), where the processor gives one
-else each picture put through the processor alone; told only where the tokens add up
+else each picture is processed alone, and its size is used only if the tokens add up
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BUDGET_BYTES = 2_500_000
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """`src` is empty where there is no picture to show; `missing` then says why."""
+    """`src` is empty if there is no picture to show; `missing` then says why."""
 
     src: str
     width: int
@@ -93,7 +93,7 @@ PIXELS = "pixel_values"
 @dataclass(frozen=True)
 class PictureSize:
     """`width` and `height` in pixels, upright. `processed`: what the model sees, as `616 x 476` or
-    `5 tiles of 512 x 512`; None, as `num_tokens`, where it cannot be told for one picture."""
+    `5 tiles of 512 x 512`. It and `num_tokens` are None where unknown for a single picture."""
 
     width: int
     height: int

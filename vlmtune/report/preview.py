@@ -1,4 +1,4 @@
-"""Samples as the model sees them: the rendered template, what is supervised, the pictures' sizes.
+"""Shows samples as the model sees them: rendered template, supervised text, picture sizes.
 
     input_ids (T,), targets (T,) -> runs of one kind -> text of each run
 
@@ -45,15 +45,15 @@ class Piece:
 
 
 def marked_pieces(sample: Sample, tokenizer: Any, image_id: int) -> tuple[Piece, ...]:
-    """The sample's text with what is taught marked and each run of picture tokens counted; long
-    texts shortened."""
+    """The sample's text with the supervised parts marked and each run of image tokens replaced by
+    its length; long texts are shortened."""
     pieces = _pieces(sample, tokenizer, {image_id: "picture"}, "[picture: {count} tokens]")
     return _shortened(pieces)
 
 
 def whole_pieces(sample: Sample, tokenizer: Any, media_ids: Mapping[int, str]) -> tuple[Piece, ...]:
-    """The same, nothing left out, each run of media tokens as `<token> x 437`. `media_ids`: the
-    kinds of the ids that stand for pictures and videos."""
+    """The same without shortening, each run of media tokens as `<token> x 437`. `media_ids`: the
+    kind of each id that stands for a picture or video."""
     return tuple(_pieces(sample, tokenizer, media_ids, "{token} x {count}"))
 
 
@@ -74,8 +74,8 @@ def _pieces(
 
 
 def _runs(sample: Sample, media_ids: Mapping[int, str]) -> list[tuple[str, list[int]]]:
-    """Consecutive ids of one kind. A target is what is taught after a position: mostly the next
-    token, and where the template writes no end of a turn, an end that is in no input."""
+    """Consecutive ids of one kind. A target is the id to predict after a position: usually the next
+    token, or an end of turn that the template does not write into the input."""
     ids, targets = sample.input_ids.tolist(), sample.targets.tolist()
     runs: list[tuple[str, list[int]]] = []
 
@@ -112,7 +112,7 @@ def _shortened(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
             text = f"{text[:half]} … {text[-half:]}"
         kept.append(Piece(piece.kind, text))
     if len(pieces) > MAX_PIECES:
-        kept.append(Piece("plain", f" … and {len(pieces) - MAX_PIECES} more stretches"))
+        kept.append(Piece("plain", f" … and {len(pieces) - MAX_PIECES} more pieces"))
     return tuple(kept)
 
 
@@ -122,7 +122,7 @@ BUDGET_BYTES = 20_000_000
 
 @dataclass(frozen=True)
 class Preview:
-    """One sample. `num_media`: tokens that stand for pictures and videos."""
+    """One sample. `num_media` counts the tokens that stand for pictures and videos."""
 
     id: str
     file: str
@@ -169,7 +169,7 @@ def preview(conversation: Conversation, encoder: Encoder) -> Preview:
 def write_preview_page(
     shown: Sequence[tuple[Conversation, Preview]], output: Path, *, title: str
 ) -> None:
-    """Write one page with the samples and their pictures. Raises VlmtuneError where it cannot."""
+    """Write one page with the samples and their pictures. Raises VlmtuneError if it cannot."""
     thumbnails = Thumbnails(budget_bytes=BUDGET_BYTES)
     cards = [
         _Card(item, tuple(map(thumbnails.of, conversation.images[: len(item.sizes)])))
@@ -211,12 +211,12 @@ def _render(cards: Sequence[_Card], title: str) -> str:
 
 
 def _weights(sample: Sample) -> list[str]:
-    """What supervised tokens count in the loss, where that is not 1."""
+    """How many supervised tokens have a loss weight other than 1."""
     if sample.weights is None:
         return []
     weights = Counter(sample.weights[sample.targets != IGNORED].tolist())
     return [
-        f"{plural(count, 'supervised token')} of weight {weight:g}"
+        f"{plural(count, 'supervised token')} with weight {weight:g}"
         for weight, count in sorted(weights.items())
         if weight != 1
     ]

@@ -1,7 +1,7 @@
-"""A run folder as it is, finished, running or dead, and its evaluations.
+"""Reads a run folder and its evaluations, whether the run is finished, running or dead.
 
-Nothing here fails on a missing or half-written file; what could not be read is counted in
-`RunRecord.unreadable`, for the page to say so.
+A missing or half-written file is never an error here: `RunRecord.unreadable` counts what could not
+be read, and the page shows the count.
 
 RUN/eval/step-000000/        before training
 RUN/eval/step-000100/        during and after it
@@ -25,9 +25,9 @@ from vlmtune.report.format import Figure, number, read_figures
 RUN_FILES = ("recipe.resolved.yaml", "metrics.jsonl", "environment.json", "checkpoints")
 RESULTS = ("adapter", "model")
 STILL_SECONDS = 15 * 60
-"""A run without a result that wrote nothing for so long is taken for dead."""
+"""A run without a result that wrote nothing for this long counts as dead."""
 RESUMED_SECONDS = 2.0
-"""metrics.jsonl this much newer than summary.json: the summary is of a session before."""
+"""If metrics.jsonl is newer than summary.json by this much, the summary is of a session before."""
 
 Line = dict[str, Any]
 
@@ -35,7 +35,7 @@ Line = dict[str, Any]
 @dataclass(frozen=True)
 class State:
     """`name` is `finished`, `running`, `stopped` (by a signal, with a checkpoint) or `failed` (no
-    result, no word of a stop, nothing written lately)."""
+    result, no recorded stop, nothing written lately)."""
 
     name: str
     text: str
@@ -43,8 +43,8 @@ class State:
 
 @dataclass
 class RunRecord:
-    """What a run folder holds. `lines` are those of metrics.jsonl; `unreadable` counts the lines,
-    or names the files, that are no JSON."""
+    """What a run folder holds. `lines` are those of metrics.jsonl; `unreadable` counts, for each
+    file, what is not valid JSON."""
 
     folder: Path
     lines: list[Line]
@@ -63,9 +63,9 @@ class RunRecord:
 
 
 def read_run(folder: Path, *, now: float | None = None) -> RunRecord:
-    """The record of the run in `folder`. `now` in seconds since the epoch; None: the clock's.
+    """The record of the run in `folder`. `now`: seconds since the epoch; None reads the clock.
 
-    Raises VlmtuneError where `folder` is no run.
+    Raises VlmtuneError where `folder` is not a run folder.
     """
     _check_is_run(folder)
     unreadable: dict[str, int] = {}
@@ -91,11 +91,11 @@ def read_run(folder: Path, *, now: float | None = None) -> RunRecord:
 
 
 def read_lines(path: Path, unreadable: dict[str, int]) -> list[Line]:
-    """The JSON objects of a JSONL file; empty without the file. Other lines (a last one that is
-    half-written, say) are counted under the file's name."""
+    """The JSON objects of a JSONL file; empty if there is no file. Other lines (such as a
+    half-written last one) are counted under the file's name."""
     text = _read_text(path) or ""
     found: list[Line] = []
-    # Not splitlines: an answer may hold a character that Unicode counts as the end of a line.
+    # Not splitlines: an answer may contain a character that Unicode counts as a line end.
     for line in text.split("\n"):
         if not line.strip():
             continue
@@ -172,7 +172,7 @@ def _state_of(record: RunRecord, now: float) -> State:
     result = next((name for name in RESULTS if (folder / name).is_dir()), None)
     if summary is not None and summary.get("stopped_by") is not None:
         stopped = summary.get("steps", step)
-        return State("stopped", f"stopped at step {stopped} by a signal; a checkpoint is there")
+        return State("stopped", f"stopped by a signal at step {stopped}; a checkpoint was saved")
     if result is not None:
         return State("finished", f"finished at step {step}; the result is in {result}/")
     times = [t for name in (*RUN_FILES, "skipped.jsonl", "eval") if (t := _modified(folder / name))]
@@ -181,10 +181,10 @@ def _state_of(record: RunRecord, now: float) -> State:
     if still < STILL_SECONDS:
         return State("running", f"running: step {step}, last written {format_age(still)} ago")
     checkpoints = sorted(path.name for path in folder.glob("checkpoints/step-*"))
-    kept = f"the newest checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint is left"
+    kept = f"the newest checkpoint is {checkpoints[-1]}" if checkpoints else "it has no checkpoint"
     return State(
         "failed",
-        f"ended without a result after step {step}, {format_age(still)} ago; {kept}",
+        f"ended at step {step} without a result, {format_age(still)} ago; {kept}",
     )
 
 
@@ -200,13 +200,13 @@ def format_age(seconds: float) -> str:
 
 _STEP = re.compile(r"(?P<guard>guard-)?step-(?P<step>\d+)")
 RIGHT_FROM = 0.5
-"""A score from here on counts as right; most are 0 or 1."""
+"""A score of at least this counts as right; most scores are 0 or 1."""
 
 
 @dataclass
 class Evaluation:
-    """One folder. `step` is None for what `vlmtune eval` wrote; `blind` holds the figures of
-    guessers that never see a picture, by their names; `written` in seconds."""
+    """One evaluation folder. `step` is None if `vlmtune eval` wrote it; `blind` holds, by name, the
+    figures of guessers that see no picture; `written` is in seconds."""
 
     name: str
     step: int | None
@@ -244,7 +244,7 @@ class Pair:
 
     @property
     def shown(self) -> Evaluation | None:
-        """The one that says where the model stands."""
+        """The evaluation that shows the current state of the model."""
         return self.after or self.before
 
     @property
@@ -271,8 +271,8 @@ def read_evaluations(record: RunRecord) -> list[Evaluation]:
 
 
 def choose_pair(evaluations: Sequence[Evaluation], record: RunRecord) -> Pair:
-    """Before and after on the same samples: the newest evaluation of the result that has them (or
-    most of them), and the one before the first step."""
+    """The evaluation before the first step, and the newest one of the result on the same samples
+    (or on most of them)."""
     before = next((e for e in evaluations if e.step == 0 and not e.is_guard), None)
     later = _of_result(evaluations, record)
     if before is None:
@@ -284,8 +284,8 @@ def choose_pair(evaluations: Sequence[Evaluation], record: RunRecord) -> Pair:
 def choose_widest(
     evaluations: Sequence[Evaluation], record: RunRecord, pair: Pair
 ) -> Evaluation | None:
-    """The evaluation of the result with the most samples of the pair's data, the newest of several:
-    during training a choice of the data is evaluated, afterwards often all of it."""
+    """The evaluation of the result with the most samples of the pair's data, the newest of several.
+    Training often evaluates a part of the data, `vlmtune eval` all of it."""
     if pair.after is None:
         return pair.before
     same = [
@@ -297,7 +297,7 @@ def choose_widest(
 
 
 def _of_result(evaluations: Sequence[Evaluation], record: RunRecord) -> list[Evaluation]:
-    """Those after training began. Where a best step was chosen, others do not speak for it."""
+    """Those after training began; where a best step was chosen, only that step's."""
     best_step = _best_step(record)
     return [
         e
@@ -326,7 +326,8 @@ def guard_pair(evaluations: Sequence[Evaluation], record: RunRecord) -> Pair:
 
 
 def is_right(row: dict[str, Any] | None) -> bool | None:
-    """Whether a row's answer counts as right (a query: its match ranked first); None: no score."""
+    """Whether a row's answer counts as right (for a query: its match is ranked first); None if it
+    has no score."""
     if row is None:
         return None
     score = number(row.get("score"))
@@ -337,7 +338,7 @@ def is_right(row: dict[str, Any] | None) -> bool | None:
 
 
 def row_key(row: dict[str, Any]) -> tuple[str, str]:
-    """What names a row in its report: queries in both directions may share an id."""
+    """The key of a row in its report: queries of both directions may share an id."""
     return str(row.get("id", "")), str(row.get("direction", ""))
 
 
