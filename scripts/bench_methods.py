@@ -12,8 +12,8 @@ A method is a few keys over the same recipe, at the same number of steps. One ru
     vlmtune train -> WORK/PART-METHOD-SEED/ -> vlmtune eval -> WORK/results/*.json
     all of them   -> docs/methods.md (the tables, printed too) and docs/methods.json (every figure)
 
-What is already there with the same settings is not run again. Parts that are not asked for stay in
-both pages as they are, with the command and the hardware that made them.
+Runs that exist with the same settings are not repeated. Parts that are not requested keep their
+tables and figures in these files, with the command and the hardware that made them.
 """
 
 from __future__ import annotations

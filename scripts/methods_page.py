@@ -201,23 +201,23 @@ def tables(results: Sequence[Result], about: Mapping[str, Any]) -> str:
         floor = {"exact_match": about["blind"]["total"]}
         sections.append(
             f"## Visual question answering: easy-VQA\n\n{lengths(results, 'vqa')}; seeds {seeds}.\n"
-            f"The blind guesser, which gives each question's text its most frequent answer in "
-            f"training, scores {percent(floor['exact_match'])}.\n\n"
+            f"The blind guesser, which answers each question with its most frequent answer in the "
+            f"training data, scores {percent(floor['exact_match'])}.\n\n"
             + score_table(results, "vqa", floor)
         )
     if any(r.part == "retrieval" for r in results):
         sections.append(
             f"## Retrieval: labels of data/sample\n\n{lengths(results, 'retrieval')}; seeds "
             f"{seeds}. Chance is 1.6 % for a text and 3.2 % for a picture (63 pictures, two "
-            "labels each). Scored by likelihood; `--subtract-prior` takes off what a text has "
-            "without a picture.\n\n" + score_table(results, "retrieval", {})
+            "labels each). Scores are likelihoods; `--subtract-prior` subtracts the likelihood of "
+            "the text without a picture.\n\n" + score_table(results, "retrieval", {})
         )
     if any(r.part == "memory" for r in results):
         baseline = about["baseline_memory_bytes"]
         sections.append(
             "## Memory: a language part of 205 million parameters, random weights\n\n"
             "Peak resident memory of the training process over four steps with gradient "
-            f"checkpointing; {baseline / 1e9:.2f} GB of it are the libraries, idle.\n\n"
+            f"checkpointing. The idle libraries take {baseline / 1e9:.2f} GB of it.\n\n"
             + memory_table(results, baseline)
         )
     return "\n\n".join(sections)
@@ -235,13 +235,16 @@ def page(results: Sequence[Result], about: Mapping[str, Any]) -> str:
     """`docs/methods.md`."""
     return f"""# Methods compared
 
-The embedded default (3.4 million parameters), the same recipe, steps and data for every method;
-only the method's keys differ (`scripts/bench_methods.py` has them).
+This page is for anyone who chooses a fine-tuning method: it compares their quality, memory and time.
+
+Every method fine-tuned the small model in `data/sample/` (3.4 million parameters) with the same
+recipe, steps and data; only the method's keys differ (they are in `scripts/bench_methods.py`).
 
 {tables(results, about)}
 
-- Figures are means over the seeds, intervals the hull of the seeds' bootstraps over test pictures.
-- The machine may be shared: minutes compare only roughly. All figures: `methods.json`.
+- Figures are means over the seeds. An interval is the hull of the seeds' 95 % bootstrap intervals
+  over test images.
+- The machine may be shared, so compare minutes only roughly. All figures: `methods.json`.
 {made_by(about["made"])}
 """
 
