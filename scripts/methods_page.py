@@ -235,7 +235,7 @@ def page(results: Sequence[Result], about: Mapping[str, Any]) -> str:
     """`docs/methods.md`."""
     return f"""# Methods compared
 
-This page is for anyone who chooses a fine-tuning method: it compares their quality, memory and time.
+This page is for anyone who chooses a fine-tuning method: it compares quality, memory and time.
 
 Every method fine-tuned the small model in `data/sample/` (3.4 million parameters) with the same
 recipe, steps and data; only the method's keys differ (they are in `scripts/bench_methods.py`).
