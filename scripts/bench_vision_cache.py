@@ -33,12 +33,13 @@ from vlmtune.data.encode import Encoder
 from vlmtune.data.media import read_image
 from vlmtune.data.processing import media_keys_of
 from vlmtune.data.types import Conversation, Image, Source, Text, Turn
+from vlmtune.files import Store
 from vlmtune.models.families import family_for
 from vlmtune.models.forward import SupervisedForward
 from vlmtune.models.load import load_processor
 from vlmtune.models.packing import use_packed_attention
 from vlmtune.models.vision import VisionFeatures
-from vlmtune.models.vision_cache import FeatureCache, FeatureStore, MemoryStore, open_disk_store
+from vlmtune.models.vision_cache import FeatureCache, Tensors, open_disk_store, open_memory_store
 
 PATCH = 14
 SAMPLE_MODEL = Path(__file__).resolve().parent.parent / "data" / "sample" / "tiny-vlm"
@@ -108,19 +109,19 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, float]:
         with torch.autocast("cpu", torch.bfloat16):
             torch.autograd.grad(forward(batch), trained)
 
-    def kept(store: FeatureStore) -> VisionFeatures:
+    def kept(store: Store[Tensors]) -> VisionFeatures:
         return VisionFeatures(model, family, FeatureCache([store]))
 
     bound = 10**9
     disk = open_disk_store(folder, "bench", max_bytes=bound, num_processes=1)
-    in_memory, on_disk = kept(MemoryStore(bound)), kept(disk)
+    in_memory, on_disk = kept(open_memory_store(bound)), kept(disk)
     seconds = medians(
         {
             "decode": lambda: [read_image(c.images[0], max_pixels=10**8) for c in given],
             "decode + process": lambda: [encoder.encode(c) for c in given],
             "key": lambda: media_keys_of(batch.inputs, "flat"),
             "own": lambda: step(None),
-            "made": lambda: step(kept(MemoryStore(bound))),
+            "made": lambda: step(kept(open_memory_store(bound))),
             "memory": lambda: step(in_memory),
             "disk": lambda: step(on_disk),
         },

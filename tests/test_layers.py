@@ -1,6 +1,6 @@
 """The layers of the package: imports point down, and model and method names stay where they belong.
 
-errors < recipe < data < models < train | evaluation < report | preflight < sessions < cli
+errors < files < recipe < data < models < train | evaluation < report | preflight < sessions < cli
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ import pytest
 
 LAYERS = {
     "errors": 0,
-    "recipe": 1,
-    "data": 2,
-    "models": 3,
-    "train": 4,
-    "evaluation": 4,
-    "report": 5,
-    "preflight": 5,
-    "sessions": 6,
-    "cli": 7,
+    "files": 1,
+    "recipe": 2,
+    "data": 3,
+    "models": 4,
+    "train": 5,
+    "evaluation": 5,
+    "report": 6,
+    "preflight": 6,
+    "sessions": 7,
+    "cli": 8,
 }
 TORCH_LIBRARIES = {"torch", "torchvision", "transformers", "peft", "bitsandbytes", "accelerate"}
 FORBIDDEN_LIBRARIES = {  # anywhere in the layer, also inside functions
     "errors": TORCH_LIBRARIES,
+    "files": TORCH_LIBRARIES,
     "recipe": TORCH_LIBRARIES,
     "data": TORCH_LIBRARIES - {"torch"},
 }
@@ -124,6 +126,8 @@ def test_package_keeps_its_layers(root: Path) -> None:
     ("file", "code", "expected"),
     [
         ("errors.py", "import vlmtune.recipe.schema", "errors imports recipe"),
+        ("files.py", "def f():\n    import torch", "files imports torch"),
+        ("files.py", "from vlmtune.recipe import yaml", "files imports recipe"),
         ("recipe/a.py", "def f():\n    import torch", "recipe imports torch"),
         ("recipe/a.py", "from vlmtune.data.types import Sample", "recipe imports data"),
         ("data/a.py", "from transformers import AutoProcessor", "data imports transformers"),

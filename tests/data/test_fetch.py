@@ -86,7 +86,7 @@ def test_an_image_of_a_url_opens(server, media_policy, tmp_path):
 def test_what_is_kept_but_broken_is_fetched_anew(damage, server, media_policy):
     server.pages["/a.png"] = answer(PNG)
     path = fetch(server.url("/a.png"), media_policy)
-    (entry,) = (path.parent / "urls").iterdir()
+    (entry,) = (path.parent / "urls").glob("*/*")
     if damage == "content":
         path.write_bytes(PNG[:-1] + b"x")
     elif damage == "cut":
@@ -117,13 +117,13 @@ def test_many_at_once_get_the_whole_picture(server, media_policy):
     for thread in threads:
         thread.join()
     assert found == [PNG] * 8
-    assert [p.name for p in download_folder(media_policy).rglob("*") if ".part" in p.name] == []
+    assert [p.name for p in download_folder(media_policy).rglob("*") if ".writing" in p.name] == []
 
 
 def test_a_download_that_was_killed_leaves_nothing_that_is_used(server, media_policy):
     folder = download_folder(media_policy)
     folder.mkdir(parents=True)
-    (folder / ".part-killed").write_bytes(PNG[:20])  # as a kill leaves it
+    (folder / ".writing-killed").write_bytes(PNG[:20])  # as a kill leaves it
     server.pages["/a.png"] = answer(PNG)
     assert fetch(server.url("/a.png"), media_policy).read_bytes() == PNG
 

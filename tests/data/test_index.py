@@ -9,6 +9,7 @@ import os
 import numpy as np
 import pytest
 
+from vlmtune import files
 from vlmtune.data.sources import base
 from vlmtune.data.sources.base import open_table, stamp_of
 from vlmtune.errors import VlmtuneError
@@ -17,6 +18,7 @@ from vlmtune.errors import VlmtuneError
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(base, "KEPT_FROM_BYTES", 1)
+    monkeypatch.setattr(files, "MAPPED_FROM_BYTES", 1)
     return tmp_path / "cache"
 
 

@@ -186,4 +186,4 @@ def test_outputs_are_not_overwritten_unasked(folder: Path):
     with pytest.raises(VlmtuneError, match="there already"):
         split_rows(folder, three_each())
     split_rows(folder, three_each(), overwrite=True)
-    assert not list((folder / "out").glob("*.partial"))
+    assert not list((folder / "out").glob(".writing*"))

@@ -15,7 +15,7 @@ from vlmtune.data.encode import Encoder
 from vlmtune.data.processing import media_keys_of
 from vlmtune.data.types import Conversation, Image, Sample, Source, Text, Turn, Video
 from vlmtune.evaluation.generate import evaluating, generate_answers
-from vlmtune.evaluation.prompts import RecentStore, SharedPictures, evaluation_order, prompt_inputs
+from vlmtune.evaluation.prompts import SharedPictures, evaluation_order, prompt_inputs
 from vlmtune.evaluation.runner import evaluate
 from vlmtune.models.forward import full_logits
 from vlmtune.models.likelihood import score_texts
@@ -188,16 +188,3 @@ def test_questions_of_one_length_are_sorted_by_their_picture() -> None:
         (101, "b"),
         (100, "b"),
     ]
-
-
-def test_what_was_used_longest_ago_gives_way() -> None:
-    store = RecentStore(max_bytes=8 * 4)
-    for name in "ab":
-        assert store.put(name, {"0": torch.zeros(4)})
-    assert store.get("a") is not None
-    assert store.put("c", {"0": torch.ones(4)})
-    assert store.get("b") is None
-    assert store.get("a") is not None and store.get("c") is not None
-    assert store.num_bytes == 32
-    assert not store.put("d", {"0": torch.zeros(9)})
-    assert store.get("a") is not None

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlmtune.models.vision_cache import DiskStore, open_disk_store
+from vlmtune.files import DiskStore
+from vlmtune.models.vision_cache import Tensors, open_disk_store
 
 
 def key_of(number: int) -> str:
@@ -20,5 +21,5 @@ def features(number: int, rows: int = 4) -> dict[str, Tensor]:
     return {"0": made, "1": made[::2].to(torch.bfloat16)}
 
 
-def store_in(folder: Path, *, max_bytes: int = 10**6, tower: str = "t") -> DiskStore:
+def store_in(folder: Path, *, max_bytes: int = 10**6, tower: str = "t") -> DiskStore[Tensors]:
     return open_disk_store(folder, tower, max_bytes=max_bytes, num_processes=1)

@@ -27,7 +27,7 @@ from vlmtune.models.forward import SupervisedForward, base_of
 from vlmtune.models.load import VLM, load_vlm
 from vlmtune.models.packing import use_packed_attention
 from vlmtune.models.vision import VisionFeatures, cacheable_stage, vision_fingerprint
-from vlmtune.models.vision_cache import FeatureCache, MemoryStore, open_disk_store
+from vlmtune.models.vision_cache import FeatureCache, open_disk_store, open_memory_store
 from vlmtune.recipe.data_section import ImageSection
 
 NUM_PICTURES = sum(count for _, _, count in GIVEN)
@@ -67,7 +67,7 @@ def let_train(vlm: VLM, part: str) -> None:
 
 
 def in_memory(vlm: VLM) -> VisionFeatures:
-    return VisionFeatures(base_of(vlm.model), vlm.family, FeatureCache([MemoryStore(2**30)]))
+    return VisionFeatures(base_of(vlm.model), vlm.family, FeatureCache([open_memory_store(2**30)]))
 
 
 def counted_calls(vlm: VLM) -> Iterator[list[int]]:

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from tests.train.test_checkpoint import a_checkpoint
+from vlmtune import files
 from vlmtune.errors import VlmtuneError
 from vlmtune.train import checkpoint as background
-from vlmtune.train import checkpoint as checkpoints
 from vlmtune.train.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -30,13 +30,13 @@ from vlmtune.train.checkpoint import (
 def held(monkeypatch):
     """The disk takes nothing until the event is set."""
     let_go = threading.Event()
-    sync = checkpoints.sync_folder
+    sync = files.sync_folder
 
     def slow(folder: Path) -> None:
         assert let_go.wait(60)
         sync(folder)
 
-    monkeypatch.setattr(checkpoints, "sync_folder", slow)
+    monkeypatch.setattr(files, "sync_folder", slow)
     return let_go
 
 
@@ -102,7 +102,7 @@ def test_a_full_disk_is_told_at_the_next_look_and_loses_nothing(tmp_path: Path, 
     with CheckpointWriter(tmp_path, keep=1) as writer:
         writer.save(a_checkpoint(5))
         writer.wait()
-        monkeypatch.setattr(checkpoints, "sync_folder", full)
+        monkeypatch.setattr(files, "sync_folder", full)
         writer.save(a_checkpoint(10))
         end = time.monotonic() + 60
         with pytest.raises(VlmtuneError, match="step 10 could not be written.*No space left"):
@@ -113,7 +113,7 @@ def test_a_full_disk_is_told_at_the_next_look_and_loses_nothing(tmp_path: Path, 
 
 
 def test_a_full_disk_is_told_at_the_latest_at_the_end(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "sync_folder", full)
+    monkeypatch.setattr(files, "sync_folder", full)
     told = pytest.raises(VlmtuneError, match="step 10 could not be written")
     with told, CheckpointWriter(tmp_path, keep=1) as writer:
         writer.save(a_checkpoint(10))
@@ -159,6 +159,7 @@ KILLED = """
 import sys, os, signal, threading
 from pathlib import Path
 from tests.train.test_checkpoint import a_checkpoint
+from vlmtune import files
 from vlmtune.train import checkpoint as checkpoints
 from vlmtune.train.checkpoint import CheckpointWriter
 folder = Path(sys.argv[1])
@@ -170,8 +171,8 @@ with CheckpointWriter(folder, keep=1) as writer:
     def stuck(*_):
         reached.set()
         threading.Event().wait()
-    monkey = checkpoints.Path if name == "rename" else checkpoints
-    setattr(monkey, name, stuck)
+    home = {"rename": Path, "sync_folder": files}.get(name, checkpoints)
+    setattr(home, name, stuck)
     writer.save(a_checkpoint(10))
     reached.wait()
     os.kill(os.getpid(), signal.SIGKILL)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from vlmtune import files
 from vlmtune.errors import VlmtuneError
-from vlmtune.train import checkpoint as module
 from vlmtune.train.checkpoint import (
     Best,
     Checkpoint,
@@ -84,7 +84,7 @@ def test_a_full_disk_is_reported_and_loses_nothing(tmp_path: Path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "sync_folder", full)
+    monkeypatch.setattr(files, "sync_folder", full)
     with pytest.raises(VlmtuneError, match="step 10 could not be written.*No space left"):
         save_checkpoint(tmp_path, a_checkpoint(10), keep=1)
     assert [p.name for p in complete_checkpoints(tmp_path)] == ["step-000005"]

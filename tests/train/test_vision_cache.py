@@ -12,8 +12,8 @@ import torch
 
 from tests.train.training import adapter_of, copy_sample, metrics_of, train_once, write_recipe
 from vlmtune.errors import VlmtuneError
+from vlmtune.files import DiskStore, MemoryStore
 from vlmtune.models.load import load_vlm
-from vlmtune.models.vision_cache import DiskStore, MemoryStore
 from vlmtune.recipe.load import load_recipe
 from vlmtune.train.build import build_encoder, build_vision_features
 from vlmtune.train.checkpoint import fingerprint_of

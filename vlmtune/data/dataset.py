@@ -13,7 +13,6 @@ Ids are compared over all files by 8-byte digests, so that a million rows take s
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from bisect import bisect_right
 from collections import Counter
@@ -37,6 +36,7 @@ from vlmtune.data.sources.base import Rows
 from vlmtune.data.sources.registry import digests_of, open_rows
 from vlmtune.data.types import LOCAL, Conversation, Media, MediaPolicy, Skipped, Source
 from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError, at, plural, shorten
+from vlmtune.files import short_digest
 from vlmtune.recipe.data_section import DataEntry, DataSection, FormatName
 
 logger = logging.getLogger("vlmtune")
@@ -409,7 +409,7 @@ class RowWalk:
 
     def take_id(self, name: str) -> None:
         """Note the id of a row that is used: from now on it is taken."""
-        self._ids.add(_digest(name))
+        self._ids.add(short_digest(name))
 
     def _conversation(self, file: OpenFile, index: int) -> Conversation:
         row = file.row(index)
@@ -417,7 +417,7 @@ class RowWalk:
         conversation = parse_row(row, file.format)
         if self.new_ids:
             conversation = replace(conversation, id=row.fallback_id)
-        if _digest(conversation.id) in self._ids:
+        if short_digest(conversation.id) in self._ids:
             raise SampleError(
                 f"the id {shorten(conversation.id, 60)!r} is taken",
                 at=conversation.source,
@@ -426,11 +426,6 @@ class RowWalk:
                 do=NEW_IDS,
             )
         return conversation
-
-
-def _digest(name: str) -> int:
-    content = name.encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def _located(files: Sequence[OpenFile], numbers: Sequence[int]) -> Iterator[tuple[OpenFile, int]]:

@@ -23,7 +23,7 @@ import PIL.Image
 from vlmtune.data.batches import MediaLayout
 from vlmtune.data.media import read_image
 from vlmtune.data.processing import media_keys_of, process
-from vlmtune.data.sample_cache import SampleCache, fingerprint_of
+from vlmtune.data.sample_cache import SampleCache, fingerprint_of, open_sample_cache
 from vlmtune.data.template import ChatTemplate, Rendered, special_tokens
 from vlmtune.data.tokens import label_targets
 from vlmtune.data.types import IGNORED, Conversation, Sample, Text, Turn
@@ -241,7 +241,7 @@ class Encoder:
             "max_image_pixels": self.max_image_pixels,
             "video": self.video.model_dump(mode="json"),
         }
-        return SampleCache(folder, fingerprint_of(self.processor, settings))
+        return open_sample_cache(folder, fingerprint_of(self.processor, settings))
 
     def _weighted(self, turns: Sequence[Turn]) -> tuple[Turn, ...]:
         """The turns with the weights that `train_on` leaves them."""

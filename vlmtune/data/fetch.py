@@ -8,23 +8,20 @@ nowhere else. Proxies named by environment variables are not used: what they con
 checked.
 
     URL -> allowed?            check_url: no network
-        -> kept and unbroken?  CACHE/downloads/urls/<sha256 of URL> -> CACHE/downloads/<sha256>
-        -> download            up to three times
-        -> file beside, synced, renamed; then the URL's entry likewise
+        -> kept and unbroken?  CACHE/downloads/urls: digest of URL -> CACHE/downloads/<sha256>
+        -> download            up to three times, into a file without a name
+        -> CACHE/downloads/<sha256>, then the record of the URL
 
-Two processes may fetch the same URL at once, and a kill may come anywhere: a file under its final
-name is whole, and is compared with its name before it is used.
+A kept file is compared with its name before it is used.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import http.client
 import io
 import ipaddress
-import os
-import re
+import shutil
 import socket
 import ssl
 import tempfile
@@ -48,6 +45,7 @@ from vlmtune.data.locations import (
 )
 from vlmtune.data.types import MediaPolicy
 from vlmtune.errors import VlmtuneError
+from vlmtune.files import DiskStore, digest, whole_file
 
 MAX_REDIRECTS = 5
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -317,7 +315,6 @@ class _TimedReader(io.RawIOBase):
 
 ATTEMPTS = 3
 BACKOFF_SECONDS = 0.5
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _NO_MEDIA = ("an HTML page", "XML", "JSON")
 
 
@@ -349,14 +346,37 @@ def fetch(
     """
     check_url(url, media_policy)
     folder = download_folder(media_policy)
-    entry = folder / "urls" / hashlib.sha256(url.encode("utf-8", "backslashreplace")).hexdigest()
-    kept = _kept(entry, folder)
-    if kept is not None:
+    names = DiskStore(folder / "urls", "download records", str.encode, bytes.decode)
+    try:
+        kept = _kept(names.get(digest(url)), folder)
+        if kept is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as stream:
+                _download(url, stream, media_policy, sleep=sleep)
+                _check_content(stream, url)
+                kept = _keep(stream, folder)
+            names.put(digest(url), kept.name)
         _check_kept_size(kept, url, media_policy)
         return kept
+    except OSError as error:
+        raise VlmtuneError(
+            f"the folder of downloads cannot be used ({error.strerror})",
+            file=folder,
+            do="name another with data.cache_dir",
+        ) from error
+
+
+def _download(
+    url: str, into: BinaryIO, media_policy: MediaPolicy, *, sleep: Callable[[float], None]
+) -> None:
+    limits = Limits(
+        max_bytes=media_policy.max_download_bytes,
+        seconds=media_policy.url_timeout_seconds,
+        allow_private_addresses=media_policy.allow_private_addresses,
+    )
     for attempt in range(ATTEMPTS):
         try:
-            return _download(url, media_policy, entry=entry, folder=folder)
+            return download(url, into, limits=limits)
         except PassingError as error:
             if attempt == ATTEMPTS - 1:
                 error.message += f", {ATTEMPTS} times"
@@ -370,18 +390,24 @@ def download_folder(media_policy: MediaPolicy) -> Path:
     return media_policy.cache_folder / "downloads"
 
 
-def _kept(entry: Path, folder: Path) -> Path | None:
-    """The file that the URL's entry names, where both are whole."""
-    try:
-        digest = entry.read_text("ascii").strip()
-        if not _DIGEST.fullmatch(digest):
-            return None
-        with (folder / digest).open("rb") as stream:
-            return folder / digest if _sha256(stream) == digest else None
-    except (FileNotFoundError, UnicodeDecodeError):
+def _kept(name: str | None, folder: Path) -> Path | None:
+    """The file of this name, which is the digest of its content, where it is whole."""
+    if name is None:
         return None
-    except OSError as error:
-        raise _cache_error(folder, error) from error
+    try:
+        return folder / name if digest(folder / name) == name else None
+    except FileNotFoundError:
+        return None
+
+
+def _keep(stream: BinaryIO, folder: Path) -> Path:
+    """A file with what `stream` holds, called by its digest."""
+    stream.seek(0)
+    name = digest(stream)
+    stream.seek(0)
+    with whole_file(folder / name) as kept:
+        shutil.copyfileobj(stream, kept)
+    return folder / name
 
 
 def _check_kept_size(kept: Path, url: str, media_policy: MediaPolicy) -> None:
@@ -393,32 +419,6 @@ def _check_kept_size(kept: Path, url: str, media_policy: MediaPolicy) -> None:
             got=f"{format_url(url)}: {size} bytes",
             expected=f"at most {media_policy.max_download_bytes} (data.max_download_bytes)",
         )
-
-
-def _download(url: str, media_policy: MediaPolicy, *, entry: Path, folder: Path) -> Path:
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder, prefix=".part-")
-    except OSError as error:
-        raise _cache_error(folder, error) from error
-    limits = Limits(
-        max_bytes=media_policy.max_download_bytes,
-        seconds=media_policy.url_timeout_seconds,
-        allow_private_addresses=media_policy.allow_private_addresses,
-    )
-    try:
-        with os.fdopen(handle, "w+b") as stream:
-            download(url, stream, limits=limits)
-            _check_content(stream, url)
-            digest = _sha256(stream)
-            _sync(stream)
-        os.replace(name, folder / digest)
-        _write_entry(entry, digest)
-    except OSError as error:
-        raise _cache_error(folder, error) from error
-    finally:
-        Path(name).unlink(missing_ok=True)
-    return folder / digest
 
 
 def _check_content(stream: BinaryIO, url: str) -> None:
@@ -434,33 +434,3 @@ def _check_content(stream: BinaryIO, url: str) -> None:
             got=format_url(url),
             do="give the address of the picture itself",
         )
-
-
-def _write_entry(entry: Path, digest: str) -> None:
-    handle, name = tempfile.mkstemp(dir=entry.parent, prefix=".part-")
-    with os.fdopen(handle, "w+b") as stream:
-        stream.write(f"{digest}\n".encode())
-        _sync(stream)
-    os.replace(name, entry)
-
-
-def _sync(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-    os.fchmod(stream.fileno(), 0o644)  # a temporary file is its maker's alone; a cache is shared
-
-
-def _sha256(stream: BinaryIO) -> str:
-    stream.seek(0)
-    digest = hashlib.sha256()
-    while chunk := stream.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _cache_error(folder: Path, error: OSError) -> VlmtuneError:
-    return VlmtuneError(
-        f"the folder of downloads cannot be used ({error.strerror})",
-        file=folder,
-        do="name another with data.cache_dir",
-    )

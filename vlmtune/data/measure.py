@@ -18,12 +18,10 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from hashlib import sha256
 from typing import Any
 
 import PIL.Image
@@ -34,6 +32,7 @@ from vlmtune.data.media import locate_image, read_image, upright_size
 from vlmtune.data.pairs import ImageTextPair, encode_pair
 from vlmtune.data.types import IGNORED, Conversation, Image, Part, Sample
 from vlmtune.errors import SampleError, VlmtuneError
+from vlmtune.files import digest, file_state
 
 AUDIT_FIRST = 3
 AUDIT_EVERY = 251
@@ -167,17 +166,13 @@ class PictureSizes:
 
     def __init__(self, max_pixels: int) -> None:
         self._max_pixels = max_pixels
-        self._known: OrderedDict[tuple[object, ...], tuple[int, int] | None] = OrderedDict()
+        self._known: OrderedDict[tuple[str | int, ...], tuple[int, int] | None] = OrderedDict()
 
     def of(self, image: Image) -> tuple[int, int] | None:
         """(width, height), or None where the picture cannot be used or has notes."""
         try:
             found = locate_image(image)
-            if isinstance(found, bytes):
-                key: tuple[object, ...] = (sha256(found).digest(),)
-            else:
-                state = os.stat(found)
-                key = (str(found), state.st_size, state.st_mtime_ns)
+            key = (digest(found),) if isinstance(found, bytes) else file_state(found)
         except (VlmtuneError, OSError):
             return None
         if key not in self._known:

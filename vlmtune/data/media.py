@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-import hashlib
 import io
 import re
 import struct
@@ -41,6 +40,7 @@ from vlmtune.data.locations import (
 )
 from vlmtune.data.types import Image, Media, MediaPolicy, Video
 from vlmtune.errors import VlmtuneError, shorten
+from vlmtune.files import digest, file_state
 
 ANIMATED = "animated pictures: the first frame is used"
 PAGES = "pictures of several pages: the first is used"
@@ -246,14 +246,23 @@ def reading_picture() -> Iterator[None]:
 
 def content_digest(image: Image) -> str:
     """The SHA-256 of a picture's bytes, as 64 hexadecimal digits. Raises VlmtuneError."""
-    found = locate_image(image)
-    if isinstance(found, bytes):
-        return hashlib.sha256(found).hexdigest()
-    with _stream(found) as stream:
-        digest = hashlib.sha256()
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    with _stream(locate_image(image)) as stream:
+        return digest(stream)
+
+
+def media_identity(media: Media) -> list[object]:
+    """What changes where the content of a picture, a video or its frames does: a file's path, size
+    and time of change; else the digest of the bytes. Raises VlmtuneError, or OSError where a file
+    is gone meanwhile."""
+    what = "picture" if isinstance(media, Image) or isinstance(media.ref, tuple) else "video"
+    identity: list[object] = [type(media).__name__, what]
+    for ref in media.ref if isinstance(media.ref, tuple) else (media.ref,):
+        found = _locate(ref, media.base_dir, media.content, media.media_policy, what=what)
+        if isinstance(found, bytes):
+            identity.append(digest(found))
+        else:  # a download is called by its content, and has another time when it comes anew
+            identity.append(found.name if is_url(ref) else file_state(found))
+    return identity
 
 
 def _locate(

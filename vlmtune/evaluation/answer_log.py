@@ -11,7 +11,6 @@ number of processes. A line that a kill cut in half is dropped.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,10 +21,10 @@ from typing import Any
 
 from vlmtune import __version__
 from vlmtune.data.encode import Encoder
-from vlmtune.data.locations import is_url
-from vlmtune.data.media import content_digest, locate_image
-from vlmtune.data.types import Conversation, Image, Part, Text, Video
+from vlmtune.data.media import media_identity
+from vlmtune.data.types import Conversation, Part, Text
 from vlmtune.evaluation.references import reference_answer
+from vlmtune.files import json_digest, write_file
 from vlmtune.models.load import VLM, pixel_budget
 from vlmtune.recipe.schema import DecodingSection, EvalSection
 
@@ -80,50 +79,30 @@ def model_files(folder: Path) -> dict[str, list[int]]:
 
 
 def samples_digest(conversations: Iterable[Conversation]) -> str:
-    """SHA-256 over what is asked: the prompts' texts, and of each picture and video, or its frames,
-    the file, its size and time."""
-    digest = hashlib.sha256()
+    """SHA-256 of the prompts: their texts, and what changes where a picture or video does."""
+    identities = []
     for conversation in conversations:
         turns = conversation.turns
-        asked = turns[:-1] if turns[-1].role == "assistant" else turns
-        parts = [[turn.role, *(_identity(part) for part in turn.parts)] for turn in asked]
-        digest.update(json.dumps([conversation.id, parts]).encode())
-    return digest.hexdigest()
+        prompt = turns[:-1] if turns[-1].role == "assistant" else turns
+        parts = [[turn.role, *(_identity(part) for part in turn.parts)] for turn in prompt]
+        identities.append([conversation.id, parts])
+    return json_digest(identities)
 
 
 def references_digest(conversations: Iterable[Conversation]) -> str:
     """SHA-256 over what the answers are scored by: no answer depends on it, every figure does."""
-    digest = hashlib.sha256()
-    for conversation in conversations:
-        scored_by = (
-            reference_answer(conversation),
-            conversation.answers,
-            conversation.options,
-            conversation.question_type,
-        )
-        digest.update(json.dumps([conversation.id, *scored_by]).encode())
-    return digest.hexdigest()
+    return json_digest(
+        [(c.id, reference_answer(c), c.answers, c.options, c.question_type) for c in conversations]
+    )
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:
     """A short name for settings, for `metrics.json`."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return json_digest(settings)[:16]
 
 
 def _identity(part: Part) -> object:
-    if isinstance(part, Text):
-        return part.text
-    if isinstance(part, Video):
-        refs = part.ref if isinstance(part.ref, tuple) else (part.ref,)
-        files = (Image(ref, part.base_dir, part.content, part.media_policy) for ref in refs)
-        return ["video", *map(_identity, files)]
-    if is_url(part.ref):  # downloaded anew, it has a new time
-        return content_digest(part)
-    found = locate_image(part)
-    if isinstance(found, bytes):
-        return hashlib.sha256(found).hexdigest()
-    status = found.stat()
-    return [str(found.absolute()), status.st_size, status.st_mtime_ns]
+    return part.text if isinstance(part, Text) else media_identity(part)
 
 
 def _plain(value: object) -> object:
@@ -156,16 +135,11 @@ class AnswerLog:
                 self.dropped |= differing(settings, self._settings)
 
     def __enter__(self) -> AnswerLog:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         settings, texts = _read(self._path)
         mine = texts if settings == self._settings else {}
-        # Written anew rather than appended to: half a last line would join the next one. Beside its
-        # place, as a kill may come now too.
-        unfinished = self._path.with_suffix(".new")
-        self._file = unfinished.open("w", encoding="utf-8")
-        self._write({"settings": self._settings})
-        self.append(mine)
-        os.replace(unfinished, self._path)
+        # Written anew rather than appended to: half a last line would join the next one.
+        write_file(self._path, _line({"settings": self._settings}) + _lines(mine))
+        self._file = self._path.open("a", encoding="utf-8")
         return self
 
     def __exit__(
@@ -178,13 +152,17 @@ class AnswerLog:
 
     def append(self, texts: Mapping[int, str]) -> None:
         """Write answers by number; they are on disk when this returns."""
-        for number, text in texts.items():
-            self._write({"number": number, "answer": text})
+        self._file.write(_lines(texts))
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def _write(self, line: Mapping[str, object]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+
+def _lines(texts: Mapping[int, str]) -> str:
+    return "".join(_line({"number": n, "answer": text}) for n, text in texts.items())
+
+
+def _line(value: Mapping[str, object]) -> str:
+    return json.dumps(value) + "\n"
 
 
 def remove_answer_log(folder: Path) -> None:

@@ -11,9 +11,8 @@ questions on a picture together (`evaluation_order`) need little room.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +23,7 @@ from vlmtune.data.types import Sample
 from vlmtune.models.forward import base_of, has_media
 from vlmtune.models.load import VLM, pad_token_id
 from vlmtune.models.vision import VisionFeatures
-from vlmtune.models.vision_cache import FeatureCache, size_of
+from vlmtune.models.vision_cache import FeatureCache, open_memory_store
 
 MAX_BYTES = 2**30
 SIMILAR = 1.1
@@ -60,7 +59,7 @@ class SharedPictures:
         self._vlm = vlm
         self._features = None
         if vlm.family.supports_precomputed_features:
-            cache = FeatureCache([RecentStore(max_bytes)])
+            cache = FeatureCache([open_memory_store(max_bytes, drops_oldest=True)])
             base = base_of(vlm.model)
             self._features = VisionFeatures(base, vlm.family, cache, level="features")
         self._is_repeated = False
@@ -84,29 +83,3 @@ class SharedPictures:
         keys = [key for prompt in prompts for key in prompt.media_keys]
         outputs, others = self._features.outputs(inputs, keys)
         return {**others, "mm_encoder_outputs": outputs}
-
-
-@dataclass
-class RecentStore:
-    """Features used last, in this process's memory, up to `max_bytes`; a `FeatureStore`."""
-
-    max_bytes: int
-    num_bytes: int = 0
-    _kept: OrderedDict[str, dict[str, Tensor]] = field(default_factory=OrderedDict, repr=False)
-
-    def get(self, key: str) -> dict[str, Tensor] | None:
-        found = self._kept.get(key)
-        if found is not None:
-            self._kept.move_to_end(key)
-        return found
-
-    def put(self, key: str, tensors: Mapping[str, Tensor]) -> bool:
-        size = size_of(tensors)
-        if size > self.max_bytes:
-            return False
-        while self.num_bytes + size > self.max_bytes:
-            _, oldest = self._kept.popitem(last=False)
-            self.num_bytes -= size_of(oldest)
-        self._kept[key] = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-        self.num_bytes += size
-        return True

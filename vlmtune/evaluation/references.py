@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +13,7 @@ from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError, plural, shorte
 from vlmtune.evaluation.metrics.base import Answered, Metric
 from vlmtune.evaluation.metrics.choice import reference_options
 from vlmtune.evaluation.metrics.registry import CHOICE_LIKELIHOOD, TASKS, metrics_for
+from vlmtune.files import digest
 
 MAX_ERRORS_SHOWN = 20
 
@@ -105,11 +105,7 @@ def media_names(conversation: Conversation) -> tuple[str, ...]:
 def picture_name(image: Image) -> str:
     """A picture's full path, or a digest where the data file itself holds the picture."""
     found = locate_image(image)
-    return (
-        str(found.absolute())
-        if isinstance(found, Path)
-        else f"sha256:{sha256(found).hexdigest()[:16]}"
-    )
+    return str(found.absolute()) if isinstance(found, Path) else f"sha256:{digest(found)[:16]}"
 
 
 Item = TypeVar("Item")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 
 from vlmtune.errors import VlmtuneError
 from vlmtune.evaluation.metrics.base import Answered, Interval
+from vlmtune.files import write_file
 
 
 class Row(Protocol):
@@ -96,11 +96,10 @@ def write_report(
 ) -> None:
     """`predictions.jsonl` (a line a sample) and `metrics.json` into `folder`; each file appears
     whole or not at all. `about` (what was evaluated, on what) goes into `metrics.json` too."""
-    folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(p.as_row(), ensure_ascii=False) for p in report.predictions]
-    write_whole(folder / PREDICTIONS, "".join(line + "\n" for line in lines))
+    write_file(folder / PREDICTIONS, "".join(line + "\n" for line in lines))
     summary = {**(about or {}), **report.summary()}
-    write_whole(folder / METRICS, json.dumps(summary, indent=2) + "\n")
+    write_file(folder / METRICS, json.dumps(summary, indent=2) + "\n")
 
 
 def is_finished(folder: Path) -> bool:
@@ -141,14 +140,3 @@ def _parsed(path: Path, text: str, line: int) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise VlmtuneError("not an object", file=path, line=line, expected="{…}")
     return value
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file of JSON that appears whole or not at all."""
-    unfinished = path.with_name(path.name + ".part")
-    # Half a surrogate pair is legal in JSON, as \ud83d, but not in UTF-8.
-    with unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)

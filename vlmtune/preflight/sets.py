@@ -12,7 +12,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Literal
 
 import numpy as np
@@ -30,6 +29,7 @@ from vlmtune.data.tools.duplicates import DigestTable, duplicates
 from vlmtune.data.types import Source
 from vlmtune.errors import SampleError, VlmtuneError, plural, shorten
 from vlmtune.evaluation.references import fixed_subset
+from vlmtune.files import short_digest
 from vlmtune.preflight.problems import KEPT_PER_KIND, Problems, Severity, kind_of
 from vlmtune.preflight.rows import (
     FileRows,
@@ -106,7 +106,7 @@ class RowTable:
             state = TOO_LONG if failure.is_too_long else _STATES[failure.stage]
             self._add_failure(number, outcome, state, failure)
         self.states.append(state)
-        self._ids.append(0 if outcome.id is None else _digest(outcome.id))
+        self._ids.append(0 if outcome.id is None else short_digest(outcome.id) | 1)
         self._lines.append(outcome.source.line)
         self._files.append(self._file_names.setdefault(outcome.source.file, len(self._file_names)))
         lengths = () if measure is None else measure.lengths
@@ -198,12 +198,6 @@ class RowTable:
         kept.count += 1
         if len(kept.failed) < KEPT_PER_KIND:
             kept.failed.append(failed)
-
-
-def _digest(text: str) -> int:
-    """Never 0, which stands for no id."""
-    digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") | 1
 
 
 SetName = Literal["data.train", "data.eval", "eval.guard.data"]

@@ -9,7 +9,6 @@ hashes, and pictures from `data:` URLs; nothing else runs or loads.
 from __future__ import annotations
 
 import base64
-import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from markupsafe import Markup
 from vlmtune import __version__
 from vlmtune.data.run_entries import RunData, run_data
 from vlmtune.errors import VlmtuneError, plural
+from vlmtune.files import write_file
 from vlmtune.recipe.load import load_resolved
 from vlmtune.recipe.schema import Recipe
 from vlmtune.report.charts import Chart, draw_rank_map, metric_charts
@@ -64,11 +64,8 @@ def write_page(folder: Path, output: Path | None = None) -> WrittenReport:
     record = read_run(folder)
     output = folder / "report.html" if output is None else output
     content = render_page(record).encode("utf-8")
-    unfinished = output.with_name(output.name + ".part")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(content)
-        os.replace(unfinished, output)
+        write_file(output, content)
     except OSError as error:
         raise VlmtuneError(
             f"the report cannot be written: {error.strerror or error}",

@@ -12,7 +12,6 @@ Jinja escapes all text; the page runs no script and loads nothing.
 from __future__ import annotations
 
 import base64
-import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from vlmtune import __version__
 from vlmtune.data.encode import Encoder
 from vlmtune.data.types import IGNORED, Conversation, Sample
 from vlmtune.errors import VlmtuneError, escaped, plural
+from vlmtune.files import write_file
 from vlmtune.report.pictures import PictureSize, Thumbnail, Thumbnails, picture_sizes
 
 MAX_CHARACTERS = 2000
@@ -175,12 +175,8 @@ def write_preview_page(
         _Card(item, tuple(map(thumbnails.of, conversation.images[: len(item.sizes)])))
         for conversation, item in shown
     ]
-    content = _render(cards, title).encode("utf-8", "backslashreplace")
-    unfinished = output.with_name(f"{output.name}.part")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(content)
-        os.replace(unfinished, output)
+        write_file(output, _render(cards, title))
     except OSError as error:
         raise VlmtuneError(
             f"the page cannot be written ({error.strerror or error})",

@@ -45,9 +45,9 @@ from vlmtune.evaluation.results import (
     is_finished,
     read_result,
     write_report,
-    write_whole,
 )
 from vlmtune.evaluation.runner import evaluate, num_to_do, score_answers
+from vlmtune.files import write_file
 from vlmtune.models.load import pixel_budget
 from vlmtune.models.open import OpenTarget, result_of_run
 from vlmtune.recipe.schema import EvalSection, Recipe
@@ -468,7 +468,7 @@ def compare_targets(
     folder: Path = plan.processes.from_main(chosen)
     make_folder(folder)
     if main:
-        write_whole(folder / "targets.json", _as_text(what))
+        write_file(folder / "targets.json", _as_text(what))
     results, folders = [], {}
     for target in targets:
         place = finished.get(target, folder / places[names[target]])
@@ -493,9 +493,9 @@ def compare_targets(
         "comparisons": [comparison.as_dict() for comparison in comparisons],
         "num_changed": len(changes),
     }
-    write_whole(folder / "comparison.json", json.dumps(summary, indent=2) + "\n")
+    write_file(folder / "comparison.json", json.dumps(summary, indent=2) + "\n")
     lines = [json.dumps(change.as_row(), ensure_ascii=False) + "\n" for change in changes]
-    write_whole(folder / "changes.jsonl", "".join(lines))
+    write_file(folder / "changes.jsonl", "".join(lines))
     if not as_json:
         for result in results:
             print(result["target"])

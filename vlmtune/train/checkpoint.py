@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, and how they are written beside, synced, and renamed.
+"""Checkpoints: what they hold, and how they are written, read and removed.
 
     checkpoints/
       step-000100/
@@ -22,7 +22,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import pickle
 import random
 import shutil
@@ -42,6 +41,7 @@ from torch import Tensor
 from vlmtune.data.dataset import cache_dir_of, content_hash, media_policy_of
 from vlmtune.data.stream import stream_identity
 from vlmtune.errors import VlmtuneError
+from vlmtune.files import WRITING, whole_folder
 from vlmtune.recipe.data_section import DataSection, VideoSection
 from vlmtune.recipe.schema import Recipe, TrainSection, is_lower_better
 from vlmtune.train.runtime import CudaEvent, to_host
@@ -141,9 +141,6 @@ def data_hashes_of(recipe: Recipe) -> dict[str, str]:
     return {str(k): v for k, v in content_hash(recipe.data.train, cache_dir=cache_dir).items()}
 
 
-WRITING = ".writing-"
-
-
 @dataclass(frozen=True)
 class CheckpointMeta:
     """Where a run stands. `fingerprint` maps what must not change between stop and resume (recipe
@@ -191,25 +188,17 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """
     step = checkpoint.state.step
     final = checkpoint_path(folder, step)
-    writing = folder / f"{WRITING}{final.name}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob(f"{WRITING}*"):
             shutil.rmtree(old)
-        writing.mkdir()
-        tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}
-        save_file(tensors, writing / "tensors.safetensors")
-        torch.save(checkpoint.optimizer, writing / "optimizer.pt")
-        torch.save(checkpoint.rng, writing / "rng.pt")
-        (writing / "state.json").write_text(json.dumps(asdict(checkpoint.state), indent=1))
-        sync_folder(writing)
-        if final.exists():
-            shutil.rmtree(final)
-        writing.rename(final)
-        sync_path(folder)
+        with whole_folder(final) as writing:
+            tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}
+            save_file(tensors, writing / "tensors.safetensors")
+            torch.save(checkpoint.optimizer, writing / "optimizer.pt")
+            torch.save(checkpoint.rng, writing / "rng.pt")
+            (writing / "state.json").write_text(json.dumps(asdict(checkpoint.state), indent=1))
     except (OSError, RuntimeError) as error:
         # torch.save reports a full disk as RuntimeError from its zip writer.
-        shutil.rmtree(writing, ignore_errors=True)
         raise VlmtuneError(
             f"the checkpoint of step {step} could not be written: {error}",
             file=folder,
@@ -293,21 +282,6 @@ def check_fingerprint(saved: Mapping[str, Any], now: Mapping[str, Any], *, path:
             got=details,
             do="restore them, or start over with --resume never or another output_dir",
         )
-
-
-def sync_path(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush every file below `folder`, and the folders themselves, to the disk."""
-    for path in folder.rglob("*"):
-        sync_path(path)
-    sync_path(folder)
 
 
 log = logging.getLogger("vlmtune")

@@ -8,7 +8,7 @@ metrics.jsonl  skipped.jsonl  tensorboard/
 eval/step-000100/      figures and answers on held-out data; step-000000: before training
 summary.json           what came of it, written at the end
 checkpoints/           see checkpoint.py
-adapter/ or model/     the result, written beside and renamed
+adapter/ or model/     the result
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.errors import VlmtuneError
+from vlmtune.files import whole_folder
 from vlmtune.models.quantize import BitsRow
 from vlmtune.models.targets import TrainedRow
 from vlmtune.train.checkpoint import (
-    WRITING,
     Best,
     Checkpoint,
     check_fingerprint,
@@ -35,7 +35,6 @@ from vlmtune.train.checkpoint import (
     is_complete,
     load_checkpoint,
     read_state,
-    sync_folder,
 )
 from vlmtune.train.feed import SkippedSample
 from vlmtune.train.tracker import finite_or_null
@@ -188,11 +187,8 @@ def bring_from(other: Path, folder: Path, *, step: int, best: Path | None) -> No
             return
         target = checkpoint_path(folder / "checkpoints", read_state(best).step)
         if best.resolve() != target.resolve():
-            writing = target.with_name(f"{WRITING}{target.name}")
-            for old in (target, writing):
-                shutil.rmtree(old, ignore_errors=True)
-            shutil.copytree(best, writing)
-            writing.rename(target)
+            with whole_folder(target) as writing:
+                shutil.copytree(best, writing, dirs_exist_ok=True)
     except OSError as error:
         raise VlmtuneError(
             f"the best checkpoint so far and the evaluations could not be copied: {error}",
@@ -274,20 +270,13 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def write_result(folder: Path, name: str, save: Callable[[Path], None]) -> Path:
-    """Let `save` write the adapter or model beside its place, sync, rename; its final path."""
+    """Let `save` write the adapter or model into a folder that is there whole, or not at all; its
+    final path."""
     final = folder / name
-    writing = folder / f".writing-{name}"
     try:
-        if writing.exists():
-            shutil.rmtree(writing)
-        writing.mkdir(parents=True)
-        save(writing)
-        sync_folder(writing)
-        if final.exists():
-            shutil.rmtree(final)
-        writing.rename(final)
+        with whole_folder(final) as writing:
+            save(writing)
     except OSError as error:
-        shutil.rmtree(writing, ignore_errors=True)
         raise VlmtuneError(
             f"the result could not be written: {error.strerror or error}",
             file=final,

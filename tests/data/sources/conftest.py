@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from vlmtune import files
 from vlmtune.data.sources import base
 
 
@@ -11,6 +12,7 @@ from vlmtune.data.sources import base
 def always_kept(monkeypatch):
     """Every index goes through the cache, and every table is mapped, however small."""
     monkeypatch.setattr(base, "KEPT_FROM_BYTES", 1)
+    monkeypatch.setattr(files, "MAPPED_FROM_BYTES", 1)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def test_the_digest_is_of_the_bytes_and_kept_for_the_next_time(
         raise AssertionError("the file was read again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("vlmtune.data.sources.registry.read_chunks", not_again)
+        patch.setattr("vlmtune.data.sources.registry.digest", not_again)
         assert digests_of(entry, cache_dir=cache_dir) == {str(path): _sha(b"abc" * 1000)}
         path.write_bytes(b"abd" * 1001)
         with pytest.raises(AssertionError, match="read again"):

@@ -6,10 +6,8 @@ large row groups  -> a copy in Arrow's form in the cache, mapped: any row costs 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,8 +18,6 @@ from typing import Any
 import numpy as np
 
 from vlmtune.data.sources.base import (
-    Extra,
-    Numbers,
     RawRow,
     Rows,
     Stamp,
@@ -32,6 +28,7 @@ from vlmtune.data.sources.base import (
 )
 from vlmtune.data.types import Source
 from vlmtune.errors import SampleError, VlmtuneError
+from vlmtune.files import Extra, Numbers, digest, whole_file
 
 FILE_MAGIC = b"ARROW1"
 STREAM_MAGIC = b"\xff\xff\xff\xff"
@@ -257,8 +254,7 @@ def open_parquet(path: Path, *, cache_dir: Path) -> Rows:
 
 def _open_copy(path: Path, stamp: Stamp, cache_dir: Path) -> ArrowRows | None:
     """The rows of the file's copy, or None where none can be kept."""
-    name = hashlib.sha256(stamp.path.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    copy = cache_dir / "arrow" / f"{name}.arrow"
+    copy = cache_dir / "arrow" / f"{digest(stamp.path)[:32]}.arrow"
     key = json.dumps(stamp).encode()
     if not _is_copy(copy, key):
         try:
@@ -291,21 +287,13 @@ def _write_copy(path: Path, copy: Path, key: bytes) -> None:
     import pyarrow as pa
     import pyarrow.parquet
 
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    beside = copy.with_name(f"{copy.name}.{os.getpid()}.{os.urandom(4).hex()}")
-    try:
-        with beside.open("wb") as stream, pyarrow.parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            schema = schema.with_metadata({**(schema.metadata or {}), _KEY: key})
-            with pa.ipc.new_file(stream, schema) as writer:
-                batches = file.iter_batches(_COPIED_ROWS, use_threads=False)
-                while (batch := _next(batches, path)) is not None:
-                    writer.write_batch(pa.record_batch(batch.columns, schema=schema))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(beside, copy)
-    finally:
-        beside.unlink(missing_ok=True)
+    with whole_file(copy) as stream, pyarrow.parquet.ParquetFile(path) as file:
+        schema = file.schema_arrow
+        schema = schema.with_metadata({**(schema.metadata or {}), _KEY: key})
+        with pa.ipc.new_file(stream, schema) as writer:
+            batches = file.iter_batches(_COPIED_ROWS, use_threads=False)
+            while (batch := _next(batches, path)) is not None:
+                writer.write_batch(pa.record_batch(batch.columns, schema=schema))
 
 
 def _next(batches: Any, path: Path) -> Any:

@@ -1,21 +1,15 @@
 """What every source gives, by number or from front to back, and the kept tables of where rows are.
 
-    file -> stamp (path, size, time, inode) -> the table in the cache, if it is of this stamp
-                                             -> else built, written beside, renamed
-
-A table holds whole numbers, one line a row. A small one is in memory; a large one is mapped from
-its file, so that it costs none, and workers map it anew.
+file -> stamp (path, size, time, inode) -> the table in the cache, if it is of this stamp
+                                         -> else built and written
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import stat
-import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
@@ -23,10 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from vlmtune.data.types import Source
 from vlmtune.errors import VlmtuneError
+from vlmtune.files import Build, Numbers, Table, build_table, json_digest, load_table, write_table
 
 
 class Rows(Protocol):
@@ -58,15 +52,8 @@ VERSION = 1
 """Raised when what the tables mean changes: older ones are then built anew."""
 
 KEPT_FROM_BYTES = 1 << 20
-"""Smaller files are looked through every time. Also the size from which a table is mapped."""
+"""Smaller files are looked through every time: their tables are not kept."""
 
-Numbers = npt.NDArray[np.int64]
-Extra = dict[str, Any]
-Build = Callable[[Extra], Iterable[Numbers]]
-"""Gives a table in pieces of shape (n, columns), and may add JSON values to what it is given."""
-
-_HEADER = struct.Struct("<8s32sqqq")  # magic, key, rows, columns, bytes of `extra` at the end
-_MAGIC = b"vlmindex"
 _PIECE_ROWS = 8192
 
 
@@ -77,28 +64,6 @@ class Stamp(NamedTuple):
     size: int
     mtime_ns: int
     inode: int
-
-
-class Table:
-    """Whole numbers of shape (rows, columns), and `extra`: what else is known of the file."""
-
-    def __init__(self, values: Numbers, extra: Extra, *, file: Path | None, key: bytes) -> None:
-        self.values = values  # (rows, columns)
-        self.extra = extra
-        self._file = file
-        self._key = key
-
-    def __len__(self) -> int:
-        return int(self.values.shape[0])
-
-    def row(self, index: int) -> list[int]:
-        """The numbers of row `index` (0-based)."""
-        return [int(value) for value in self.values[index]]
-
-    def __reduce__(self) -> tuple[Callable[..., Table], tuple[Any, ...]]:
-        if isinstance(self.values, np.memmap):
-            return _map_again, (self._file, self._key)
-        return _in_memory, (self.values, self.extra)
 
 
 def stamp_of(path: Path) -> Stamp:
@@ -179,89 +144,24 @@ def open_table(
     `build` raises, and VlmtuneError where a file changes meanwhile.
     """
     stamps = [stamp for _, stamp in files]
-    key = hashlib.sha256(json.dumps([VERSION, kind, columns, stamps]).encode()).digest()
+    key = bytes.fromhex(json_digest([VERSION, kind, columns, stamps]))
     small = sum(stamp.size for stamp in stamps) < KEPT_FROM_BYTES
-    names = hashlib.sha256(json.dumps([stamp.path for stamp in stamps]).encode()).hexdigest()
+    names = json_digest([stamp.path for stamp in stamps])
     place = cache_dir / "index" / f"{kind}-{names[:32]}.index"
-    table = None if small else _load(place, key)
+    table = None if small else load_table(place, key)
     if table is not None:
         return table
     if not small:
         try:
-            _write(place, key, columns, build)
-            table = _load(place, key)
+            write_table(place, key, build, columns=columns)
+            table = load_table(place, key)
         except OSError as error:
             _log_not_kept(str(place.parent), error.strerror or str(error))
     if table is None:
-        extra: Extra = {}
-        pieces = list(build(extra))
-        values = np.concatenate([np.empty((0, columns), np.int64), *pieces])
-        table = _in_memory(values, extra)
+        table = build_table(build, columns=columns)
     for path, stamp in files:
         check_unchanged(path, stamp)
     return table
-
-
-def _write(place: Path, key: bytes, columns: int, build: Build) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    beside = place.with_name(f"{place.name}.{os.getpid()}.{os.urandom(4).hex()}")
-    extra: Extra = {}
-    rows = 0
-    try:
-        with beside.open("wb") as stream:
-            stream.write(bytes(_HEADER.size))
-            for piece in build(extra):
-                stream.write(np.ascontiguousarray(piece, dtype="<i8").data)
-                rows += len(piece)
-            tail = json.dumps(extra).encode()
-            stream.write(tail)
-            stream.seek(0)
-            stream.write(_HEADER.pack(_MAGIC, key, rows, columns, len(tail)))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(beside, place)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _load(place: Path, key: bytes) -> Table | None:
-    """The table at `place`, or None where there is none, or not the whole one of `key`."""
-    try:
-        with place.open("rb") as stream:
-            header = stream.read(_HEADER.size)
-            size = os.fstat(stream.fileno()).st_size
-            if len(header) < _HEADER.size:
-                return None
-            magic, found, rows, columns, num_extra = _HEADER.unpack(header)
-            num_bytes = rows * columns * 8
-            if (magic, found, size) != (_MAGIC, key, _HEADER.size + num_bytes + num_extra):
-                return None
-            stream.seek(_HEADER.size + num_bytes)
-            extra = json.loads(stream.read(num_extra))
-            shape = (rows, columns)
-            if num_bytes >= KEPT_FROM_BYTES:
-                mapped = np.memmap(stream, "<i8", mode="r", offset=_HEADER.size, shape=shape)
-                return Table(mapped, extra, file=place, key=key)
-            stream.seek(_HEADER.size)
-            values = np.frombuffer(stream.read(num_bytes), "<i8").reshape(shape)
-            return Table(values, extra, file=place, key=key)
-    except OSError:
-        return None
-
-
-def _map_again(place: Path, key: bytes) -> Table:
-    table = _load(place, key)
-    if table is None:
-        raise VlmtuneError(
-            "the index has gone since it was opened, or is of another state of the data",
-            file=place,
-            do="start again",
-        )
-    return table
-
-
-def _in_memory(values: Numbers, extra: Extra) -> Table:
-    return Table(values, extra, file=None, key=b"")
 
 
 def _stamp(path: Path, status: os.stat_result) -> Stamp:

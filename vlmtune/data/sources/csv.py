@@ -17,10 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlmtune.data.sources.base import (
-    Extra,
-    Numbers,
     Stamp,
-    Table,
     in_pieces,
     open_table,
     read_chunks,
@@ -30,6 +27,7 @@ from vlmtune.data.sources.base import (
 from vlmtune.data.sources.json_text import BOM
 from vlmtune.data.types import Source
 from vlmtune.errors import SampleError, VlmtuneError, shorten
+from vlmtune.files import Extra, Numbers, Table
 
 MAX_CELL_CHARACTERS = 1 << 26
 """Room for a picture in base64; a quote that is not closed is found no later."""

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vlmtune.data.sources.base import Numbers
 from vlmtune.data.types import Source
 from vlmtune.errors import SampleError, VlmtuneError, escaped, plural, shorten
+from vlmtune.files import Numbers
 from vlmtune.recipe.data_section import FormatName
 
 logger = logging.getLogger("vlmtune")

@@ -10,11 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from vlmtune.data.sources.base import Stamp, Table, open_table, read_span
+from vlmtune.data.sources.base import (
+    Stamp,
+    open_table,
+    read_span,
+)
 from vlmtune.data.sources.json_array import Container, find_keys
 from vlmtune.data.sources.json_text import parse_line
 from vlmtune.data.types import Source
 from vlmtune.errors import SampleError, VlmtuneError, describe
+from vlmtune.files import Table
 
 _PICTURE_NAMES = {
     "mscoco": "COCO_{subtype}_{image_id:012d}.jpg",

@@ -9,7 +9,6 @@ file -> table of the items of its known lists (list, start, end, key to join by)
 from __future__ import annotations
 
 import codecs
-import hashlib
 import itertools
 import json
 import re
@@ -21,10 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlmtune.data.sources.base import (
-    Extra,
-    Numbers,
     Stamp,
-    Table,
     in_pieces,
     open_table,
     read_chunks,
@@ -34,6 +30,7 @@ from vlmtune.data.sources.base import (
 from vlmtune.data.sources.json_text import BOM, load_json, parse_line, reason
 from vlmtune.data.types import Source
 from vlmtune.errors import SampleError, VlmtuneError
+from vlmtune.files import Extra, Numbers, Table, short_digest
 
 CHUNK_BYTES = 1 << 20
 
@@ -386,6 +383,5 @@ def _key(value: Any, name: str) -> int:
     if isinstance(key, int) and not isinstance(key, bool) and NO_KEY < key < 2**63:
         return key
     if isinstance(key, str):
-        digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        return int.from_bytes(digest, "little") >> 1
+        return short_digest(key) >> 1
     return NO_KEY

@@ -13,10 +13,8 @@ from typing import IO, Any, cast
 import numpy as np
 
 from vlmtune.data.sources.base import (
-    Numbers,
     RawRow,
     Stamp,
-    Table,
     open_table,
     read_chunks,
     read_span,
@@ -25,6 +23,7 @@ from vlmtune.data.sources.base import (
 from vlmtune.data.sources.json_text import BOM, parse_line
 from vlmtune.data.types import Source
 from vlmtune.errors import VlmtuneError
+from vlmtune.files import Numbers, Table
 
 _CHUNK_BYTES = 4 << 20
 _LINE_BREAK = 10

@@ -6,7 +6,6 @@ and JSON lines, which every text could be.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,13 +22,10 @@ from vlmtune.data.sources.arrow import (
     open_parquet,
 )
 from vlmtune.data.sources.base import (
-    Extra,
-    Numbers,
     RawRow,
     Rows,
     Shard,
     open_table,
-    read_chunks,
     stamp_of,
     unreadable,
 )
@@ -53,6 +49,7 @@ from vlmtune.data.sources.json_text import BOM
 from vlmtune.data.sources.jsonl import LineShard, open_jsonl
 from vlmtune.data.sources.tar import COMPRESSED, TarShard, open_tar
 from vlmtune.errors import VlmtuneError, escaped, shorten
+from vlmtune.files import Extra, Numbers, digest
 from vlmtune.recipe.data_section import DataEntry
 from vlmtune.recipe.paths import HUB, expand_shards
 
@@ -206,9 +203,6 @@ def _check_keys(entry: DataEntry, used: set[str], kind: str) -> None:
         )
 
 
-_CHUNK_BYTES = 1 << 20
-
-
 def digests_of(entry: DataEntry, *, cache_dir: Path) -> dict[str, str]:
     """A SHA-256 for each file of an entry, by its path: of its bytes; of a folder, of the names,
     sizes and times of what is in it; of a data set of the hub, its fingerprint.
@@ -228,10 +222,10 @@ def digests_of(entry: DataEntry, *, cache_dir: Path) -> dict[str, str]:
 
 def _of_file(path: Path, cache_dir: Path) -> str:
     def build(extra: Extra) -> list[Numbers]:
-        digest = hashlib.sha256()
-        for chunk in read_chunks(path, _CHUNK_BYTES):
-            digest.update(chunk)
-        return [np.frombuffer(digest.digest(), "<i8").reshape(1, 4)]
+        try:
+            return [np.frombuffer(bytes.fromhex(digest(path)), "<i8").reshape(1, 4)]
+        except OSError as error:
+            raise unreadable(path, error) from error
 
     table = open_table(
         "sha256", [(path, stamp_of(path))], columns=4, build=build, cache_dir=cache_dir
@@ -240,7 +234,6 @@ def _of_file(path: Path, cache_dir: Path) -> str:
 
 
 def _of_folder(path: Path) -> str:
-    digest = hashlib.sha256()
     found = []
     try:
         for above, _, files in os.walk(path):
@@ -250,9 +243,7 @@ def _of_folder(path: Path) -> str:
                 found.append((os.path.relpath(file, path), status.st_size, status.st_mtime_ns))
     except OSError as error:
         raise VlmtuneError(f"the folder cannot be read ({error.strerror})", file=path) from error
-    for line in sorted(found):
-        digest.update(repr(line).encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+    return digest("".join(map(repr, sorted(found))))
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from vlmtune.data.sources.base import (
-    Extra,
-    Numbers,
     RawRow,
     Stamp,
-    Table,
     in_pieces,
     open_table,
     read_span,
@@ -42,6 +39,7 @@ from vlmtune.data.sources.json_text import load_json, reason
 from vlmtune.data.sources.jsonl import open_bytes
 from vlmtune.data.types import Source
 from vlmtune.errors import SampleError, VlmtuneError, describe
+from vlmtune.files import Extra, Numbers, Table
 
 PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
 VIDEOS = frozenset({"mp4", "webm", "mkv", "mov", "avi"})

@@ -12,7 +12,6 @@ all, and are named by content.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import time
@@ -26,6 +25,7 @@ from typing import Any
 from vlmtune.data.dataset import BadRows, OnBadSample, OpenFile, RowWalk
 from vlmtune.data.tools.message_rows import MediaFiles, line_of, row_of, writing
 from vlmtune.errors import SampleError, VlmtuneError
+from vlmtune.files import file_state, finish_file, json_digest, write_file
 
 VERSION = 1
 _SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -191,26 +191,20 @@ class _Run:
     def save(self) -> None:
         """Make this a moment to go on from."""
         with writing(self.names.state):
-            self.sync()
+            for stream in (self.lines, self.skipped):
+                os.fsync(stream.fileno())
             self.state.unused = dict(self.walk.unused)
             self.state.num_outside = self.places.num_outside
-            unfinished = self.names.state.with_name(f"{self.names.state.name}.part")
-            unfinished.write_text(json.dumps(asdict(self.state)), encoding="utf-8")
-            os.replace(unfinished, self.names.state)
+            write_file(self.names.state, json.dumps(asdict(self.state)))
         self.saved_at = time.monotonic()
-
-    def sync(self) -> None:
-        os.fsync(self.lines.fileno())
-        os.fsync(self.skipped.fileno())
 
     def finish(self) -> None:
         with writing(self.names.output):
-            self.sync()
             if self.state.bad.count:
-                os.replace(self.names.skipped_partial, self.names.skipped)
+                finish_file(self.names.skipped_partial, self.names.skipped)
             else:
                 self.names.skipped.unlink(missing_ok=True)
-            os.replace(self.names.partial, self.names.output)
+            finish_file(self.names.partial, self.names.output)
             self.names.remove()
 
     def _write(self, stream: FileIO, line: bytes) -> int:
@@ -298,12 +292,11 @@ def _fingerprint(files: Sequence[OpenFile], output: Path, options: Sequence[obje
         for file in files
     ]
     written = [VERSION, os.path.realpath(output), *options]
-    return hashlib.sha256(json.dumps([read, written]).encode("utf-8")).hexdigest()
+    return json_digest([read, written])
 
 
-def _identity(path: str) -> list[object]:
+def _identity(path: str) -> tuple[str | int, ...]:
     try:
-        state = os.stat(path)
+        return file_state(Path(path))
     except OSError:  # a data set of the hub
-        return [path]
-    return [os.path.realpath(path), state.st_size, state.st_mtime_ns]
+        return (path,)

@@ -8,18 +8,16 @@ A million samples take some 40 MB: nothing but the digests is kept.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from vlmtune.data.media import locate_image, reading_picture
 from vlmtune.data.types import Conversation, Image, Media, Text
 from vlmtune.errors import at
+from vlmtune.files import file_state, short_digest
 
 MAX_REMEMBERED = 100_000
 """Files of pictures whose digests are remembered, so that each is read once."""
@@ -55,13 +53,12 @@ class PictureDigests:
     def _of(self, image: Image) -> int:
         found = locate_image(image)
         if isinstance(found, bytes):
-            return _digest(found)
-        state = os.stat(found)
-        key = (str(found), state.st_size, state.st_mtime_ns)
+            return short_digest(found)
+        key = file_state(found)
         if key not in self._known:
             if len(self._known) >= MAX_REMEMBERED:
                 self._known.clear()
-            self._known[key] = _file_digest(found)
+            self._known[key] = short_digest(found)
         return self._known[key]
 
 
@@ -128,7 +125,7 @@ def digests_of(conversation: Conversation, known: PictureDigests) -> Digests:
         for turn in conversation.turns
     ]
     everything = repr(turns).encode("utf-8", "surrogatepass") + both
-    return Digests(tuple(pictures), question, _digest(both), _digest(everything))
+    return Digests(tuple(pictures), question, short_digest(both), short_digest(everything))
 
 
 def question_digest(conversation: Conversation) -> int:
@@ -136,7 +133,7 @@ def question_digest(conversation: Conversation) -> int:
     asked = [
         " ".join(turn.text.casefold().split()) for turn in conversation.turns if turn.role == "user"
     ]
-    return _digest("\n".join(asked).encode("utf-8", "surrogatepass"))
+    return short_digest("\n".join(asked))
 
 
 def digest_table(conversations: Iterable[Conversation], known: PictureDigests) -> DigestTable:
@@ -183,15 +180,3 @@ def overlap(first: DigestTable, second: DigestTable) -> Overlap:
 
 def _numbers(values: array[int]) -> np.ndarray:
     return np.frombuffer(values, dtype=np.uint64) if values else np.empty(0, np.uint64)
-
-
-def _digest(content: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-
-
-def _file_digest(path: Path) -> int:
-    digest = hashlib.blake2b(digest_size=8)
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return int.from_bytes(digest.digest(), "little")

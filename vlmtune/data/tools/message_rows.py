@@ -8,7 +8,6 @@ Conversation -> turns as role and content
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from vlmtune.data.locations import HEAD_BYTES, content_kind, is_inside, is_url
 from vlmtune.data.media import content_digest, locate_image, locate_media, reading_picture
 from vlmtune.data.types import Conversation, Image, Media, Part, Source, Text, Turn, Video
 from vlmtune.errors import VlmtuneError, at
+from vlmtune.files import digest, file_state, whole_file
 
 SUFFIXES = {
     "a PNG": ".png",
@@ -66,7 +66,7 @@ class MediaFiles:
             return image.ref
         found = locate_image(image)
         if isinstance(found, bytes):
-            name = hashlib.sha256(found).hexdigest()[:NAME_DIGITS]
+            name = digest(found)[:NAME_DIGITS]
             return self._written(found, name + _suffix(found[:HEAD_BYTES], image.ref))
         if not self.copy:
             return self._reference(found)
@@ -83,8 +83,7 @@ class MediaFiles:
 
     def _name(self, image: Image, found: Path) -> str:
         """By content; a file that many rows use is read once."""
-        state = os.stat(found)
-        key = (str(found), state.st_size, state.st_mtime_ns)
+        key = file_state(found)
         if key not in self._names:
             if len(self._names) >= MAX_REMEMBERED:
                 self._names.clear()
@@ -95,14 +94,12 @@ class MediaFiles:
     def _written(self, content: bytes | Path, name: str) -> str:
         target = self.folder / name
         if not target.exists():
-            unfinished = target.with_name(f"{name}.part")
-            with writing(target):
-                self.folder.mkdir(parents=True, exist_ok=True)
+            with writing(target), whole_file(target, sync=False) as stream:
                 if isinstance(content, bytes):
-                    unfinished.write_bytes(content)
+                    stream.write(content)
                 else:
-                    shutil.copyfile(content, unfinished)
-                os.replace(unfinished, target)
+                    with content.open("rb") as source:
+                        shutil.copyfileobj(source, stream)
             self.num_written += 1
         return f"{self.folder.name}/{name}"
 

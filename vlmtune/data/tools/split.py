@@ -11,7 +11,6 @@ The order of the rows and the names of the files play no part in which side a gr
 from __future__ import annotations
 
 import hashlib
-import os
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from vlmtune.data.dataset import BadRows, OnBadSample, OpenFile, RowWalk
 from vlmtune.data.tools.duplicates import Digests, PictureDigests, digests_of
 from vlmtune.data.tools.message_rows import MediaFiles, line_of, row_of, writing
 from vlmtune.errors import SampleError, VlmtuneError, plural
+from vlmtune.files import whole_file
 
 _TRAIN, _EVAL, _BAD = range(3)
 
@@ -182,27 +182,19 @@ def _write(
 ) -> tuple[list[int], dict[str, int]]:
     """The number of samples of each side, and the keys that were not used."""
     counts = [0, 0]
-    partials = [p.output.with_name(f"{p.output.name}.partial") for p in places]
-    try:
-        with ExitStack() as stack, writing(places[0].output):
-            streams = [stack.enter_context(partial.open("wb")) for partial in partials]
-            for number, (_, found) in enumerate(walk.rows()):
-                side = int(sides[number])
-                if side != _BAD:
-                    if isinstance(found, SampleError):
-                        raise VlmtuneError("the data changed while it was read", got=str(found))
-                    streams[side].write(line_of(row_of(found, places[side])))
-                    counts[side] += 1
-                on_row(len(sides) + number + 1)
-            for stream in streams:
-                stream.flush()
-                os.fsync(stream.fileno())
-        for partial, place in zip(partials, places):
-            with writing(place.output):
-                os.replace(partial, place.output)
-    finally:
-        for partial in partials:
-            partial.unlink(missing_ok=True)
+    with ExitStack() as stack:
+        streams = []
+        for place in places:
+            stack.enter_context(writing(place.output))
+            streams.append(stack.enter_context(whole_file(place.output)))
+        for number, (_, found) in enumerate(walk.rows()):
+            side = int(sides[number])
+            if side != _BAD:
+                if isinstance(found, SampleError):
+                    raise VlmtuneError("the data changed while it was read", got=str(found))
+                streams[side].write(line_of(row_of(found, places[side])))
+                counts[side] += 1
+            on_row(len(sides) + number + 1)
     return counts, dict(walk.unused)
 
 
