@@ -13,9 +13,10 @@ import json as jsonlib
 import logging
 import math
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TextIO
@@ -77,6 +78,22 @@ OverridesArgument = Annotated[
         show_default=False,
     ),
 ]
+
+_SETTING = re.compile(r"\w+(\.\w+)*=")
+
+
+def split_settings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(paths, settings) of arguments in any order. `word[.word…]=value` is a setting, unless a
+    file of that name, or one that matches it as a pattern, exists."""
+    from vlmtune.recipe.paths import expand_shards
+
+    def is_setting(argument: str) -> bool:
+        if _SETTING.match(argument) is None:
+            return False
+        return not any(map(os.path.lexists, expand_shards(argument)))
+
+    settings = [argument for argument in arguments if is_setting(argument)]
+    return [argument for argument in arguments if argument not in settings], settings
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
