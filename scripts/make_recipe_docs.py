@@ -29,7 +29,10 @@ A recipe is one YAML file. `vlmtune recipe show RECIPE` prints it with every def
 - Unknown keys, keys given twice and keys without effect are errors. All errors come at once, each
   with its line.
 - Any key can be set on the command line: `vlmtune train recipe.yaml train.max_steps=100`. The
-  value is YAML. `key=null` takes a key out of the recipe where null is no value of that key.
+  value is YAML. `key=null` removes a key from the recipe where null is not a value of that key.
+- The command line wins over the file: if it leaves keys of the file without effect, one log line
+  names them, and they are left out. `train.epochs=1` works on a recipe with `train.max_steps`.
+- Where a list of names is expected, a single name is a list of one: `lora_target: all-linear`.
 - `model` and the data files are relative to the recipe's folder, `output_dir` to the working
   directory.
 """

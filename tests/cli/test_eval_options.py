@@ -277,7 +277,7 @@ def test_a_guard_whose_data_is_gone_is_an_error_before_anything_is_answered(
         ),
         (
             ["--task", "choice", "--metrics", "choice_likelihood", "--max-new-tokens", "4"],
-            "--max-new-tokens has no effect: choice_likelihood generates no answers",
+            "--max-new-tokens has no effect with --metrics choice_likelihood",
         ),
         (["--metrics", "choice_likelihood"], "unknown metric"),
         (["--format", "tabel"], "did you mean 'table'"),

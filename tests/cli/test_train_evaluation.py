@@ -47,19 +47,3 @@ def test_what_cannot_be_scored_shows_before_training(
 def test_what_can_be_scored_is_taken(tmp_path: Path) -> None:
     rows = [row(options=["left", "right"]) for _ in range(2)]
     assert len(held_out(tmp_path, rows, "{task: choice, before: false}").samples) == 2
-
-
-def test_keys_of_an_evaluation_that_does_not_take_place_are_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "data.jsonl").write_text(json.dumps(row()) + "\n")
-    (tmp_path / "recipe.yaml").write_text(
-        "model: org/model\noutput_dir: run\ndata: {train: data.jsonl}\n"
-        "train: {eval_every: 5}\neval: {max_samples: 3}\n"
-    )
-    with caplog.at_level("INFO", logger="vlmtune"):
-        load_eval_sets(load_recipe(tmp_path / "recipe.yaml").recipe)
-        assert "data.eval is not given: eval.max_samples, train.eval_every" in caplog.text
-        caplog.clear()
-        load_eval_sets(load_recipe(tmp_path / "recipe.yaml", ["data.eval=data.jsonl"]).recipe)
-    assert "not given" not in caplog.text

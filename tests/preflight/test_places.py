@@ -121,22 +121,3 @@ def test_the_check_places_an_unknown_target_and_metric(
     assert sorted(errors) == sorted(
         [(str(recipe), LINES["lora_target"]), ("override 'eval.metrics=[train]'", None)]
     )
-
-
-def test_the_check_says_which_keys_have_no_effect_without_data_eval(
-    tmp_path: Path, tiny_vlm: Path, sample_data: Path
-):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"model: {tiny_vlm}\noutput_dir: run\ndata: {{train: {sample_data / 'train.jsonl'}}}\n"
-        "eval:\n  max_samples: 3\ntrain:\n  eval_every: 2\n"
-    )
-    found = check_summary(recipe, "eval.before=false", max_samples=4)["problems"]
-    unused = [(p["severity"], p["file"], p["line"]) for p in found if "data.eval" in p["message"]]
-    assert unused == [
-        ("warning", "override 'eval.before=false'", None),
-        ("warning", str(recipe), 5),
-        ("warning", str(recipe), 7),
-    ]
-    given = check_summary(recipe, f"data.eval={sample_data / 'train.jsonl'}", max_samples=4)
-    assert not [p for p in given["problems"] if "has no effect" in p["message"]]

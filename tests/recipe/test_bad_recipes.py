@@ -41,7 +41,9 @@ ADDED = {  # lines added to GOOD -> (line, every part that the message must have
     "use_dora: 1": (5, "got: 1; expected: true or false"),
     "quantization_bit: 5": (5, "quantization_bit; got: 5; expected: one of 4, 8, 16"),
     "quantization_bit: '4'": (5, "quantization_bit; got: '4'"),
-    "lora_target: q_proj": (5, "bad value of lora_target", "a list of non-empty text"),
+    "lora_target: 7": (5, "lora_target; got: 7", "non-empty text or a list of non-empty text"),
+    "lora_target: ''": (5, "bad value of lora_target; got: ''"),
+    "lora_target:": (5, "bad value of lora_target; got: null"),
     "lora_target:\n  - q_proj\n  - 7": (7, "bad value of lora_target[1]; got: 7"),
     "modules_to_save: ['']": (5, "bad value of modules_to_save[0]; got: ''"),
     "seed: -1": (5, "bad value of seed", "at least 0"),
@@ -52,24 +54,42 @@ ADDED = {  # lines added to GOOD -> (line, every part that the message must have
     "train: {schedule: cosin}": (5, "unknown value of train.schedule", "did you mean 'cosine'?"),
     "train: {warmup: 10.5}": (5, "train.warmup: a number of steps must be whole; got: 10.5"),
     "train: {part_learning_rates: {vision: 0}}": (5, "train.part_learning_rates.vision; got: 0"),
-    "parts: {vision: model.visual}": (5, "bad value of parts.vision", "a non-empty list"),
+    "parts: {vision: []}": (5, "bad value of parts.vision", "a non-empty list"),
     # Keys that do not go together
-    "adalora: {}\nrank: 8": (6, "rank has no effect with adalora; set adalora.initial_rank"),
-    "adalora: {}\nuse_dora: true": (6, "use_dora and adalora exclude each other"),
+    "adalora: {}\nrank: 8": (
+        6,
+        "rank has no effect because adalora is given; do: set adalora.initial_rank",
+    ),
+    "adalora: {}\nuse_dora: true": (6, "use_dora and adalora exclude each other; do: remove one"),
     "adalora:\n  target_rank: 16": (6, "adalora.target_rank (16) must be below"),
     "video:\n  fps: 1\n  max_frames: 3": (7, "video.min_frames (4) must not exceed"),
     "adalora:\n  warmup: 0.6\n  final: 0.5": (7, "leave no steps between them"),
-    "quantization: {double_quant: false}": (5, "no effect with quantization_bit: 16"),
-    "quantization: {cache_dequantized: true}": (5, "no effect with quantization_bit: 16"),
+    "quantization: {double_quant: false}": (
+        5,
+        "quantization.double_quant has no effect because quantization_bit is 16; do: remove "
+        "quantization.double_quant, or set quantization_bit: 4",
+    ),
+    "quantization: {skip: lm_head}": (5, "or set quantization_bit: 4 or 8"),
     "quantization_bit: 8\nquantization: {cache_dequantized: true}": (
         6,
-        "quantization.cache_dequantized has no effect with quantization_bit: 8",
+        "quantization.cache_dequantized has no effect because quantization_bit is 8",
     ),
-    "train:\n  epochs: 1\n  max_steps: 5": (7, "epochs and train.max_steps exclude each other"),
+    "train:\n  epochs: 1\n  max_steps: 5": (
+        7,
+        "train.max_steps and train.epochs exclude each other",
+    ),
     "lora_target: []": (5, "nothing would be trained"),
     "lora_target: []\nmodules_to_save: [all]\nalpha: 8": (7, "alpha has no effect"),
     "lora_target: []\nmodules_to_save: [all]\nquantization_bit: 4": (7, "cannot be trained"),
-    "modules_to_save: [all]": (5, "full fine-tuning; set lora_target: []"),
+    "modules_to_save: [all]\nlora_target: [q_proj]": (
+        6,
+        "lora_target and modules_to_save exclude each other; do: set lora_target: []",
+    ),
+    "objective: contrastive\nadalora: {}": (6, "adalora has no effect because objective is"),
+    "data: {}": (5, "duplicate key 'data'"),
+    "use_rslora: true\nadalora: {}": (5, "use_rslora has no effect because adalora is given"),
+    "train: {eval_every: 0.5}": (5, "train.eval_every has no effect because data.eval is not"),
+    "train: {vision_cache: off, vision_cache_bytes: 5}": (5, "because train.vision_cache is off"),
     "image:\n  min_pixels: 9\n  max_pixels: 4": (6, "must not exceed image.max_pixels (4)"),
     # YAML
     "rank: 8\nalpha: 4\nrank: 16": (7, "duplicate key 'rank'; got: lines 5 and 7"),
@@ -222,7 +242,7 @@ def test_all_errors_come_at_once_in_the_order_of_lines(folder: Path) -> None:
             """)
     )
     errors = failure(recipe, "train.max_steps=x", "train.epochs=0")
-    assert [error.line for error in errors] == [1, 1, 2, 3, 4, 5, 8, 10, 11, 12, None, None]
+    assert [error.line for error in errors] == [1, 1, 2, 3, 4, 6, 8, 10, 11, 12, None, None]
     assert "no such folder" in str(errors[0])
     assert "missing key 'output_dir'" in str(errors[1])
     assert "override 'train.epochs=0'" in str(errors[-1])
@@ -237,18 +257,24 @@ def test_a_bad_key_raises_no_false_conflict_with_its_default(folder: Path) -> No
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        ("eval: {scorer: embedding}", "eval.scorer has no effect with eval.task: vqa"),
+        ("eval: {scorer: embedding}", "eval.scorer has no effect because eval.task is vqa"),
         ("eval: {task: retrieval, scorer: embedding, subtract_prior: true}", "subtract_prior has"),
         ("eval: {embedding_prompt: x}", "eval.embedding_prompt has no effect"),
         ("eval: {task: retrieval, max_new_tokens: 4}", "eval.max_new_tokens has no effect"),
         ("eval: {decoding: {temperature: 0.5}}", "eval.decoding.temperature has no effect"),
         ("eval: {decoding: {method: sample, num_beams: 2}}", "eval.decoding.num_beams has no"),
-        ("eval: {patience: 2}", "eval.patience has no effect with eval.best_metric: null"),
-        ("eval: {best_metric: loss}", "eval.best_metric is measured on data.eval"),
+        ("eval: {patience: 2}", "eval.patience has no effect because eval.best_metric is not"),
+        (
+            "eval: {best_metric: loss}",
+            "eval.best_metric has no effect because data.eval is",
+        ),
         ("eval: {task: vqaa}", "eval.task"),
         ("eval: {guard: {task: vqa}}", "eval.guard.data"),
         ("eval: {guard: {data: gone.jsonl}}", "no such data file"),
-        ("contrastive: {initial_temperature: 0.1}", "contrastive has no effect"),
+        (
+            "contrastive: {initial_temperature: 0.1}",
+            "initial_temperature has no effect",
+        ),
     ],
 )
 def test_a_key_of_the_evaluation_without_effect_is_an_error(
@@ -273,7 +299,7 @@ def test_what_is_null_is_turned_off_and_no_key_without_effect(tmp_path: Path) ->
     changed = load_recipe(recipe, ["eval.best_metric=null", "eval.patience=null"]).recipe
     assert (changed.eval.best_metric, changed.eval.patience) == (None, None)
     with pytest.raises(ErrorGroup, match=r"eval\.patience has no effect"):
-        load_recipe(recipe, ["eval.best_metric=null"])
+        load_recipe(recipe, ["eval.best_metric=null", "eval.patience=3"])
 
 
 def test_a_guard_with_answers_makes_their_keys_count_beside_retrieval(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from vlmtune.data.types import Conversation, Part, Text
 from vlmtune.evaluation.references import reference_answer
 from vlmtune.files import json_digest, write_file
 from vlmtune.models.load import VLM, pixel_budget
+from vlmtune.recipe.rules import values_in_effect
 from vlmtune.recipe.schema import DecodingSection, EvalSection
 
 VERSIONED = ("torch", "transformers", "peft")
@@ -44,7 +45,6 @@ def answer_settings(
 ) -> dict[str, Any]:
     """The settings of answers to `conversations`, as JSON has them. `folders` hold the model's
     files: adapter and base; a model of the hub is known by its commit."""
-    decoding = decoding_in_effect(section.decoding)
     conversations = list(conversations)
     has_videos = any(conversation.videos for conversation in conversations)
     of_videos = {"video": encoder.video.model_dump(mode="json")} if has_videos else {}
@@ -59,17 +59,16 @@ def answer_settings(
         "max_tokens": encoder.max_tokens,
         "over_length": encoder.over_length,
         "max_new_tokens": section.max_new_tokens,
-        "decoding": decoding,
+        "decoding": decoding_in_effect(section.decoding),
         "seed": seed if section.decoding.method == "sample" else None,
         "samples": samples_digest(conversations),
     }
 
 
 def decoding_in_effect(decoding: DecodingSection) -> dict[str, Any]:
-    """The keys of `decoding` that have an effect."""
-    keys = {"greedy": (), "beam": ("num_beams",), "sample": ("temperature", "top_p", "top_k")}
-    used = ("method", *keys[decoding.method], "stop")
-    return {key: value for key, value in decoding.model_dump().items() if key in used}
+    """The keys of `decoding` that have an effect where answers are generated."""
+    kept = values_in_effect({"eval": {"decoding": decoding.model_dump()}})
+    return dict(kept["eval"]["decoding"])
 
 
 def model_files(folder: Path) -> dict[str, list[int]]:

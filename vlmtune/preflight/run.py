@@ -51,7 +51,6 @@ from vlmtune.preflight.sets import (
 from vlmtune.recipe.data_section import DataEntry
 from vlmtune.recipe.explain import Place
 from vlmtune.recipe.load import LoadedRecipe
-from vlmtune.recipe.rules import keys_without_data_eval
 from vlmtune.recipe.schema import Recipe
 from vlmtune.recipe.yaml import dotted
 from vlmtune.train.build import build_encoder, check_best_metric, embedding_prompt_of
@@ -197,9 +196,6 @@ class Preflight:
             self._check_folder(report)
             for error in bfloat16_errors(self.recipe, capability_of()):
                 places.add_error(report.problems, error)
-            for key in keys_without_data_eval(self.recipe):
-                unused = VlmtuneError(f"{key} has no effect, as data.eval is not given")
-                places.add_error(report.problems, unused, severity="warning")
             processor, meta = self._open_model(report.problems, places)
             encoder = self._encoder(report.problems, places, processor, meta)
             self._check_sets(report, places, encoder)

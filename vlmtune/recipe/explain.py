@@ -1,26 +1,18 @@
-"""Pydantic's errors turned into sentences that name the key, its place, what was got and expected.
-
-A recipe's own rules (`rules.py`) run only once all values are well-typed, so a first round of
-errors would hide them. `validate` therefore checks a second time without the bad keys and adds
-the conflicts among the others.
-"""
+"""Pydantic's errors as sentences that name the key, its place, what was got and expected."""
 
 from __future__ import annotations
 
-import copy
-import json
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types as at
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from vlmtune.errors import VlmtuneError, nearest
-from vlmtune.recipe.rules import WRITTEN_BY_US, Conflict
 from vlmtune.recipe.schema import Recipe
 from vlmtune.recipe.yaml import Path, dotted
 
@@ -172,7 +164,9 @@ def describe(
         item = describe(arguments[0])
         if rest:
             return item
-        return ("a non-empty list of " if _minimum_length(metadata) else "a list of ") + item
+        items = ("a non-empty list of " if _minimum_length(metadata) else "a list of ") + item
+        takes_one = any(isinstance(rule, BeforeValidator) for rule in metadata)
+        return f"{item} or {items}" if takes_one else items
     if origin is dict:
         if rest:
             return describe(arguments[1], rest=rest[1:])
@@ -255,20 +249,14 @@ class Settings:
         return self.places[path]
 
 
-def validate(
-    settings: Settings, *, written_by_us: bool = False
-) -> tuple[Recipe | None, list[VlmtuneError]]:
-    """The recipe, or every error in it. In one `written_by_us`, a key may be without effect."""
-    try:
-        return _validate(settings.values, written_by_us=written_by_us), []
-    except ValidationError as error:
-        details = error.errors(include_url=False)
-    bad = {path: detail for detail in details if (path := _path(detail, settings.values)) != ()}
+def explain_errors(
+    error: ValidationError, settings: Settings
+) -> tuple[list[VlmtuneError], set[Path]]:
+    """Pydantic's errors as ours, and the paths of the values that they are about."""
+    details = error.errors(include_url=False)
+    bad = {_path(detail, settings.values): detail for detail in details}
     errors = [_explain(path, bad[path], settings) for path in bad if not _covered(path, bad)]
-    errors += [_explain_conflict(c, settings) for detail in details for c in _conflicts(detail)]
-    if bad:
-        errors += _hidden_conflicts(settings, set(bad))
-    return None, errors
+    return errors, set(bad)
 
 
 def type_name(value: object) -> str:
@@ -282,11 +270,6 @@ def type_name(value: object) -> str:
     if isinstance(value, (dict, list)):
         return "a mapping" if isinstance(value, dict) else "a list" if value else "an empty list"
     return str(value)
-
-
-def _validate(values: Mapping[str, object], *, written_by_us: bool) -> Recipe:
-    context = {WRITTEN_BY_US: written_by_us}
-    return Recipe.model_validate_json(json.dumps(values), strict=True, context=context)
 
 
 def _path(detail: ErrorDetails, values: object) -> Path:
@@ -377,49 +360,6 @@ def _unknown_choice(message: str, got: str, detail: ErrorDetails, place: Place) 
         expected="one of " + ", ".join(choices),
         do=None if close is None else f"did you mean {close!r}?",
     )
-
-
-def _conflicts(detail: ErrorDetails) -> tuple[Conflict, ...]:
-    return detail["ctx"]["conflicts"] if detail["type"] == "conflicts" else ()
-
-
-def _explain_conflict(conflict: Conflict, settings: Settings) -> VlmtuneError:
-    paths: list[Path] = [tuple(key.split(".")) for key in conflict.keys]
-    written = (path for path in paths if path in settings.places)
-    place = settings.place(next(written, paths[0]))
-    return VlmtuneError(
-        conflict.message,
-        at=place,
-    )
-
-
-def _hidden_conflicts(settings: Settings, bad: set[Path]) -> list[VlmtuneError]:
-    """Conflicts among the keys that are well-typed, found without the others."""
-    values: Any = copy.deepcopy(settings.values)
-    for path in sorted(bad, key=len, reverse=True):
-        *above, last = path[: _depth_of_key(path)]
-        holder = _value(values, tuple(above))
-        if isinstance(holder, dict):
-            holder.pop(last, None)
-    for required in (("model",), ("output_dir",), ("data", "train")):
-        holder = values.setdefault("data", {}) if required[0] == "data" else values
-        holder.setdefault(required[-1], "placeholder")
-    try:
-        _validate(values, written_by_us=False)
-    except ValidationError as error:
-        doubtful = {str(part) for path in bad for part in (path[0], dotted(path))}
-        return [
-            _explain_conflict(conflict, settings)
-            for detail in error.errors(include_url=False)
-            for conflict in _conflicts(detail)
-            if not doubtful.intersection(conflict.keys)
-        ]
-    return []
-
-
-def _depth_of_key(path: Path) -> int:
-    """How much of `path` names a key rather than a list position."""
-    return next((at for at, part in enumerate(path) if isinstance(part, int)), len(path))
 
 
 def _value(values: object, path: Path) -> object:

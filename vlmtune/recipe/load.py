@@ -1,14 +1,21 @@
 """A recipe file and overrides in, one checked `Recipe` out, or every error with its line.
 
-text -> YAML 1.2 values and lines -> overrides -> paths made absolute -> strict validation
+text -> YAML 1.2 values and lines -> overrides -> keys that these leave without effect taken out
+     -> paths made absolute -> strict validation -> rules between keys
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+import itertools
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from vlmtune.errors import ErrorGroup, VlmtuneError
 from vlmtune.recipe import yaml
@@ -16,15 +23,26 @@ from vlmtune.recipe.explain import (
     Place,
     Settings,
     accepts_null,
+    explain_errors,
     is_mapping_at,
     section_keys,
     type_name,
     unknown_key,
-    validate,
 )
 from vlmtune.recipe.paths import resolve_paths
-from vlmtune.recipe.rules import unused_keys
+from vlmtune.recipe.rules import (
+    Idle,
+    conflicts,
+    effects,
+    idle_conflicts,
+    idle_keys,
+    remove_key,
+    values_in_effect,
+    written_keys,
+)
 from vlmtune.recipe.schema import Recipe
+
+logger = logging.getLogger("vlmtune")
 
 
 @dataclass(frozen=True)
@@ -42,7 +60,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """Read, override and check the recipe at `path`.
 
     `overrides` are `key.sub=value` with a YAML value; null takes a key out of the recipe where
-    null is no value of it. Paths are relative to the recipe's folder, except `output_dir`.
+    null is no value of it. An override wins over the file: keys of the file that it leaves without
+    effect are taken out and named in one log line. Paths are relative to the recipe's folder,
+    except `output_dir`.
 
     Raises `ErrorGroup` with every error, in the order of lines; or `VlmtuneError` where the file
     cannot be read.
@@ -50,29 +70,27 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     text = _read(path)
     document, errors = yaml.parse_yaml(text, file=str(path))
     settings = _settings(document, str(path))
+    before = copy.deepcopy(settings.values)
     for override in overrides:
         errors += _apply_override(override, settings)
+    idle = _take_out_idle(settings, before)
     errors += resolve_paths(settings, folder=path.parent)
     files = [str(path), *map(_override_name, overrides)]
-    return LoadedRecipe(_checked(settings, errors, files), path, text, settings.places)
+    recipe = _checked(settings, errors, files)
+    if idle:
+        logger.info("keys of %s without effect: %s", path.name, _keys_and_reasons(idle))
+    return LoadedRecipe(recipe, path, text, settings.places)
 
 
 def load_resolved(path: Path) -> Recipe:
     """The resolved recipe of a finished run; unlike for training, its data may be gone since."""
     document, errors = yaml.parse_yaml(_read(path), file=str(path))
-    return _checked(_settings(document, str(path)), errors, [str(path)], written_by_us=True)
+    return _checked(_settings(document, str(path)), errors, [str(path)])
 
 
 def resolved_values(recipe: Recipe) -> dict[str, Any]:
     """Every key with an effect and its value, plain: loads back to an equal recipe."""
-    values = recipe.model_dump(mode="json")
-    for key in unused_keys(recipe):
-        *above, last = key.split(".")
-        holder: Any = values
-        for name in above:
-            holder = holder.get(name, {})
-        holder.pop(last, None)
-    return values
+    return values_in_effect(recipe.model_dump(mode="json"))
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -85,19 +103,89 @@ def recipe_json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Recipe.model_json_schema()
 
 
-def _checked(
-    settings: Settings,
-    errors: list[VlmtuneError],
-    files: list[str],
-    *,
-    written_by_us: bool = False,
-) -> Recipe:
+def _take_out_idle(settings: Settings, before: Mapping[str, Any]) -> dict[str, Idle]:
+    """Take out of `settings` the file's keys that had an effect `before` the overrides and have
+    none with them. A key with a value that turns it off gets that, also where it has its default.
+    """
+    values, fields = settings.values, effects()
+    idle_before = idle_keys(before)
+    with_off = [key for key, effect in fields.items() if effect.off is not None]
+    taken_out: dict[str, Idle] = {}
+    while True:
+        written = written_keys(values)
+        idle = {
+            key: why
+            for key, why in idle_keys(values, [*written, *with_off], before=before).items()
+            if key not in idle_before and settings.place(tuple(key.split("."))).line is not None
+        }
+        if not idle:  # taking one out can leave another one without effect
+            return taken_out
+        taken_out |= {key: why for key, why in idle.items() if key in written}
+        for key in idle:
+            if key in with_off:
+                values[key] = fields[key].off
+            else:
+                remove_key(values, key)
+
+
+def _keys_and_reasons(idle: Mapping[str, Idle]) -> str:
+    """`rank, alpha (lora_target is []); train.max_steps (train.epochs is 1)`."""
+    keys: dict[str, list[str]] = {}
+    for key, why in idle.items():
+        keys.setdefault(why.reason, []).append(key)
+    return "; ".join(f"{', '.join(of_reason)} ({reason})" for reason, of_reason in keys.items())
+
+
+def _checked(settings: Settings, errors: list[VlmtuneError], files: list[str]) -> Recipe:
     """The validated recipe, or all errors, sorted by the order of `files` and the line."""
-    recipe, problems = validate(settings, written_by_us=written_by_us)
-    errors = [*errors, *problems]
+    recipe, bad = None, set[yaml.Path]()
+    try:
+        recipe = _parse(settings.values)
+    except ValidationError as error:
+        explained, bad = explain_errors(error, settings)
+        errors = [*errors, *explained]
+    errors = [*errors, *_broken_rules(settings, recipe, bad)]
     if recipe is None or errors:
         raise ErrorGroup(sorted(errors, key=lambda e: (files.index(str(e.file)), e.line or 0)))
     return recipe
+
+
+def _parse(values: Mapping[str, Any]) -> Recipe:
+    return Recipe.model_validate_json(json.dumps(values), strict=True)
+
+
+def _broken_rules(
+    settings: Settings, recipe: Recipe | None, bad: set[yaml.Path]
+) -> Iterator[VlmtuneError]:
+    """The conflicts between keys; without a `recipe`, those between keys that are not `bad`."""
+    found = idle_conflicts(settings.values)
+    recipe = recipe or _recipe_without(bad, settings.values)
+    if recipe is not None:
+        found += conflicts(recipe)
+    doubtful = {str(part) for path in bad for part in (path[0], yaml.dotted(path))}
+    for conflict in found:
+        if doubtful.isdisjoint(conflict.keys):
+            paths: list[yaml.Path] = [tuple(key.split(".")) for key in conflict.keys]
+            written = next((path for path in paths if path in settings.places), paths[0])
+            yield VlmtuneError(conflict.message, at=settings.place(written), do=conflict.do)
+
+
+def _recipe_without(bad: set[yaml.Path], values: Mapping[str, Any]) -> Recipe | None:
+    """The recipe with defaults for the `bad` keys, so that conflicts of the others show too."""
+    kept: Any = copy.deepcopy(values)
+    for path in sorted(bad, key=len, reverse=True):
+        names = list(itertools.takewhile(lambda part: isinstance(part, str), path))
+        holder = kept
+        for name in names[:-1]:
+            holder = holder.get(name) if isinstance(holder, dict) else None
+        if isinstance(holder, dict):
+            holder.pop(names[-1], None)
+    for *above, name in (("model",), ("output_dir",), ("data", "train")):
+        (kept.setdefault("data", {}) if above else kept).setdefault(name, "placeholder")
+    try:
+        return _parse(kept)
+    except ValidationError:
+        return None
 
 
 def _read(path: Path) -> str:

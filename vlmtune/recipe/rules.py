@@ -1,16 +1,24 @@
-"""What must hold between keys of a recipe, and which keys a choice leaves without effect."""
+"""What must hold between the keys of a recipe, and which keys have no effect in it.
+
+A field of the schema says when it has an effect (`data_section.Effect`); the functions below read
+that for whoever needs it: loading, the resolved recipe, the options of an evaluation, the settings
+of answers, and the check of a resume. They take plain values, as YAML or `model_dump` have them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from pydantic import BaseModel
-from pydantic_core import PydanticCustomError
+from pydantic.fields import FieldInfo
 
-if TYPE_CHECKING:
-    from vlmtune.recipe.schema import Recipe
+from vlmtune.recipe.data_section import Condition, Effect, Not
+from vlmtune.recipe.explain import section_of, walk_keys
+from vlmtune.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -19,142 +27,199 @@ class Conflict:
 
     keys: tuple[str, ...]
     message: str
+    do: str | None = None
 
 
-WRITTEN_BY_US = "written_by_us"
-"""In the validation's context: whether the recipe is a resolved one of a run folder."""
+@dataclass(frozen=True)
+class Idle:
+    """Why a key has no effect: `cause` has the value `value`, where `key` or the section `owner`
+    that it is in needs `needed`."""
+
+    key: str
+    owner: str
+    cause: str
+    value: object
+    needed: object
+    do: str | None
+
+    @property
+    def reason(self) -> str:
+        """`quantization_bit is 16`."""
+        if self.value is None or isinstance(self.value, (dict, BaseModel)):
+            return f"{self.cause} is {'not ' if self.value is None else ''}given"
+        return f"{self.cause} is {_plain(self.value)}"
+
+    @property
+    def advice(self) -> str:
+        if self.do is not None:
+            return self.do
+        if self.needed is None:
+            return f"remove {self.key}, or {self.cause}"
+        if isinstance(self.needed, Not):
+            verb = "change" if self.value else "set"
+            return f"remove {self.key}, or {verb} {self.cause}"
+        needed = self.needed if isinstance(self.needed, tuple) else (self.needed,)
+        return f"remove {self.key}, or set {self.cause}: {' or '.join(map(_plain, needed))}"
 
 
-def check_rules(recipe: Recipe, *, may_be_unused: bool) -> None:
-    """Raise one error that carries every conflict of `recipe` in its context.
+@functools.cache
+def _known() -> dict[str, FieldInfo]:
+    return dict(walk_keys())
 
-    `may_be_unused`: keys without effect are no conflict, as in the resolved recipe of a run that an
-    earlier version wrote.
+
+@functools.cache
+def effects() -> dict[str, Effect]:
+    """The fields (dotted keys) that say when they have an effect."""
+    return {
+        key: effect
+        for key, info in walk_keys()
+        for effect in info.metadata
+        if isinstance(effect, Effect)
+    }
+
+
+def idle_keys(
+    values: Mapping[str, Any],
+    given: Iterable[str] | None = None,
+    *,
+    before: Mapping[str, Any] | None = None,
+) -> dict[str, Idle]:
+    """Those of the `given` keys (None: of all that `values` holds) that have no effect.
+
+    `before`: the values without the overrides. Then a key has no effect either where another one
+    that it belongs to has another value now.
     """
-    conflicts = [*_exclusive(recipe), *_ordered(recipe)]
-    if not may_be_unused:
-        conflicts = [*_unused(recipe), *conflicts]
-    if conflicts:
-        text = "; ".join(conflict.message for conflict in conflicts)
-        raise PydanticCustomError(
-            "conflicts", "{text}", {"text": text, "conflicts": tuple(conflicts)}
-        )
+    fields = effects()
+    idle = {}
+    for key in written_keys(values) if given is None else given:
+        for owner in _path_of(key):
+            effect = fields.get(owner)
+            if effect is None or value_at(values, owner) in (None, effect.off):
+                continue
+            unmet = _unmet_of_all(values, effect.needs)
+            if unmet is None and before is not None and effect.belongs_to is not None:
+                needed = value_at(before, effect.belongs_to)
+                unmet = _unmet(values, {effect.belongs_to: needed})
+            if unmet is not None:
+                cause, needed = unmet
+                value = value_at(values, cause)
+                idle[key] = Idle(key, owner, cause, value, needed, effect.do.get(cause))
+                break
+    return idle
 
 
-def unused_keys(recipe: Recipe) -> dict[str, tuple[str, str]]:
-    """Keys without effect in `recipe`: dotted key -> (the key that makes it so, what to do)."""
-    unused: dict[str, tuple[str, str]] = {}
-    if recipe.adalora is not None:
-        unused["rank"] = ("adalora", "set adalora.initial_rank instead")
-        unused["use_rslora"] = ("adalora", "remove it")
-        unused["use_dora"] = ("adalora", "remove it")
-    if not recipe.lora_target:
-        for key in ("rank", "alpha", "dropout", "use_dora", "use_rslora", "adalora"):
-            unused[key] = ("lora_target: []", "remove it")
-    if recipe.quantization_bit == 16:
-        unused["quantization"] = ("quantization_bit: 16", "set 4 or 8, or remove it")
-    if recipe.quantization_bit == 8:
-        for name in ("double_quant", "compute_dtype", "cache_dequantized"):
-            unused[f"quantization.{name}"] = ("quantization_bit: 8", "remove it")
-    if recipe.objective != "contrastive":
-        unused["contrastive"] = ("objective: next_token", "set contrastive, or remove it")
-    unused |= _unused_in_eval(recipe)
-    if not recipe.data.streaming:
-        unused["data.shuffle_buffer"] = ("data.streaming: false", "set streaming, or remove it")
-    if not recipe.data.allow_urls:
-        for key in ("allow_private_addresses", "max_download_bytes", "url_timeout_seconds"):
-            unused[f"data.{key}"] = ("data.allow_urls: false", "set allow_urls, or remove it")
-    if recipe.train.vision_cache == "off":
-        unused["train.vision_cache_bytes"] = ("train.vision_cache: off", "remove it")
-    if recipe.data.on_bad_sample == "error":
-        unused["data.max_bad_fraction"] = ("data.on_bad_sample: error", "set skip, or remove it")
-    return unused
+def idle_conflicts(values: Mapping[str, Any]) -> list[Conflict]:
+    """The keys of `values` that have no effect, as conflicts with what leaves them without. Two
+    keys of which each leaves the other without effect are one conflict."""
+    idle = idle_keys(values)
+    found: dict[object, Conflict] = {}
+    for key, why in idle.items():
+        if any(why.cause == other.owner and other.cause == why.owner for other in idle.values()):
+            message = f"{why.owner} and {why.cause} exclude each other"
+            do = why.do or "remove one of them"
+            found[frozenset((why.owner, why.cause))] = Conflict((why.owner, why.cause), message, do)
+        else:
+            message = f"{key} has no effect because {why.reason}"
+            found[key] = Conflict((key, why.owner, why.cause), message, why.advice)
+    return list(found.values())
 
 
-def _unused_in_eval(recipe: Recipe) -> dict[str, tuple[str, str]]:
-    section = recipe.eval
-    unused: dict[str, tuple[str, str]] = {}
-    method = section.decoding.method
-    if method != "sample":
-        for key in ("temperature", "top_p", "top_k"):
-            unused[f"eval.decoding.{key}"] = (f"eval.decoding.method: {method}", "set sample")
-    if method != "beam":
-        unused["eval.decoding.num_beams"] = (f"eval.decoding.method: {method}", "set beam")
-    tasks = {section.task} | ({section.guard.task} if section.guard is not None else set())
-    where = f"eval.task: {section.task}"
-    if "retrieval" not in tasks:
-        unused["eval.scorer"] = (where, "set retrieval, or remove it")
-        unused["eval.subtract_prior"] = (where, "set retrieval, or remove it")
-    elif section.scorer == "embedding":
-        unused["eval.subtract_prior"] = ("eval.scorer: embedding", "set likelihood, or remove it")
-    if recipe.objective != "contrastive" and (
-        "retrieval" not in tasks or section.scorer == "likelihood"
-    ):
-        unused["eval.embedding_prompt"] = (
-            "objective: next_token",
-            "set eval.scorer: embedding with eval.task: retrieval, or remove it",
-        )
-    if tasks == {"retrieval"}:
-        unused["eval.max_new_tokens"] = (where, "remove it")
-        unused["eval.decoding"] = (where, "remove it")
-    if section.best_metric is None:
-        unused["eval.patience"] = ("eval.best_metric: null", "name the metric to be patient with")
-    return unused
+def values_in_effect(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `values` without keys that have no effect."""
+    kept = copy.deepcopy(dict(values))
+    for key in idle_keys(values):
+        remove_key(kept, key)
+    return kept
 
 
-def keys_without_data_eval(recipe: Recipe) -> list[str]:
-    """Keys that were written and have no effect as `data.eval` is not given. Said, not refused:
-    `data.eval=null` on the command line turns evaluation off for once."""
-    if recipe.data.eval is not None:
-        return []
-    about_data = {"eval.max_samples", "eval.before"}
-    if recipe.eval.guard is None:
-        about_data |= {"train.eval_every"}
-    return sorted(about_data & given_keys(recipe))
+def values_of_steps(recipe: Recipe) -> dict[str, Any]:
+    """The keys that decide what a step computes, dotted, and their values."""
+    values = values_in_effect(recipe.model_dump(mode="json"))
+    fields = effects()
+    kept = {}
+    for key in written_keys(values):
+        said = [fields[owner].changes_step for owner in _path_of(key) if owner in fields]
+        changes = next((each for each in reversed(said) if each is not None), True)
+        if changes if isinstance(changes, bool) else _unmet(values, changes) is None:
+            kept[key] = value_at(values, key)
+    return kept
 
 
-def given_keys(section: BaseModel, prefix: str = "") -> set[str]:
-    """Dotted keys that were written rather than filled in from the defaults."""
-    keys: set[str] = set()
-    for name in section.model_fields_set:
-        keys.add(prefix + name)
-        value = getattr(section, name)
+def written_keys(values: Mapping[str, Any]) -> list[str]:
+    """The dotted keys that `values` holds; of a section with keys, these alone."""
+    sections = {key for key, info in _known().items() if section_of(info.annotation) is not None}
+
+    def walk(holder: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        for name, value in holder.items():
+            key = prefix + name
+            if key in sections and isinstance(value, dict) and value:
+                yield from walk(value, f"{key}.")
+            else:
+                yield key
+
+    return list(walk(values, ""))
+
+
+def value_at(values: Mapping[str, Any], key: str) -> object:
+    """The value at a dotted key, or its default; None in a section that is not there."""
+    known = _known()
+    value: object = values
+    for path in _path_of(key):
+        name = path.rsplit(".", 1)[-1]
         if isinstance(value, BaseModel):
-            keys |= given_keys(value, f"{prefix}{name}.")
-    return keys
-
-
-def _value_at(recipe: Recipe, key: str) -> object:
-    value: object = recipe
-    for name in key.split("."):
-        value = getattr(value, name)
+            value = getattr(value, name)
+        elif isinstance(value, Mapping):
+            value = value.get(name, known[path].default)
+        else:
+            return None
     return value
 
 
-def _unused(recipe: Recipe) -> Iterator[Conflict]:
-    given = given_keys(recipe)
-    for key, (cause, advice) in unused_keys(recipe).items():
-        if key not in given or _value_at(recipe, key) is None:  # null: it is turned off already
-            continue
-        if key == "use_dora" and recipe.lora_target:
-            if recipe.use_dora:
-                yield Conflict(("use_dora", "adalora"), "use_dora and adalora exclude each other")
-            continue
-        cause_key = cause.split(":")[0]
-        yield Conflict((key, cause_key), f"{key} has no effect with {cause}; {advice}")
+def remove_key(values: dict[str, Any], key: str) -> None:
+    """Remove a dotted key, and sections that have no other key."""
+    name, _, below = key.partition(".")
+    if below:
+        remove_key(values[name], below)
+        if values[name]:
+            return
+    del values[name]
 
 
-def _exclusive(recipe: Recipe) -> Iterator[Conflict]:
-    if recipe.eval.best_metric is not None and recipe.data.eval is None:
-        yield Conflict(
-            ("eval.best_metric", "data.eval"),
-            "eval.best_metric is measured on data.eval, which is not given",
-        )
-    if recipe.objective == "contrastive" and recipe.adalora is not None:
-        yield Conflict(
-            ("adalora", "objective"),
-            "adalora is not supported with objective: contrastive",
-        )
+def _unmet_of_all(
+    values: Mapping[str, Any], needs: Condition | tuple[Condition, ...]
+) -> tuple[str, object] | None:
+    """What the first of several conditions lacks, where none of them holds."""
+    unmet = [_unmet(values, each) for each in (needs if isinstance(needs, tuple) else (needs,))]
+    return unmet[0] if unmet and None not in unmet else None
+
+
+def _unmet(values: Mapping[str, Any], condition: Condition) -> tuple[str, object] | None:
+    """The first key of `condition` that does not have the value it must have, and that value."""
+    for key, needed in condition.items():
+        value = value_at(values, key)
+        if isinstance(needed, Not):
+            holds = needed.holds(value)
+        else:
+            holds = value in needed if isinstance(needed, tuple) else value == needed
+        if not holds:
+            return key, needed
+    return None
+
+
+def _path_of(key: str) -> list[str]:
+    """`eval.decoding.top_k` -> `eval`, `eval.decoding`, `eval.decoding.top_k`."""
+    names = key.split(".")
+    return [".".join(names[:depth]) for depth in range(1, len(names) + 1)]
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    """What the values of `recipe` break, apart from keys without effect."""
     if recipe.objective == "contrastive" and recipe.train.batch_size == 1:
         yield Conflict(
             ("train.batch_size", "objective"),
@@ -166,35 +231,17 @@ def _exclusive(recipe: Recipe) -> Iterator[Conflict]:
             ("data.streaming", "train.max_steps"),
             "data.streaming does not know how many samples there are; set train.max_steps",
         )
+    if not recipe.lora_target and not recipe.modules_to_save:
+        yield Conflict(
+            ("lora_target", "modules_to_save"),
+            "nothing would be trained: lora_target and modules_to_save are both empty",
+        )
     if recipe.video.min_frames > recipe.video.max_frames:
         yield Conflict(
             ("video.min_frames", "video.max_frames"),
             f"video.min_frames ({recipe.video.min_frames}) must not exceed video.max_frames "
             f"({recipe.video.max_frames})",
         )
-    if recipe.train.epochs is not None and recipe.train.max_steps is not None:
-        yield Conflict(
-            ("train.max_steps", "train.epochs"),
-            "train.epochs and train.max_steps exclude each other; give one",
-        )
-    if recipe.lora_target and "all" in recipe.modules_to_save:
-        yield Conflict(
-            ("modules_to_save", "lora_target"),
-            "modules_to_save: [all] is full fine-tuning; set lora_target: []",
-        )
-    if not recipe.lora_target and not recipe.modules_to_save:
-        yield Conflict(
-            ("lora_target", "modules_to_save"),
-            "nothing would be trained: lora_target and modules_to_save are both empty",
-        )
-    if not recipe.lora_target and "all" in recipe.modules_to_save and recipe.quantization_bit < 16:
-        yield Conflict(
-            ("quantization_bit", "modules_to_save", "lora_target"),
-            "quantised weights cannot be trained: set quantization_bit: 16",
-        )
-
-
-def _ordered(recipe: Recipe) -> Iterator[Conflict]:
     low, high = recipe.image.min_pixels, recipe.image.max_pixels
     if low is not None and high is not None and low > high:
         yield Conflict(

@@ -1,30 +1,27 @@
-"""The recipe's fields, their types, ranges and defaults. Defaults live here and nowhere else.
+"""The recipe's fields, their types, ranges, defaults and effects. Defaults live here and nowhere
+else.
 
 `docs/recipe.md` is generated from the descriptions below. Loading (YAML, overrides, line numbers)
-is `load.py`; this file only knows values.
+is `load.py`, and what must hold between keys `rules.py`; this file only knows values.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import AfterValidator, Field
 
 from vlmtune.recipe.data_section import (
     DataSection,
+    Effect,
     Entries,
     ImageSection,
     Name,
     Names,
+    Not,
     Section,
     VideoSection,
 )
-from vlmtune.recipe.rules import WRITTEN_BY_US, check_rules
 
 
 def _whole_above_one(value: float) -> float:
@@ -39,172 +36,238 @@ PartName = Literal["vision", "connector", "language", "lm_head"]
 PART_NAMES: tuple[PartName, ...] = get_args(PartName)
 Task = Literal["vqa", "caption", "choice", "classification", "grounding", "retrieval"]
 
+NEEDS_ADAPTER = {"lora_target": Not([])}
+NEEDS_4_BIT = {"quantization_bit": 4}
+NEEDS_RETRIEVAL = ({"eval.task": "retrieval"}, {"eval.guard.task": "retrieval"})
+NEEDS_LIKELIHOOD = tuple({**each, "eval.scorer": "likelihood"} for each in NEEDS_RETRIEVAL)
+NEEDS_EMBEDDING = tuple({**each, "eval.scorer": "embedding"} for each in NEEDS_RETRIEVAL)
+NEEDS_ANSWERS = (
+    {"eval.task": Not("retrieval"), "eval.metrics": Not(["choice_likelihood"])},
+    {"eval.guard": Not(None), "eval.guard.task": Not("retrieval")},
+)
+"""Answers are generated: neither retrieval nor the likelihood of given options needs them."""
+
 
 class AdaLoraSection(Section):
-    """Present: AdaLoRA (Zhang et al. 2023, arXiv 2303.10512) instead of LoRA."""
+    """AdaLoRA (Zhang et al. 2023, arXiv 2303.10512). With this section, it is used instead of
+    LoRA."""
 
-    initial_rank: int = Field(default=12, ge=1, description="Rank of each module at the start.")
+    initial_rank: int = Field(
+        default=12, ge=1, description="Rank of each adapted module at the start of training."
+    )
     target_rank: int = Field(
-        default=8, ge=1, description="Mean rank per module at the end; below `initial_rank`."
+        default=8,
+        ge=1,
+        description="Mean rank of the adapted modules at the end of training. Must be below "
+        "`initial_rank`.",
     )
     warmup: FractionOrSteps = Field(
         default=0.1,
         ge=0,
-        description="t_i: optimizer steps before pruning starts; a fraction of training below 1, "
-        "a step count from 1.",
+        description="Optimizer steps before the pruning of ranks starts (t_i in the paper). Below "
+        "1: a fraction of all steps. From 1: a number of steps.",
     )
     final: FractionOrSteps = Field(
         default=0.3,
         ge=0,
-        description="t_f: optimizer steps at the end with the final ranks; a fraction of training "
-        "below 1, a step count from 1.",
+        description="Optimizer steps at the end in which the ranks no longer change (t_f in the "
+        "paper). Below 1: a fraction of all steps. From 1: a number of steps.",
     )
-    interval: int = Field(default=10, ge=1, description="Optimizer steps between two prunings.")
+    interval: int = Field(
+        default=10, ge=1, description="Optimizer steps from one pruning to the next."
+    )
     beta1: float = Field(
-        default=0.85, gt=0, lt=1, description="Decay of the running average of the importance."
+        default=0.85,
+        gt=0,
+        lt=1,
+        description="Decay factor of the running average of the importance.",
     )
     beta2: float = Field(
-        default=0.85, gt=0, lt=1, description="Decay of the running average of its uncertainty."
+        default=0.85,
+        gt=0,
+        lt=1,
+        description="Decay factor of the running average of the uncertainty of the importance.",
     )
     orthogonal_weight: float = Field(
         default=0.1,
         ge=0,
-        description="gamma: weight of the orthogonality penalty, added once per optimizer step.",
+        description="Weight of the orthogonality penalty (gamma in the paper), which is added to "
+        "the loss once per optimizer step.",
     )
 
 
 class ContrastiveSection(Section):
-    """InfoNCE between picture and text embeddings (van den Oord et al. 2018, arXiv 1807.03748)."""
+    """InfoNCE between the embeddings of pictures and texts (van den Oord et al. 2018,
+    arXiv 1807.03748). Needs `objective: contrastive`."""
 
     initial_temperature: float = Field(
-        default=0.05, gt=0, description="The similarities are divided by it; it is learned."
+        default=0.05,
+        gt=0,
+        description="Temperature at the start: the similarities are divided by it. It is trained "
+        "with the model.",
     )
     temperature_learning_rate: float = Field(
-        default=1e-2, gt=0, description="Peak learning rate of the logarithm of the temperature."
+        default=1e-2,
+        gt=0,
+        description="Peak learning rate of the temperature (its logarithm is what is trained).",
     )
 
 
 class QuantizationSection(Section):
-    """How the base model is quantised; used where `quantization_bit` is 4 or 8."""
+    """How the base model is quantised. Needs `quantization_bit: 4` or `8`."""
 
-    double_quant: bool = Field(
+    double_quant: Annotated[bool, Effect(needs=NEEDS_4_BIT)] = Field(
         default=True, description="4-bit only: quantise the quantisation constants too."
     )
-    compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
+    compute_dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], Effect(needs=NEEDS_4_BIT)
+    ] = Field(
         default="bfloat16",
         description="4-bit only: dtype of the matrix products. `float32` is faster on a CPU "
-        "without bf16 instructions; a GPU of compute capability below 8.0 takes `float16`.",
+        "without bf16 instructions. A GPU of compute capability below 8.0 needs `float16`.",
     )
-    cache_dequantized: bool = Field(
+    cache_dequantized: Annotated[bool, Effect(needs=NEEDS_4_BIT, changes_step=False)] = Field(
         default=False,
-        description="4-bit only: keep the weights dequantised in training beside the 4-bit ones. "
-        "The loss is the same, bit for bit on a CPU; a step is faster and memory grows by that of "
-        "the quantised layers in `compute_dtype` (and once more in the dtype of "
-        "`train.precision`, where that is another).",
+        description="4-bit only: during training, keep a dequantised copy of the 4-bit weights. "
+        "A step is faster, and memory grows by the size of the quantised layers in "
+        "`compute_dtype` (and once more in the dtype of `train.precision`, if that is another). "
+        "The loss is the same, bit for bit on a CPU.",
     )
-    skip: list[Name] = Field(
+    skip: Annotated[Names, Effect(needs={"quantization_bit": (4, 8)})] = Field(
         default=["vision", "connector", "lm_head"],
-        description="Parts (`vision`, `connector`, `language`, `lm_head`), groups (`vision.attn`) "
-        "or full module paths kept in 16 bit. An entry that matches nothing is an error.",
+        description="What is not quantised: parts (`vision`, `connector`, `language`, `lm_head`), "
+        "groups (`vision.attn`) or full module paths. A name that matches nothing is an error.",
     )
 
 
 class TrainSection(Section):
-    """The optimisation."""
+    """How the model is trained."""
 
-    epochs: float | None = Field(
-        default=None, gt=0, description="Passes over the training data. Either this or `max_steps`."
-    )
-    max_steps: int | None = Field(
+    epochs: Annotated[
+        float | None, Effect(needs={"train.max_steps": None, "data.streaming": False})
+    ] = Field(
         default=None,
-        ge=1,
-        description="Optimizer steps. Either this or `epochs`; neither: 3 epochs.",
+        gt=0,
+        description="Passes over the training data. Give this or `max_steps`; with neither, 3 "
+        "epochs are trained.",
+    )
+    max_steps: Annotated[int | None, Effect(needs={"train.epochs": None})] = Field(
+        default=None, ge=1, description="Number of optimizer steps. Give this or `epochs`."
     )
     batch_size: int = Field(
         default=16,
         ge=1,
-        description="Samples per optimizer step, over all processes: the effective batch.",
+        description="Samples per optimizer step, over all processes and micro-batches together.",
     )
     micro_batch_tokens: int = Field(
         default=4096,
         ge=1,
-        description="Memory knob: tokens, padding included, in one forward pass of one process. "
-        "A single longer sample still makes a micro-batch of its own.",
+        description="Maximum number of tokens, padding included, in one forward pass of one "
+        "process. A lower value saves memory. A single sample with more tokens is a micro-batch "
+        "of its own.",
     )
     micro_batch_supervised_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Supervised tokens in one forward pass of one process; null: any number.",
+        description="Maximum number of supervised tokens in one forward pass of one process. "
+        "Null: no limit.",
     )
     packing: bool = Field(
         default=True,
-        description="Lay samples one after the other without padding, each attending to itself "
-        "only, where the model family can; otherwise rows of similar length are padded. The loss "
-        "is the same.",
+        description="Put samples one after the other in a row without padding, each attending "
+        "only to itself, if the model family supports it. If not, rows of similar length are "
+        "padded. The loss is the same.",
     )
-    vision_cache: Literal["auto", "memory", "disk", "off"] = Field(
+    vision_cache: Annotated[
+        Literal["auto", "memory", "disk", "off"], Effect(changes_step=False)
+    ] = Field(
         default="auto",
-        description="Run a frozen vision tower once a picture, and keep its features for later "
-        "epochs; where only the connector trains, what the tower gives it. `memory`: in this run; "
-        "`disk`: in files below `data.cache_dir`, for later runs and other processes too; `auto`: "
-        "in memory, then on disk (of several processes the other way round), and off where the "
-        "tower trains. With the others a tower that trains is an error. The loss is the same.",
+        description="Run a frozen vision tower only once per picture, and keep its features for "
+        "later epochs. (If the connector is trained, what is kept is the tower's output before "
+        "it.) `memory`: for this run. `disk`: in files below `data.cache_dir`, for later runs and "
+        "other processes too. `auto`: in memory, then on disk (with several processes, first on "
+        "disk); off if the tower is trained. With `memory` or `disk`, a tower that is trained is "
+        "an error. The loss is the same.",
     )
-    vision_cache_bytes: int = Field(
+    vision_cache_bytes: Annotated[
+        int, Effect(needs={"train.vision_cache": Not("off")}, changes_step=False)
+    ] = Field(
         default=4_000_000_000,
         ge=1,
-        description="Most bytes of features kept in memory, by all processes together and within "
-        "half of what is free at the start, and as many on disk. Beyond, nothing more is kept; on "
-        "disk, features of other towers give way first. A picture of 300 tokens takes about 1.2 MB "
-        "at width 2048 in bf16.",
+        description="Maximum size of the vision cache in bytes: once in memory (of all processes "
+        "together, and at most half of the memory that is free at the start) and once on disk. "
+        "When the memory is full, no more features are kept in it; on disk, those of other towers "
+        "are deleted first. A picture of 300 tokens takes about 1.2 MB at width 2048 in bf16.",
     )
-    learning_rate: float = Field(default=2e-4, gt=0, description="Peak learning rate.")
+    learning_rate: float = Field(
+        default=2e-4, gt=0, description="Peak learning rate, reached at the end of the warm-up."
+    )
     part_learning_rates: dict[PartName, Rate] = Field(
-        default={}, description="Peak learning rates of single parts, e.g. `{vision: 2e-5}`."
+        default={},
+        description="Peak learning rates of single parts of the model, instead of "
+        "`learning_rate`; for example `{vision: 2e-5}`.",
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="cosine", description="Course of the learning rate after the warm-up, down to 0."
+        default="cosine",
+        description="Learning rate after the warm-up: `constant`, or falling to 0 as a line or as "
+        "a half cosine.",
     )
     warmup: FractionOrSteps = Field(
         default=0.03,
         ge=0,
-        description="Linear warm-up: a fraction of training below 1, optimizer steps from 1.",
+        description="Optimizer steps in which the learning rate rises from 0 to its peak. Below "
+        "1: a fraction of all steps. From 1: a number of steps.",
     )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
         default="paged_adamw_8bit",
-        description="AdamW with 32- or 8-bit state; `paged`: state moves to host memory when the "
-        "GPU's is short (CUDA only; on a CPU the unpaged kind is used, with a notice).",
+        description="AdamW; `8bit`: with 8-bit instead of 32-bit state; `paged`: the state moves "
+        "to host memory when GPU memory is short. On a CPU, the unpaged optimizer is used and a "
+        "log line says so.",
     )
     weight_decay: float = Field(
         default=0.0,
         ge=0,
-        description="Decoupled weight decay; never on biases, norms or AdaLoRA's tensors.",
+        description="Decoupled weight decay. Biases, norms and the tensors of AdaLoRA never decay.",
     )
     max_grad_norm: float | None = Field(
-        default=1.0, gt=0, description="Global gradient norm is clipped to this; null: never."
+        default=1.0,
+        gt=0,
+        description="Maximum global norm of the gradient; a larger gradient is scaled down to it. "
+        "Null: no clipping.",
     )
     gradient_checkpointing: bool = Field(
         default=True,
-        description="Recompute activations in the backward pass: less memory, more time.",
+        description="Recompute activations in the backward pass: takes less memory and more time.",
     )
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         default="bf16",
-        description="Compute dtype of the 16-bit parts. Adapters are kept in float32 in all three. "
-        "`fp32` is the fastest on a CPU without bf16 instructions; a GPU of compute capability "
-        "below 8.0 (T4, V100) takes `fp16`.",
+        description="Dtype that everything is computed in that is not quantised. Adapters are "
+        "always kept in float32. `fp32` is the fastest on a CPU without bf16 instructions. A GPU "
+        "of compute capability below 8.0 (T4, V100) needs `fp16`.",
     )
-    log_every: int = Field(
-        default=10, ge=1, description="Optimizer steps between two logged lines."
+    log_every: Annotated[int, Effect(changes_step=False)] = Field(
+        default=10, ge=1, description="Optimizer steps from one logged line to the next."
     )
-    eval_every: FractionOrSteps = Field(
-        default=0.25, gt=0, description="Evaluation: a fraction of training up to 1, steps above."
-    )
-    save_every: FractionOrSteps = Field(
+    eval_every: Annotated[
+        FractionOrSteps,
+        Effect(needs=({"data.eval": Not(None)}, {"eval.guard": Not(None)}), changes_step=False),
+    ] = Field(
         default=0.25,
         gt=0,
-        description="Checkpoints: a fraction of training up to 1, steps above.",
+        description="How often the model is evaluated. Up to 1: after each such fraction of "
+        "training (0.25: four times). Above 1: a number of optimizer steps.",
     )
-    keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints kept.")
+    save_every: Annotated[FractionOrSteps, Effect(changes_step=False)] = Field(
+        default=0.25,
+        gt=0,
+        description="How often a checkpoint is written. Up to 1: after each such fraction of "
+        "training. Above 1: a number of optimizer steps.",
+    )
+    keep_checkpoints: Annotated[int, Effect(changes_step=False)] = Field(
+        default=2,
+        ge=1,
+        description="Number of newest checkpoints that are kept; older ones are deleted.",
+    )
 
 
 class DecodingSection(Section):
@@ -212,41 +275,54 @@ class DecodingSection(Section):
 
     method: Literal["greedy", "sample", "beam"] = Field(
         default="greedy",
-        description="`sample`: each answer is drawn with a seed of its own, so that neither the "
-        "batch nor the number of processes changes it.",
+        description="`greedy`: always the likeliest token. `sample`: tokens are drawn at random, "
+        "each answer with its own seed, so that the batch size and the number of processes do not "
+        "change it. `beam`: beam search.",
     )
-    temperature: float = Field(default=1.0, gt=0, description="`sample` only: divides the logits.")
-    top_p: float = Field(
+    temperature: Annotated[float, Effect(needs={"eval.decoding.method": "sample"})] = Field(
+        default=1.0, gt=0, description="`sample` only: the logits are divided by it."
+    )
+    top_p: Annotated[float, Effect(needs={"eval.decoding.method": "sample"})] = Field(
         default=1.0,
         gt=0,
         le=1,
-        description="`sample` only: from the likeliest tokens that together have this probability.",
+        description="`sample` only: draw from the likeliest tokens that together have this "
+        "probability. 1: from all tokens.",
     )
-    top_k: int = Field(
-        default=0, ge=0, description="`sample` only: from this many likeliest tokens; 0: all."
+    top_k: Annotated[int, Effect(needs={"eval.decoding.method": "sample"})] = Field(
+        default=0,
+        ge=0,
+        description="`sample` only: draw from this number of likeliest tokens. 0: from all tokens.",
     )
-    num_beams: int = Field(default=4, ge=2, description="`beam` only: number of beams.")
-    stop: list[Name] = Field(
-        default=[], description="An answer ends before any of these texts, besides its end token."
+    num_beams: Annotated[int, Effect(needs={"eval.decoding.method": "beam"})] = Field(
+        default=4, ge=2, description="`beam` only: number of beams."
+    )
+    stop: Names = Field(
+        default=[],
+        description="Texts that end an answer, as its end token does. The answer does not contain "
+        "them.",
     )
 
 
 class GuardSection(Section):
-    """Present: a second set on which the model must not get worse (forgetting)."""
+    """A second set of samples, on which the model must not become worse (forgetting)."""
 
-    data: Entries = Field(description="What it is measured on; as `data.train`.")
-    task: Task = Field(default="vqa", description="What is measured on it.")
-    metric: Name | None = Field(
-        default=None, description="The metric that must not fall; null: the first of the task."
+    data: Entries = Field(description="The samples; written as `data.train`.")
+    task: Task = Field(default="vqa", description="What is measured; as `eval.task`.")
+    metric: Annotated[Name | None, Effect(belongs_to="eval.guard.task")] = Field(
+        default=None, description="The metric that must not fall. Null: the first of the task."
     )
     max_drop: float = Field(
         default=0.02,
         ge=0,
-        description="How far it may fall below its value before training, in the metric's unit "
-        "(0.02 is two points of an accuracy). Beyond: said at the end, and exit code 1.",
+        description="How far the metric may fall below its value before training, in its own unit "
+        "(0.02 is two percentage points of an accuracy). If it falls further, training ends with "
+        "a message and exit code 1.",
     )
     max_samples: int | None = Field(
-        default=None, ge=1, description="A fixed random choice of so many samples; null: all."
+        default=None,
+        ge=1,
+        description="Measure on this number of samples, chosen at random once. Null: on all.",
     )
 
 
@@ -255,130 +331,186 @@ class EvalSection(Section):
 
     task: Task = Field(
         default="vqa",
-        description="What is measured: `vqa`, `caption`, `choice` (rows with `options`), "
-        "`classification`, `grounding` (boxes as text) by generated answers; `retrieval` of texts "
-        "by pictures and pictures by texts.",
+        description="What is measured. From generated answers: `vqa`, `caption`, `choice` (rows "
+        "with `options`), `classification`, `grounding` (boxes as text). From similarities: "
+        "`retrieval` of texts by pictures and of pictures by texts.",
     )
-    metrics: list[Name] = Field(default=[], description="Names of metrics; `[]`: the task's own.")
-    max_new_tokens: int = Field(
-        default=32, ge=1, description="Longest generated answer, in tokens."
+    metrics: Annotated[Names, Effect(belongs_to="eval.task")] = Field(
+        default=[], description="Names of metrics. `[]`: those of the task."
+    )
+    max_new_tokens: Annotated[int, Effect(needs=NEEDS_ANSWERS)] = Field(
+        default=32, ge=1, description="Maximum length of a generated answer, in tokens."
     )
     batch_size: int = Field(
-        default=16, ge=1, description="Questions answered at once by one process."
+        default=16, ge=1, description="Number of questions that one process answers at once."
     )
-    max_samples: int | None = Field(
+    max_samples: Annotated[int | None, Effect(needs={"data.eval": Not(None)})] = Field(
         default=None,
         ge=1,
-        description="During training: a fixed random choice of so many samples; null: all.",
+        description="During training: evaluate on this number of samples, chosen at random once. "
+        "Null: on all.",
     )
-    before: bool = Field(
+    before: Annotated[bool, Effect(needs={"data.eval": Not(None)})] = Field(
         default=True,
-        description="Evaluate before the first step too: what the model could do already.",
+        description="Evaluate before the first step too, to see what the model could do before.",
     )
-    best_metric: Name | None = Field(
+    best_metric: Annotated[Name | None, Effect(needs={"data.eval": Not(None)})] = Field(
         default=None,
-        description="Keep the checkpoint at which this metric of `data.eval` was best, and make "
-        "it the result; `loss` counts as better where it is lower. Null: the last step's.",
+        description="The result is the checkpoint at which this metric of `data.eval` was best. "
+        "`loss` is best where it is lowest. Null: the result is the last step.",
     )
-    patience: int | None = Field(
+    patience: Annotated[int | None, Effect(needs={"eval.best_metric": Not(None)})] = Field(
         default=None,
         ge=1,
-        description="With `best_metric`: stop after so many evaluations in a row without a new "
-        "best. Null: never.",
+        description="Stop when `best_metric` has not improved in this number of evaluations in a "
+        "row. Null: never.",
     )
-    scorer: Literal["likelihood", "embedding"] = Field(
+    scorer: Annotated[Literal["likelihood", "embedding"], Effect(needs=NEEDS_RETRIEVAL)] = Field(
         default="likelihood",
-        description="Retrieval: log p(text | picture) per token, or the cosine of the last hidden "
-        "states after `embedding_prompt`.",
+        description="Retrieval: how a picture and a text are compared. `likelihood`: by "
+        "log p(text | picture) per token. `embedding`: by the cosine of the last hidden states "
+        "after `embedding_prompt`.",
     )
-    subtract_prior: bool = Field(
+    subtract_prior: Annotated[
+        bool, Effect(tuple({**c, "eval.scorer": "likelihood"} for c in NEEDS_RETRIEVAL))
+    ] = Field(
         default=False,
-        description="Retrieval by likelihood, picture to text: minus log p(text) without a "
-        "picture. It can help a model that was not trained on such texts and ranks common ones "
-        "first; a trained model usually ranks worse with it.",
+        description="Retrieval by likelihood, from picture to text: subtract log p(text) without "
+        "the picture. This can help if the model was not trained on such texts and prefers "
+        "common ones; a trained model usually ranks worse with it.",
     )
-    embedding_prompt: Name = Field(
+    embedding_prompt: Annotated[
+        Name,
+        Effect(
+            needs=(*NEEDS_EMBEDDING, {"objective": "contrastive"}),
+            changes_step={"objective": "contrastive"},
+        ),
+    ] = Field(
         default="Summarize the above in one word:",
-        description="What follows a picture or a text whose embedding is taken, in retrieval by "
-        "embedding and with `objective: contrastive`.",
+        description="Text that is put after a picture or a text to get its embedding, in "
+        "retrieval by embedding and with `objective: contrastive`.",
     )
-    decoding: DecodingSection = DecodingSection()
+    decoding: Annotated[DecodingSection, Effect(needs=NEEDS_ANSWERS)] = DecodingSection()
     guard: GuardSection | None = Field(
         default=None,
-        description="A second set on which the model must not get worse.",
+        description="A second set of samples, on which the model must not become worse.",
     )
 
 
 class Recipe(Section):
     """A whole training run."""
 
-    model: Name = Field(description="Hub id or folder (relative to the recipe).")
-    revision: Name | None = Field(
-        default=None, description="Hub revision; the commit it resolved to is recorded."
+    model: Name = Field(
+        description="The base model: an id on the hub, or a folder (relative to the recipe)."
+    )
+    revision: Annotated[Name | None, Effect(belongs_to="model")] = Field(
+        default=None,
+        description="Branch, tag or commit of the model on the hub. The commit that is used is "
+        "recorded in the run folder.",
     )
     trust_remote_code: bool = Field(
         default=False,
-        description="Run Python code that comes with the model. Only for sources you trust.",
+        description="Run Python code that comes with the model. Only for sources that you trust.",
     )
-    quantization_bit: Literal[4, 8, 16] = Field(
-        default=16, description="Base model: 4 = NF4, 8 = LLM.int8(), 16 = not quantised."
+    quantization_bit: Annotated[
+        Literal[4, 8, 16],
+        Effect(
+            needs={"modules_to_save": Not("all")},
+            off=16,
+            do={"modules_to_save": "set 16: quantised weights cannot be trained"},
+        ),
+    ] = Field(
+        default=16,
+        description="Bits per weight of the base model: 4 (NF4), 8 (LLM.int8()), or 16: not "
+        "quantised.",
     )
-    lora_target: list[Name] = Field(
+    lora_target: Annotated[
+        Names,
+        Effect(
+            needs={"modules_to_save": Not("all")},
+            off=[],
+            do={"modules_to_save": "set lora_target: [] for full fine-tuning, or remove [all]"},
+        ),
+    ] = Field(
         default=["all-linear"],
         description="Modules that get an adapter: groups (`language.attn`, `language.mlp`, "
-        "`vision.attn`, `vision.mlp` or `vision_mlp`, `connector`, `all-linear`: every linear "
-        "layer of the language part, not `lm_head`), leaf names in the language part (`q_proj`), "
-        "full module paths (of a module: all linear layers in it), `re:` patterns over full paths. "
-        "`[]`: no adapter; `modules_to_save` is trained in full.",
+        "`vision.attn`, `vision.mlp` or `vision_mlp`, `connector`, or `all-linear`, which is every "
+        "linear layer of the language part except `lm_head`), names of layers in the language "
+        "part (`q_proj`), full module paths (every linear layer in the module), or `re:` and a "
+        "regular expression for full paths. `[]`: no adapter, only `modules_to_save` is trained.",
     )
-    rank: int = Field(default=16, ge=1, description="Rank of the adapter.")
-    alpha: float = Field(
-        default=32, gt=0, description="The adapter's output is scaled by alpha / rank."
+    rank: Annotated[
+        int,
+        Effect(
+            needs={**NEEDS_ADAPTER, "adalora": None},
+            do={"adalora": "set adalora.initial_rank instead"},
+        ),
+    ] = Field(
+        default=16,
+        ge=1,
+        description="Rank of the adapter. With `adalora`, see `adalora.initial_rank`.",
     )
-    dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="Dropout on the adapter's input, a probability."
+    alpha: Annotated[float, Effect(needs=NEEDS_ADAPTER)] = Field(
+        default=32, gt=0, description="The adapter's output is multiplied by alpha / rank."
     )
-    use_dora: bool = Field(
-        default=False, description="DoRA (Liu et al. 2024, arXiv 2402.09353): train magnitudes too."
+    dropout: Annotated[float, Effect(needs=NEEDS_ADAPTER)] = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Probability of dropout on the adapter's input.",
     )
-    use_rslora: bool = Field(
+    use_dora: Annotated[bool, Effect(needs={**NEEDS_ADAPTER, "adalora": None}, off=False)] = Field(
         default=False,
-        description="rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): scale by alpha / sqrt(rank).",
+        description="DoRA (Liu et al. 2024, arXiv 2402.09353): train the magnitudes of the "
+        "weights apart from their directions.",
+    )
+    use_rslora: Annotated[bool, Effect(needs={**NEEDS_ADAPTER, "adalora": None})] = Field(
+        default=False,
+        description="rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): multiply the adapter's output "
+        "by alpha / sqrt(rank) instead.",
     )
     objective: Literal["next_token", "contrastive"] = Field(
         default="next_token",
-        description="`next_token`: the cross-entropy of the answers. `contrastive`: the picture "
-        "and the answer of each sample are embedded apart and told from those of the other "
-        "samples of the step (for retrieval by embedding); larger `train.batch_size`, more of "
-        "them. Memory is that of one micro-batch.",
+        description="What is optimised. `next_token`: the cross-entropy of the answers. "
+        "`contrastive`: the similarity of each sample's picture to its own answer, compared with "
+        "the other samples of the step; for retrieval by embedding. A larger `train.batch_size` "
+        "gives more samples to compare with and takes no more memory.",
     )
-    adalora: AdaLoraSection | None = Field(
-        default=None, description="Present: AdaLoRA instead of LoRA; `rank` is then not used."
-    )
-    modules_to_save: list[Name] = Field(
-        default=[],
-        description="Trained in full and saved with the adapter: `embeddings`, `lm_head`, "
-        "`connector`, `vision`, `language`, or full module paths. `[all]` with `lora_target: []`: "
-        "full fine-tuning.",
-    )
-    parts: dict[PartName, Names] | None = Field(
+    adalora: Annotated[
+        AdaLoraSection | None,
+        Effect(needs={"objective": "next_token", "use_dora": False, **NEEDS_ADAPTER}),
+    ] = Field(
         default=None,
-        description="Module paths of each part, for a model that no family file knows.",
+        description="With this section, AdaLoRA is used instead of LoRA, and `rank` has no effect.",
     )
-    output_dir: Name = Field(description="The run folder (relative to the working directory).")
-    seed: int = Field(default=42, ge=0, le=2**32 - 1, description="Seed of every random choice.")
-    contrastive: ContrastiveSection = ContrastiveSection()
+    modules_to_save: Annotated[
+        Names, Effect(needs=({"lora_target": []}, {"modules_to_save": Not("all")}), off=[])
+    ] = Field(
+        default=[],
+        description="Modules that are trained in full and saved with the adapter: `embeddings`, "
+        "`lm_head`, `connector`, `vision`, `language`, or full module paths. `[all]`: full "
+        "fine-tuning, without an adapter.",
+    )
+    parts: dict[PartName, Annotated[Names, Field(min_length=1)]] | None = Field(
+        default=None,
+        description="Module paths of each part, for a model of a family that vlmtune does not "
+        "know.",
+    )
+    output_dir: Annotated[Name, Effect(changes_step=False)] = Field(
+        description="The run folder (relative to the working directory)."
+    )
+    seed: int = Field(
+        default=42, ge=0, le=2**32 - 1, description="Seed of everything that is random."
+    )
+    contrastive: Annotated[ContrastiveSection, Effect(needs={"objective": "contrastive"})] = (
+        ContrastiveSection()
+    )
     quantization: QuantizationSection = QuantizationSection()
     image: ImageSection = ImageSection()
     video: VideoSection = VideoSection()
     data: DataSection
     train: TrainSection = TrainSection()
-    eval: EvalSection = EvalSection()
-
-    @model_validator(mode="after")
-    def _keeps_the_rules(self, info: ValidationInfo) -> Recipe:
-        check_rules(self, may_be_unused=bool(info.context and info.context[WRITTEN_BY_US]))
-        return self
+    eval: Annotated[EvalSection, Effect(changes_step=False)] = EvalSection()
 
 
 LOWER_IS_BETTER = ("loss", "rank", "unparsed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,19 +36,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vlmtune")
 
 Options = Mapping[str, Any]
-
-RETRIEVAL = ("scorer", "subtract_prior", "embedding_prompt")
-SCORED_BY = {"subtract_prior": "likelihood", "embedding_prompt": "embedding"}
-GENERATION = ("max_new_tokens",)
-DECODING = {
-    "method": (),
-    "temperature": ("sample",),
-    "top_p": ("sample",),
-    "top_k": ("sample",),
-    "num_beams": ("beam",),
-    "stop": (),
-}
-"""Keys of `eval.decoding`, and the methods with which they have an effect (none: all)."""
 
 
 def read_recipes(targets: Sequence[str]) -> dict[str, Recipe]:
@@ -86,7 +73,7 @@ def choose_section(
     without effect or out of range, and for targets of different tasks.
     """
     from vlmtune.evaluation.metrics.registry import metrics_for
-    from vlmtune.recipe.schema import EvalSection
+    from vlmtune.recipe.schema import DecodingSection, EvalSection
 
     if "task" in options:
         metrics_for(options["task"])  # names the nearest task that there is
@@ -104,16 +91,15 @@ def choose_section(
             expected="one task for all",
             do="name it with --task",
         )
-    updates: dict[str, Any] = {key: value for key, value in options.items() if key not in DECODING}
+    decoding = {key: options[key] for key in DecodingSection.model_fields if key in options}
+    updates: dict[str, Any] = {key: options[key] for key in options.keys() - decoding.keys()}
     updates.setdefault("task", next(iter(tasks.values()), base.task))
     if updates["task"] != base.task:
         updates.setdefault("metrics", [])  # the recipe's are those of another task
-    updates["decoding"] = base.decoding.model_dump() | {
-        key: value for key, value in options.items() if key in DECODING
-    }
+    updates["decoding"] = base.decoding.model_dump() | decoding
     section = _validated(base, updates)
     _check_effects(section, options)
-    _tell_differences(sections, section, options)
+    _tell_differences(sections, section, options.keys() | ({"decoding"} if decoding else set()))
     return section
 
 
@@ -132,47 +118,36 @@ def _validated(base: EvalSection, updates: Mapping[str, Any]) -> EvalSection:
 
 def _check_effects(section: EvalSection, options: Options) -> None:
     """An option that would change nothing is a mistake."""
-    from vlmtune.evaluation.metrics.registry import CHOICE_LIKELIHOOD
+    from vlmtune.recipe.rules import idle_keys
 
-    method = section.decoding.method
-    is_retrieval = section.task == "retrieval"
-    generates = not is_retrieval and section.metrics != [CHOICE_LIKELIHOOD]
-    for key in options:
-        name = f"--{key.replace('_', '-')}"
-        needed = DECODING.get(key, ())
-        if needed and method not in needed:
-            raise VlmtuneError(
-                f"{name} has no effect with --decoding {method}",
-                do=f"add --decoding {needed[0]}, or leave {name} out",
-            )
-        if not generates and (key in DECODING or key in GENERATION):
-            shown = "--decoding" if key == "method" else name
-            what = section.task if is_retrieval else CHOICE_LIKELIHOOD
-            raise VlmtuneError(f"{shown} has no effect: {what} generates no answers")
-        if not is_retrieval and key in RETRIEVAL:
-            raise VlmtuneError(
-                f"{name} has no effect with --task {section.task}",
-                do=f"add --task retrieval, or leave {name} out",
-            )
-        scorer = SCORED_BY.get(key, section.scorer)
-        if section.scorer != scorer:
-            raise VlmtuneError(
-                f"{name} has no effect with --scorer {section.scorer}",
-                do=f"add --scorer {scorer}, or leave {name} out",
-            )
+    decoding = type(section.decoding).model_fields
+    keys = [f"eval.{'decoding.' if key in decoding else ''}{key}" for key in options]
+    for why in idle_keys({"eval": section.model_dump()}, keys).values():
+        name = _option(why.key)
+        value = ",".join(why.value) if isinstance(why.value, list) else why.value
+        do = f"add {_option(why.cause)} {why.needed}, or " if isinstance(why.needed, str) else ""
+        raise VlmtuneError(
+            f"{name} has no effect with {_option(why.cause)} {value}", do=f"{do}leave {name} out"
+        )
+
+
+def _option(key: str) -> str:
+    """The option that sets a key of `eval`."""
+    name = key.rsplit(".", 1)[-1].replace("_", "-")
+    return "--decoding" if name == "method" else f"--{name}"
 
 
 def _tell_differences(
-    sections: Mapping[str, EvalSection], used: EvalSection, options: Options
+    sections: Mapping[str, EvalSection], used: EvalSection, given: Set[str]
 ) -> None:
-    """Say where a run among several is evaluated otherwise than its own recipe says."""
-    names = ("metrics", "max_new_tokens", *RETRIEVAL, "decoding")
+    """Say where a run among several is evaluated otherwise than its own recipe and the `given`
+    keys of `eval` say."""
+    names = ("metrics", "max_new_tokens", "scorer", "subtract_prior", "embedding_prompt")
     for target, section in sections.items():
         other = [
             name
-            for name in names
-            if name not in options
-            and not (name == "decoding" and options.keys() & DECODING.keys())
+            for name in (*names, "decoding")
+            if name not in given
             and section.task == used.task
             and getattr(section, name) != getattr(used, name)
         ]

@@ -35,7 +35,6 @@ from vlmtune.evaluation.retrieval.ranking import retrieval_items
 from vlmtune.evaluation.runner import evaluate, figure_names, num_to_do
 from vlmtune.models.load import VLM, pixel_budget
 from vlmtune.recipe.data_section import DataEntry
-from vlmtune.recipe.rules import keys_without_data_eval
 from vlmtune.recipe.schema import EvalSection, Recipe
 from vlmtune.train.build import check_best_metric, embedding_prompt_of, layout_of, usable
 from vlmtune.train.contrastive import Contrastive, contrastive_loss
@@ -70,8 +69,6 @@ def load_eval_sets(recipe: Recipe) -> EvalSets:
         check_some_left(key, num_left=len(found), num_given=len(found) + len(bad))
         return fixed_subset(found, num, seed=recipe.seed)
 
-    if unused := keys_without_data_eval(recipe):
-        logger.info("without effect, as data.eval is not given: %s", ", ".join(unused))
     guard = recipe.eval.guard
     samples = load("data.eval", recipe.data.eval, recipe.eval.max_samples)
     _check_scorable(samples, recipe.eval)

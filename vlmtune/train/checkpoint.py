@@ -41,9 +41,14 @@ from torch import Tensor
 from vlmtune.data.dataset import cache_dir_of, content_hash, media_policy_of
 from vlmtune.data.stream import stream_identity
 from vlmtune.errors import VlmtuneError
+<<<<<<< HEAD
 from vlmtune.files import WRITING, whole_folder
 from vlmtune.recipe.data_section import DataSection, VideoSection
 from vlmtune.recipe.schema import Recipe, TrainSection, is_lower_better
+=======
+from vlmtune.recipe.rules import values_of_steps
+from vlmtune.recipe.schema import Recipe, is_lower_better
+>>>>>>> 5072146 (Say at each field when it has an effect; let overrides win)
 from vlmtune.train.runtime import CudaEvent, to_host
 
 
@@ -90,47 +95,10 @@ def is_over(best: Best | None, patience: int | None) -> bool:
     return best is not None and patience is not None and best.num_since >= patience
 
 
-# Changing these between a stop and its resume changes no step's result.
-FREE_KEYS = {"output_dir", "eval", "data.eval", "data.num_workers"} | {
-    f"train.{key}" for key in ("log_every", "eval_every", "save_every", "keep_checkpoints")
-}
-FREE_KEYS |= {f"data.{key}" for key in ("cache", "cache_dir", "url_timeout_seconds")}
-FREE_KEYS |= {"quantization.cache_dequantized", "train.vision_cache", "train.vision_cache_bytes"}
-
-LATER_KEYS: dict[str, object] = {
-    f"{name}.{key}": section.model_fields[key].default
-    for name, section, keys in (
-        ("data", DataSection, ("streaming", "shuffle_buffer", "train_on", "allow_outside_paths")),
-        ("data", DataSection, ("allow_urls", "allow_private_addresses", "max_download_bytes")),
-        ("video", VideoSection, VideoSection.model_fields),
-        ("train", TrainSection, ("packing", "micro_batch_supervised_tokens")),
-    )
-    for key in keys
-}
-"""Keys that came after the first checkpoints, and their defaults: with those, a checkpoint from
-before there was such a key goes on."""
-
-
 def fingerprint_of(recipe: Recipe, data_hashes: dict[str, str]) -> dict[str, Any]:
     """Every recipe key and data file that decides a step's result."""
-    flat: dict[str, Any] = {}
-    for key, value in recipe.model_dump(mode="json").items():
-        if isinstance(value, dict):
-            flat |= {f"{key}.{inner}": x for inner, x in value.items()}
-        else:
-            flat[key] = value
-    kept = {
-        k: v for k, v in flat.items() if k not in FREE_KEYS and k.split(".")[0] not in FREE_KEYS
-    }
-    if recipe.objective == "contrastive":  # a key of `eval` that decides what is trained
-        kept["eval.embedding_prompt"] = recipe.eval.embedding_prompt
-    else:  # left out: a checkpoint from before there were objectives goes on
-        new = ("objective", "contrastive")
-        kept = {k: v for k, v in kept.items() if k.split(".")[0] not in new}
-    for key, default in LATER_KEYS.items():
-        if kept.get(key) == default:
-            kept.pop(key, None)
-    return kept | {f"content of {name}": digest for name, digest in data_hashes.items()}
+    contents = {f"content of {name}": digest for name, digest in data_hashes.items()}
+    return values_of_steps(recipe) | contents
 
 
 def data_hashes_of(recipe: Recipe) -> dict[str, str]:
