@@ -56,19 +56,30 @@ class LoadedRecipe:
     places: Mapping[yaml.Path, Place]
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """Read, override and check the recipe at `path`.
+NO_FILE = Path("recipe")
+"""What messages call a recipe that is given as a mapping; its folder is the current one."""
 
-    `overrides` are `key.sub=value` with a YAML value; null takes a key out of the recipe where
-    null is no value of it. An override wins over the file: keys of the file that it leaves without
-    effect are taken out and named in one log line. Paths are relative to the recipe's folder,
-    except `output_dir`.
+
+def load_recipe(
+    source: Path | Mapping[str, object], overrides: Sequence[str] | Mapping[str, object] = ()
+) -> LoadedRecipe:
+    """Read, override and check the recipe in a file, or given as the mapping that YAML would give.
+
+    `overrides` are texts `key.sub=value` with a YAML value, or Python values by dotted key; null
+    takes a key out of the recipe where null is no value of it. An override wins over the file:
+    keys of the file that it leaves without effect are taken out and named in one log line. Paths
+    are relative to the recipe's folder, those of a mapping and `output_dir` to the current folder.
 
     Raises `ErrorGroup` with every error, in the order of lines; or `VlmtuneError` where the file
     cannot be read.
     """
-    text = _read(path)
+    if isinstance(overrides, Mapping):
+        overrides = [f"{key}={yaml.dump_line(value)}" for key, value in overrides.items()]
+    path = source if isinstance(source, Path) else NO_FILE
+    text = _read(source) if isinstance(source, Path) else yaml.dump_yaml(dict(source))
     document, errors = yaml.parse_yaml(text, file=str(path))
+    if not isinstance(source, Path):
+        document.lines = dict.fromkeys(document.lines)
     settings = _settings(document, str(path))
     before = copy.deepcopy(settings.values)
     for override in overrides:
@@ -218,7 +229,7 @@ def _settings(document: yaml.Document, file: str) -> Settings:
             expected="a mapping of keys to values, e.g. `model: …`",
         )
     places = {path: Place(file, line) for path, line in document.lines.items()}
-    return Settings(document.value, places | {(): Place(file, 1)})
+    return Settings(document.value, places)
 
 
 def _override_name(override: str) -> str:

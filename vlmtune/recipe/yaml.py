@@ -7,9 +7,11 @@ keys are errors, and each key and list item keeps its line.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 
 import yaml
 from yaml.composer import Composer
@@ -54,7 +56,12 @@ def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
     return dumper.represent_scalar(_TAG + "str", text, style=style)
 
 
+def _represent_path(dumper: _Dumper, path: PurePath) -> yaml.ScalarNode:
+    return _represent_text(dumper, str(path))
+
+
 _Dumper.add_representer(str, _represent_text)
+_Dumper.add_multi_representer(PurePath, _represent_path)
 for _name, _pattern, _first in _IMPLICIT:
     for _owner in (_Resolver, _Dumper):
         _owner.add_implicit_resolver(
@@ -75,15 +82,36 @@ class _Composer(Reader, Scanner, Parser, Composer, _Resolver):
 
 @dataclass
 class Document:
-    """Plain values, and the 1-based line of every key and list item."""
+    """Plain values, and the 1-based line of every key and list item; None where it has none."""
 
     value: object
-    lines: dict[Path, int] = field(default_factory=dict)
+    lines: dict[Path, int | None] = field(default_factory=dict)
 
 
-def dump_yaml(value: object) -> str:
-    """YAML that reads the same under 1.1 and 1.2, keys in the order given."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+def dump_yaml(value: object, *, width: float = 100, in_one_line: bool = False) -> str:
+    """YAML that reads the same under 1.1 and 1.2, keys in the order given. Raises `VlmtuneError`
+    for a value that YAML has no form of."""
+    try:
+        return yaml.dump(
+            value,
+            Dumper=_Dumper,
+            sort_keys=False,
+            allow_unicode=True,
+            width=width,
+            default_flow_style=in_one_line,
+        )
+    except yaml.representer.RepresenterError as error:
+        raise VlmtuneError(
+            "a value that a recipe cannot hold",
+            got=f"{error.args[1]!r} ({type(error.args[1]).__name__})",
+            expected="text, a number, true or false, None, or lists and mappings of them",
+        ) from None
+
+
+def dump_line(value: object) -> str:
+    """The YAML of `value` in one line, as an override has it."""
+    text = dump_yaml(value, width=math.inf, in_one_line=True)
+    return text.removesuffix("...\n").rstrip("\n")  # a value alone is followed by `...`
 
 
 def parse_yaml(text: str, *, file: str) -> tuple[Document, list[VlmtuneError]]:
@@ -132,7 +160,7 @@ class _Builder:
 
     def __init__(self, file: str) -> None:
         self.file = file
-        self.lines: dict[Path, int] = {}
+        self.lines: dict[Path, int | None] = {}
         self.errors: list[VlmtuneError] = []
         self._open: list[int] = []
         self._num_nodes = 0

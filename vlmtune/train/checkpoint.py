@@ -41,14 +41,9 @@ from torch import Tensor
 from vlmtune.data.dataset import cache_dir_of, content_hash, media_policy_of
 from vlmtune.data.stream import stream_identity
 from vlmtune.errors import VlmtuneError
-<<<<<<< HEAD
 from vlmtune.files import WRITING, whole_folder
-from vlmtune.recipe.data_section import DataSection, VideoSection
-from vlmtune.recipe.schema import Recipe, TrainSection, is_lower_better
-=======
 from vlmtune.recipe.rules import values_of_steps
 from vlmtune.recipe.schema import Recipe, is_lower_better
->>>>>>> 5072146 (Say at each field when it has an effect; let overrides win)
 from vlmtune.train.runtime import CudaEvent, to_host
 
 
