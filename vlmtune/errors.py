@@ -100,9 +100,11 @@ def at(source: Located) -> Iterator[None]:
 
 
 class CheckFailed(VlmtuneError):
-    """The command ran and the answer is no (a merge did not verify); exits 1."""
+    """The command ran and the answer is no (a merge did not verify); exits 1. `report` is what
+    `--json` prints of it, if anything."""
 
     exit_code = 1
+    report: object = None
 
 
 def plural(count: int, one: str, many: str | None = None) -> str:

@@ -19,15 +19,11 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TextIO
+from typing import Annotated, Literal, TextIO
 
 import typer
 
-from vlmtune.errors import SampleError, VlmtuneError
-
-if TYPE_CHECKING:
-    pass
-
+from vlmtune.errors import CheckFailed, SampleError, VlmtuneError
 
 TargetArgument = Annotated[
     str,
@@ -116,6 +112,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except (VlmtuneError, KeyboardInterrupt) as error:
             if debug:
                 traceback.print_exc(file=sys.stderr)
+            if json and isinstance(error, CheckFailed) and error.report is not None:
+                print_json(error.report)
             if isinstance(error, VlmtuneError):
                 if not _is_reported_elsewhere(error):
                     print(error, file=sys.stderr)
@@ -136,10 +134,15 @@ def _only_json_on_stdout() -> Iterator[None]:
         _json_stream.reset(token)
 
 
+def is_main_process() -> bool:
+    """Whether this process prints; known before the processes of a launch meet."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _is_reported_elsewhere(error: VlmtuneError) -> bool:
     """Whether the main process of a launch says the same: all of them meet a wrong recipe, one
     alone meets the bad sample of its share."""
-    return os.environ.get("RANK", "0") != "0" and not isinstance(error, SampleError)
+    return not is_main_process() and not isinstance(error, SampleError)
 
 
 def setup_logging(quiet: bool) -> None:

@@ -1,17 +1,21 @@
-"""`vlmtune merge RUN --output DIR`: adapter and unquantised base become one verified checkpoint."""
+"""`vlmtune merge RUN --output DIR`: adapter and base model into one verified checkpoint."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from vlmtune.cli.common import DebugOption, JsonOption, QuietOption, command, print_json
-from vlmtune.errors import VlmtuneError, plural
-
-SHARD_SIZE = re.compile(r"\d+(\.\d+)?(KB|MB|GB|TB)")
+from vlmtune.cli.common import (
+    DebugOption,
+    JsonOption,
+    QuietOption,
+    TrustOption,
+    command,
+    print_json,
+)
+from vlmtune.errors import plural
 
 
 @command
@@ -26,56 +30,43 @@ def merge_command(
     ],
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
-        typer.Option("--dtype", help="Of the merged weights. auto: the base's own."),
+        typer.Option("--dtype", help="Dtype of the merged weights. auto: that of the base model."),
     ] = "auto",
     shard_size: Annotated[
         str,
-        typer.Option("--shard-size", "--max-shard-size", help="Largest weight file, e.g. 5GB."),
+        typer.Option(
+            "--shard-size", "--max-shard-size", help="Size limit of a weight file, e.g. 5GB."
+        ),
     ] = "2GB",
     data: Annotated[
         list[Path] | None,
         typer.Option(
             "--data",
             metavar="FILE",
-            help="Samples to compare logits on. Default: the run's own.",
+            help="Samples on which logits are compared. Default: those of the run.",
             show_default=False,
         ),
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
+    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Merge a run's adapter into its base model, and check the result against base + adapter.
+    """Merge a run's adapter into its base model, and verify the result against base + adapter.
 
-    The base is loaded again without quantisation. Exits 1, and leaves no output, where the written
-    model's logits are not those of base + adapter.
+    The base model is loaded again, without quantization. If the merged model's logits differ from
+    those of base + adapter, the command exits with 1 and leaves no output.
     """
-    from vlmtune.sessions.preload import preload
+    from vlmtune.sessions.merge import merge
 
-    if SHARD_SIZE.fullmatch(shard_size) is None:
-        raise VlmtuneError(
-            "wrong value for --shard-size", got=shard_size, expected="a size, e.g. 5GB"
-        )
-    preload("vlmtune.models.merge")
-    from vlmtune.models.merge import merge
-    from vlmtune.models.merge_verify import MergeFailed
-
-    try:
-        report = merge(
-            run,
-            output,
-            dtype=dtype,
-            shard_size=shard_size,
-            data=data or (),
-            trust_remote_code=trust_remote_code,
-        )
-    except MergeFailed as error:
-        if json:
-            print_json(error.report)
-        raise
+    report = merge(
+        run,
+        output,
+        dtype=dtype,
+        shard_size=shard_size,
+        data=data or (),
+        trust_remote_code=trust_remote_code,
+    )
     if json:
         print_json(report)
         return
@@ -83,5 +74,5 @@ def merge_command(
         f"{report.output}: verified on {plural(report.num_positions, 'position')} of "
         f"{plural(report.num_samples, 'sample')}; logits differ by at most "
         f"{report.max_difference:.3g} (tolerance {report.tolerance:.3g}, {report.dtype}); "
-        f"{report.peak_memory_bytes / 1e9:.1f} GB of memory at most"
+        f"peak memory {report.peak_memory_bytes / 1e9:.1f} GB"
     )
