@@ -189,7 +189,7 @@ class Bench:
         build.seed_everything(recipe.seed, 0)
         self.adapter = build_adapter(self.vlm, recipe, total_steps=num_steps)
         self.encoder = build.build_encoder(recipe, self.vlm)
-        self.trainee = build.build_trainee(
+        self.state = build.build_state(
             recipe,
             vlm=self.vlm,
             adapter=self.adapter,
@@ -214,16 +214,11 @@ class Bench:
         return [self.encoder.encode(self.data[row]) for row in rows]  # type: ignore[index]
 
     def run(self, step: int, data: StepBatch) -> None:
-        set_learning_rate(self.trainee.optimizer.optimizer, 1e-3)
+        set_learning_rate(self.state.optimizer.optimizer, 1e-3)
         train_step(
-            self.trainee.forward,
+            self.state,
+            data,
             step=step,
-            data=data,
-            objective=self.trainee.objective,
-            method=self.trainee.method,
-            parameters=self.trainee.parameters,
-            part_of_name=self.trainee.part_of_name,
-            optimizer=self.trainee.optimizer,
             accelerator=self.accelerator,
             max_grad_norm=self.recipe.train.max_grad_norm,
         )
@@ -253,7 +248,7 @@ def plain_step(bench: Bench, samples: Sequence[Sample], *, rows: int) -> None:
             base(**batch.inputs, labels=labels, use_cache=False).loss.backward()
     if bench.recipe.train.gradient_checkpointing:
         base.disable_input_require_grads()
-    bench.trainee.optimizer.zero_grad()
+    bench.state.optimizer.zero_grad()
 
 
 def shares(profiled: profile) -> dict[str, float]:

@@ -10,13 +10,15 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from tests.train.test_pending import NoMethod, Scores, data_of
+from tests.train.test_pending import NoAdapter, Scores, data_of
 from vlmtune.data.types import Batch
 from vlmtune.models.adapters.adalora import AdaLoraAdapter, BudgetSchedule, RankAllocator, Triplets
+from vlmtune.models.adapters.base import Adapter
 from vlmtune.train.feed import StepBatch
 from vlmtune.train.optim import build_optimizer
 from vlmtune.train.runtime import build_accelerator
-from vlmtune.train.step import Method, NextToken, Objective, train_step
+from vlmtune.train.state import Objective, TrainState
+from vlmtune.train.step import NextToken, train_step
 from vlmtune.train.step_metrics import StepResult
 
 SCALE = 1024.0
@@ -58,7 +60,7 @@ def run(
     *,
     scaler: torch.amp.GradScaler | None,
     monkeypatch: pytest.MonkeyPatch,
-    method: Method | None = None,
+    adapter: Adapter | None = None,
     objective: Objective | None = None,
     broken: tuple[int, ...] = (),
     max_grad_norm: float | None = None,
@@ -71,19 +73,22 @@ def run(
     tensors = [*parameters.values(), *objective.tensors.values()]
     groups = [{"params": tensors, "part": "language", "lr": 0.1, "peak_lr": 0.1}]
     optimizer = build_optimizer(groups, kind="adamw", device=accelerator.device)
+    state = TrainState(
+        model,
+        adapter=adapter or NoAdapter(),
+        parameters=parameters,
+        part_of_name=dict.fromkeys(parameters, "language"),
+        optimizer=AcceleratedOptimizer(optimizer, scaler=scaler),
+        objective=objective,
+    )
     results = []
     for step in range(1, 9):
         if isinstance(model, LowRank):
             model.factor = float("inf") if step in broken else 1.0
         pending = train_step(
-            model,
+            state,
+            data_of(5, 2),
             step=step,
-            data=data_of(5, 2),
-            objective=objective,
-            method=method or NoMethod(),
-            parameters=parameters,
-            part_of_name=dict.fromkeys(parameters, "language"),
-            optimizer=AcceleratedOptimizer(optimizer, scaler=scaler),
             accelerator=accelerator,
             max_grad_norm=max_grad_norm,
             defer_sync=True,
@@ -104,15 +109,15 @@ def test_the_importance_is_that_of_unscaled_gradients(monkeypatch, max_grad_norm
     states = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=SCALE)):
         model = LowRank()
-        method = adalora_of(model)
+        adapter = adalora_of(model)
         run(
             model,
             scaler=scaler,
-            method=method,
+            adapter=adapter,
             monkeypatch=monkeypatch,
             max_grad_norm=max_grad_norm,
         )
-        states.append(method.allocator.state_dict())
+        states.append(adapter.allocator.state_dict())
     plain, scaled = states
     for name, tensor in plain.items():
         assert torch.allclose(scaled[name].float(), tensor.float(), rtol=1e-5), name
@@ -127,26 +132,26 @@ def test_a_step_that_is_thrown_away_leaves_importance_and_ranks_sound(
     monkeypatch, broken, max_grad_norm
 ):
     model = LowRank()
-    method = adalora_of(model)
+    adapter = adalora_of(model)
     seen = []
-    take_in = method.allocator._update_importance
+    take_in = adapter.allocator._update_importance
     monkeypatch.setattr(
-        method.allocator, "_update_importance", lambda: seen.append(None) or take_in()
+        adapter.allocator, "_update_importance", lambda: seen.append(None) or take_in()
     )
     results = run(
         model,
         scaler=torch.amp.GradScaler("cpu", init_scale=SCALE),
-        method=method,
+        adapter=adapter,
         broken=broken,
         monkeypatch=monkeypatch,
         max_grad_norm=max_grad_norm,
     )
     assert [n for n, r in enumerate(results, 1) if r.was_skipped] == list(broken)
     assert len(seen) == 6 - len(broken)
-    state = method.allocator.state_dict()
+    state = adapter.allocator.state_dict()
     assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
-    assert method.allocator.ranks() == {"m": 1}
-    assert torch.equal(model.e.squeeze(1) != 0, method.allocator.masks["m"])
+    assert adapter.allocator.ranks() == {"m": 1}
+    assert torch.equal(model.e.squeeze(1) != 0, adapter.allocator.masks["m"])
 
 
 @pytest.mark.parametrize(("gradient", "skipped"), [(1.0, False), (float("inf"), True)])

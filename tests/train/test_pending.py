@@ -24,6 +24,7 @@ from vlmtune.train.checkpoint import complete_checkpoints
 from vlmtune.train.feed import StepBatch
 from vlmtune.train.optim import build_optimizer
 from vlmtune.train.runtime import build_accelerator, to_device_async
+from vlmtune.train.state import TrainState
 from vlmtune.train.step import NextToken, train_step
 from vlmtune.train.step_metrics import AsyncStepMetrics, Counts
 
@@ -41,7 +42,7 @@ class Scores(nn.Module):
         return nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
 
 
-class NoMethod:
+class NoAdapter:
     def penalty(self) -> Tensor | None:
         return None
 
@@ -77,15 +78,18 @@ def a_step(
     accelerator = accelerator or build_accelerator("fp32")
     groups = [{"params": [model.weight], "part": "language", "lr": 0.1, "peak_lr": 0.1}]
     optimizer = build_optimizer(groups, kind="adamw", device=accelerator.device)
-    return train_step(
+    state = TrainState(
         model,
-        step=3,
-        data=data or data_of(5, 2),
-        objective=NextToken(),
-        method=NoMethod(),
+        adapter=NoAdapter(),
         parameters={"weight": model.weight},
         part_of_name={"weight": "language"},
         optimizer=AcceleratedOptimizer(optimizer, scaler=accelerator.scaler),
+        objective=NextToken(),
+    )
+    return train_step(
+        state,
+        data or data_of(5, 2),
+        step=3,
         accelerator=accelerator,
         max_grad_norm=0.1,
         log_parts=log_parts,
@@ -233,7 +237,7 @@ def test_a_run_that_reads_late_is_the_same_run(make_recipe, tmp_path: Path, monk
     data.write_text("\n".join([lines[0].replace(".png", ".gone"), *lines[1:]]) + "\n")
     bad = ("data.on_bad_sample=skip", "data.max_bad_fraction=0.1")
     expected = train_once(now, *bad)
-    monkeypatch.setattr(loop, "reads_late", lambda device: True)
+    monkeypatch.setattr(loop, "should_defer_sync", lambda device: True)
     found = train_once(defer_sync, *bad)
     assert expected["skipped"] == 1
     for key in ("steps", "samples", "skipped", "loss"):
@@ -258,7 +262,7 @@ def test_no_checkpoint_holds_a_step_that_is_not_finite(
 ):
     """Step 5 is found one step late and step 6 before it is saved; all are called by their own
     number. Saved every third step, logged only at the end."""
-    monkeypatch.setattr(loop, "reads_late", lambda device: True)
+    monkeypatch.setattr(loop, "should_defer_sync", lambda device: True)
     whole, calls = forward.summed_cross_entropy, []
 
     def summed(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:

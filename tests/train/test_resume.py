@@ -154,7 +154,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_replaced(make_recipe):
     process = start_process(recipe, "train.max_steps=2", "train.save_every=2")
     _, stderr = process.communicate(timeout=180)
     assert process.returncode == 0, stderr
-    assert "a run ended here before its first checkpoint; it is replaced" in stderr
+    assert "replacing a run that ended before its first checkpoint" in stderr
     assert [m["step"] for m in metrics_of(run)] == [1, 2]
     assert (run / "adapter").is_dir() and not list(run.glob("eval/*"))
     assert (run / "notes.txt").read_text() == "a person's"

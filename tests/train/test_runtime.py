@@ -9,8 +9,7 @@ from accelerate.state import AcceleratorState
 
 from tests.train.training import train_once, write_recipe
 from vlmtune.errors import ErrorGroup, VlmtuneError
-from vlmtune.sessions import train
-from vlmtune.sessions.train import Session
+from vlmtune.sessions import train as train_session
 from vlmtune.train.runtime import build_accelerator, check_environment, disable_autocast
 
 
@@ -64,8 +63,8 @@ def test_bf16_on_a_gpu_without_it_is_refused_before_the_model_loads(
         tmp_path, tiny_vlm=tiny_vlm, data=data, rank=4, quantization_bit=4, train__precision="bf16"
     )
     loaded: list[object] = []
-    monkeypatch.setattr(Session, "load_model", lambda self: loaded.append(self))
-    monkeypatch.setattr(train, "capability_of", lambda device: (7, 5))
+    monkeypatch.setattr(train_session, "load_model", lambda *arguments: loaded.append(arguments))
+    monkeypatch.setattr(train_session, "capability_of", lambda device: (7, 5))
     with pytest.raises(ErrorGroup) as refused:
         train_once(recipe)
     told = str(refused.value).splitlines()
@@ -73,7 +72,7 @@ def test_bf16_on_a_gpu_without_it_is_refused_before_the_model_loads(
     assert "set train.precision=fp16" in told[0]
     assert "set quantization.compute_dtype=float16" in told[1]
     AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setattr(train, "capability_of", lambda device: (8, 0))
+    monkeypatch.setattr(train_session, "capability_of", lambda device: (8, 0))
     with pytest.raises(AttributeError):  # no model: this far it comes
         train_once(recipe)
     assert loaded

@@ -144,11 +144,11 @@ import resource, torch
 from torch.utils.data import Dataset
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
-from vlmtune.train.feed import loaded
+from vlmtune.train.feed import load_steps
 class Steps(Dataset):
     def __getitem__(self, step):
         return [torch.ones(1) for _ in range(200)]
-kept = list(loaded(Steps(), sampler=range(3), num_workers=1))
+kept = list(load_steps(Steps(), sampler=range(3), num_workers=1))
 assert sum(len(step) for step in kept) == 600
 """
 

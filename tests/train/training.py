@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vlmtune.recipe.load import load_recipe
-from vlmtune.sessions.train import Session
-from vlmtune.train.run_folder import choose_start
-from vlmtune.train.runtime import build_accelerator, joined
+from vlmtune.sessions.train import train
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 4},
@@ -64,11 +63,8 @@ def write_recipe(folder: Path, *, tiny_vlm: Path, data: Path, **keys: Any) -> Pa
 
 
 def train_once(recipe: Path, *overrides: str, resume: str | None = None) -> dict[str, Any]:
-    """What the command does after parsing its arguments, in this process."""
-    loaded = load_recipe(recipe, overrides)
-    start = choose_start(Path(loaded.recipe.output_dir), resume)
-    with joined(build_accelerator(loaded.recipe.train.precision)) as accelerator:
-        return Session(loaded, accelerator, resume, quiet=True).run(start)
+    """What the command does after parsing its arguments, in this process; what it prints."""
+    return asdict(train(load_recipe(recipe, overrides), resume=resume, quiet=True))
 
 
 def adapter_of(run: Path) -> dict[str, Tensor]:

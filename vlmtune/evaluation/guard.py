@@ -17,7 +17,7 @@ import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -93,28 +93,18 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class GuardVerdict:
-    """`drop` is how much worse the figure became; negative where it got better."""
+    """`drop` is how much worse the figure became; negative where it got better. `has_fallen`:
+    whether that is more than is allowed."""
 
     metric: str
     before: float
     after: float
     drop: float
     max_drop: float
-
-    @property
-    def has_fallen(self) -> bool:
-        """Whether it became worse by more than is allowed."""
-        return self.drop > self.max_drop + ROUNDING
+    has_fallen: bool
 
     def as_dict(self) -> dict[str, object]:
-        return {
-            "metric": self.metric,
-            "before": self.before,
-            "after": self.after,
-            "drop": self.drop,
-            "max_drop": self.max_drop,
-            "has_fallen": self.has_fallen,
-        }
+        return asdict(self)
 
     def __str__(self) -> str:
         change = "forgotten: " if self.has_fallen else ""
@@ -128,7 +118,8 @@ def guard_verdict(before: float, after: float, *, metric: str, max_drop: float) 
     """Whether `metric` fell by more than `max_drop`; a figure that is better where it is lower (a
     loss, a rank) must not rise by more."""
     drop = after - before if is_lower_better(metric) else before - after
-    return GuardVerdict(metric, before, after, drop, max_drop)
+    has_fallen = drop > max_drop + ROUNDING
+    return GuardVerdict(metric, before, after, drop, max_drop, has_fallen)
 
 
 def guard_section(section: EvalSection) -> EvalSection:

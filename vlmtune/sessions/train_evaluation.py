@@ -93,7 +93,7 @@ class TrainingEvaluation:
 
     recipe: Recipe
     vlm: VLM
-    trainee: TrainState
+    state: TrainState
     encoder: Encoder
     accelerator: Accelerator
     eval_sets: EvalSets
@@ -133,8 +133,8 @@ class TrainingEvaluation:
             "accelerator": self.accelerator,
             "layout": layout_of(self.recipe, self.vlm),
         }
-        forward = self.accelerator.unwrap_model(self.trainee.forward)
-        objective = self.trainee.objective
+        forward = self.accelerator.unwrap_model(self.state.forward)
+        objective = self.state.objective
         prompt = embedding_prompt_of(self.recipe)
         if isinstance(objective, Contrastive) and prompt is not None:
             return contrastive_loss(
@@ -192,13 +192,13 @@ def build_evaluation(
     recipe: Recipe,
     *,
     vlm: VLM,
-    trainee: TrainState,
+    state: TrainState,
     encoder: Encoder,
     accelerator: Accelerator,
     eval_sets: EvalSets,
     folder: Path,
 ) -> TrainingEvaluation | None:
-    """The evaluation of `trainee`, tried on every sample's encoding first; None without data.
+    """The evaluation of `state`, tried on every sample's encoding first; None without data.
     `vlm` has the trained model."""
 
     if not (eval_sets.samples or eval_sets.guard):
@@ -227,7 +227,7 @@ def build_evaluation(
     return TrainingEvaluation(
         recipe=recipe,
         vlm=vlm,
-        trainee=trainee,
+        state=state,
         encoder=encoder,
         accelerator=accelerator,
         eval_sets=left,

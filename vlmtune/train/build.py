@@ -59,8 +59,8 @@ from vlmtune.train.probe import (
 )
 from vlmtune.train.run_folder import SkipLog
 from vlmtune.train.runtime import DTYPES, disable_autocast, to_device
-from vlmtune.train.state import TrainState
-from vlmtune.train.step import NextToken, Objective
+from vlmtune.train.state import Objective, TrainState
+from vlmtune.train.step import NextToken
 
 log = logging.getLogger("vlmtune")
 
@@ -338,7 +338,7 @@ def check_best_metric(
     updated(None, metric=metric, step=0, values=dict.fromkeys([*losses, *figures], 0.0))
 
 
-def build_trainee(
+def build_state(
     recipe: Recipe,
     *,
     vlm: VLM,
@@ -395,16 +395,16 @@ def build_trainee(
     return TrainState(prepared, adapter, trained, parts, optimizer, objective, features)
 
 
-def saver(recipe: Recipe, trainee: TrainState) -> Callable[[Path], None]:
-    """What writes the result into a folder: the method's files and, after contrastive training,
+def saver(recipe: Recipe, state: TrainState) -> Callable[[Path], None]:
+    """What writes the result into a folder: the adapter's files and, after contrastive training,
     `contrastive.json` with what else makes an embedding."""
 
     def save(folder: Path) -> None:
-        trainee.method.save(folder)
-        if isinstance(trainee.objective, Contrastive):
+        state.adapter.save(folder)
+        if isinstance(state.objective, Contrastive):
             write_embedding_record(
                 folder,
-                temperature=trainee.objective.temperature,
+                temperature=state.objective.temperature,
                 prompt=recipe.eval.embedding_prompt,
             )
 

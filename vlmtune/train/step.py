@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -27,106 +26,64 @@ from vlmtune.errors import SampleError
 from vlmtune.models.forward import total_weight
 from vlmtune.train.feed import StepBatch
 from vlmtune.train.runtime import prefetch_to_device, to_device
+from vlmtune.train.state import TrainState
 from vlmtune.train.step_metrics import AsyncStepMetrics, counts_of
 
 
-class Method(Protocol):
-    """What the step needs of an adapter method."""
-
-    def penalty(self) -> Tensor | None: ...
-
-    def after_step(self, step: int, *, skipped: Tensor | None = None) -> dict[str, object]: ...
-
-
-class Objective(Protocol):
-    """What is minimised. `unit` names its terms in the logs; `tensors` are what it learns itself,
-    beside the model, by name: they are kept in checkpoints and updated alike on every process."""
-
-    @property
-    def unit(self) -> str: ...
-
-    @property
-    def tensors(self) -> Mapping[str, nn.Parameter]: ...
-
-    def num_terms(self, data: StepBatch) -> int:
-        """Terms of the loss in this process's share of a step."""
-
-    def weight(self, data: StepBatch) -> float:
-        """Their weights' sum; their number where each counts 1."""
-
-    def backward(
-        self,
-        forward: nn.Module,
-        data: StepBatch,
-        accelerator: Accelerator,
-        weight: float | Tensor,
-    ) -> Tensor:
-        """Accumulate the gradient of the step's loss, whose terms weigh `weight` over all
-        processes (1 where nothing weighs; on the device where nothing is to wait for it); the
-        weighted terms' sum of each micro-batch, (num micro-batches,). May be a collective."""
-
-    def log(self) -> dict[str, float]:
-        """Figures of the last step besides the loss."""
-
-
 def train_step(
-    forward: nn.Module,
+    state: TrainState,
+    batch: StepBatch,
     *,
     step: int,
-    data: StepBatch,
-    objective: Objective,
-    method: Method,
-    parameters: Mapping[str, nn.Parameter],
-    part_of_name: Mapping[str, str],
-    optimizer: AcceleratedOptimizer,
     accelerator: Accelerator,
     max_grad_norm: float | None,
     stop_requested: bool = False,
     log_parts: bool = False,
     defer_sync: bool = False,
 ) -> AsyncStepMetrics:
-    """Forward and backward over this process's `data`, then update. With several processes it
-    contains two collectives (counts, losses) besides DDP's and the objective's own.
+    """Forward and backward over this process's micro-batches, then update. With several processes
+    it contains two collectives (counts, losses) besides DDP's and the objective's own.
 
     Raises `VlmtuneError` on all processes, before the update, when the loss or the gradient is not
-    finite on any of them, or the step's samples are not shared out one by one. With `late`, no
-    figure is read here and `AsyncStepMetrics.read` raises it.
+    finite on any of them, or the step's samples are not shared out one by one. With `defer_sync`,
+    no figure is read here and `AsyncStepMetrics.read` raises it.
     """
+    objective, optimizer, scaler = state.objective, state.optimizer, accelerator.scaler
     local = [
-        objective.weight(data),
-        objective.num_terms(data),
-        len(data.left_out),
+        objective.weight(batch),
+        objective.num_terms(batch),
+        len(batch.left_out),
         stop_requested,
-        share_mark(data.positions),
+        share_mark(batch.positions),
     ]
     counts = counts_of(local, accelerator, defer_sync=defer_sync)
-    losses = objective.backward(forward, data, accelerator, counts.divisor)
-    penalty = method.penalty()
+    losses = objective.backward(state.forward, batch, accelerator, counts.divisor)
+    penalty = state.adapter.penalty()
     if penalty is not None:
         # After the reduction of the last micro-batch and equal on all processes: added as it is.
         accelerator.backward(penalty)
     total = accelerator.reduce(losses.sum(), "sum")
-    pending = AsyncStepMetrics(
-        step, data=data, counts=counts, losses=losses, accelerator=accelerator
+    metrics = AsyncStepMetrics(
+        step, batch=batch, counts=counts, losses=losses, accelerator=accelerator
     )
     if not defer_sync:
-        pending.check_shares()
-        pending.check("loss", total)
+        metrics.check_shares()
+        metrics.check("loss", total)
     skipped = None
-    if accelerator.scaler is not None:
-        accelerator.scaler.unscale_(optimizer.optimizer)
+    if scaler is not None:
+        scaler.unscale_(optimizer.optimizer)
         skipped = ~_all_finite(optimizer)
-    part_norms = _part_norms(parameters, part_of_name) if log_parts else {}
-    grad_norm = clip_gradients(list(parameters.values()), max_grad_norm)
-    if not defer_sync and accelerator.scaler is None:
-        pending.check("gradient", grad_norm)
-    pending.send(
+    part_norms = _part_norms(state) if log_parts else {}
+    grad_norm = clip_gradients(list(state.parameters.values()), max_grad_norm)
+    if not defer_sync and scaler is None:
+        metrics.check("gradient", grad_norm)
+    metrics.send(
         total=total, grad_norm=grad_norm, penalty=penalty, part_norms=part_norms, skipped=skipped
     )
     optimizer.step()
-    pending.method_log = method.after_step(step, skipped=skipped)
+    metrics.adapter_log = state.adapter.after_step(step, skipped=skipped)
     optimizer.zero_grad()
-    return pending
+    return metrics
 
 
 class NextToken:
@@ -191,13 +148,11 @@ def _all_finite(optimizer: AcceleratedOptimizer) -> Tensor:
     return torch.isfinite(torch.nn.utils.get_total_norm(grads, norm_type=float("inf")))
 
 
-def _part_norms(
-    parameters: Mapping[str, nn.Parameter], part_of_name: Mapping[str, str]
-) -> dict[str, Tensor]:
+def _part_norms(state: TrainState) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {}
-    for name, parameter in parameters.items():
+    for name, parameter in state.parameters.items():
         if parameter.grad is not None:
-            parts.setdefault(part_of_name[name], []).append(parameter.grad)
+            parts.setdefault(state.part_of_name[name], []).append(parameter.grad)
     return {part: torch.nn.utils.get_total_norm(g) for part, g in sorted(parts.items())}
 
 

@@ -72,26 +72,26 @@ def counts_of(local: Sequence[float], accelerator: Accelerator, *, defer_sync: b
 
 
 class AsyncStepMetrics:
-    """Step number `step`, launched from `data`; its figures may still be on the device.
+    """Step number `step`, launched from `batch`; its figures may still be on the device.
 
     `losses` are the weighted sums of this process's micro-batches. `left_out`: what this process
-    left out. `method_log`: what the adapter's method wrote down.
+    left out. `adapter_log`: what the adapter has to log.
     """
 
     def __init__(
         self,
         step: int,
         *,
-        data: StepBatch,
+        batch: StepBatch,
         counts: Counts,
         losses: Tensor,
         accelerator: Accelerator,
     ) -> None:
         self.step = step
-        self.left_out: list[SkippedSample] = data.left_out
-        self.method_log: dict[str, object] = {}
-        self._mark = share_mark(range(data.num_step_samples))
-        self._sample_ids = [batch.sample_ids for batch in data.micro_batches]
+        self.left_out: list[SkippedSample] = batch.left_out
+        self.adapter_log: dict[str, object] = {}
+        self._mark = share_mark(range(batch.num_step_samples))
+        self._sample_ids = [micro_batch.sample_ids for micro_batch in batch.micro_batches]
         self._counts = counts.values
         self._losses = losses
         self._accelerator = accelerator

@@ -17,13 +17,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from vlmtune.train.feed import StepBatch
 from vlmtune.train.runtime import peak_memory_bytes
-from vlmtune.train.step import Objective
+from vlmtune.train.state import Objective
 from vlmtune.train.step_metrics import StepResult
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class MetricsAccumulator:
         *,
         epoch: float,
         objective: Objective,
-        accelerator: Accelerator,
+        device: torch.device,
     ) -> dict[str, Any]:
         """What `metrics.jsonl` holds of a logged step, `done`."""
         seconds = time.monotonic() - self.started
@@ -95,7 +95,7 @@ class MetricsAccumulator:
             "tokens_per_second": self.num_tokens / seconds,
             "images_per_second": self.num_images / seconds,
             "data_wait_fraction": self.wait_seconds / seconds,
-            "peak_memory_bytes": peak_memory_bytes(accelerator.device),
+            "peak_memory_bytes": peak_memory_bytes(device),
         }
         if done.penalty is not None:
             line["orthogonal_penalty"] = done.penalty
