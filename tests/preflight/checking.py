@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def check(
 
 def check_summary(recipe: Path, *overrides: str, **options: Any) -> dict[str, Any]:
     """What `vlmtune check --json` prints."""
-    return summary_of(check(recipe, *overrides, **options))
+    return asdict(summary_of(check(recipe, *overrides, **options)))
 
 
 def messages(summary: dict[str, Any], severity: str) -> list[str]:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError
-from vlmtune.preflight.problems import KEPT_PER_KIND, Problems, grouped, kind_of
+from vlmtune.preflight.problems import KEPT_PER_KIND, Problems, kind_of
 
 
 def test_the_verdict_follows_the_worst_problem():
@@ -33,8 +33,9 @@ def test_of_a_kind_a_thousand_are_kept_and_all_are_counted():
     for line in range(KEPT_PER_KIND + 7):
         problems.add_error(SampleError(f"the id '{line}' is taken", file="a", line=line))
     problems.add("warning", "odd")
-    first, second = grouped(problems)
-    assert (first.count, len(first.kept)) == (KEPT_PER_KIND + 7, KEPT_PER_KIND)
+    first, second = problems.kinds()
+    assert (first.severity, first.count) == ("error", KEPT_PER_KIND + 7)
+    assert sum(problem.kind == first.kind for problem in problems.found) == KEPT_PER_KIND
     assert (second.severity, second.count) == ("warning", 1)
 
 

@@ -171,11 +171,11 @@ def test_an_id_is_taken_by_the_first_row_that_could_be_parsed():
 
 
 def test_a_full_disk_is_an_error_and_a_free_one_is_not(tmp_path):
-    disk = Disk(1000, 3, 500, 0, free_bytes=3499)
+    disk = Disk(1000, 3, 500, 0, needed_bytes=3500, free_bytes=3499)
     with pytest.raises(VlmtuneError, match="too little room for the run") as caught:
         check_room(disk, tmp_path)
     assert "3.5 kB: 3 checkpoints of 1.0 kB" in str(caught.value)
-    check_room(Disk(1000, 3, 500, 0, free_bytes=3500), tmp_path)
+    check_room(Disk(1000, 3, 500, 0, needed_bytes=3500, free_bytes=3500), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -36,18 +36,15 @@ CACHE_BYTES_PER_TOKEN = 32
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes: of one checkpoint, of all that a run keeps at its fullest moment, of the result, of
-    the sample cache, and what is free where the run is written."""
+    """Bytes: of one checkpoint, of the result, of the sample cache, of all that the run keeps at
+    its fullest moment (without the cache), and what is free where the run is written."""
 
     checkpoint_bytes: int
     checkpoints: int
     result_bytes: int
     cache_bytes: int
+    needed_bytes: int
     free_bytes: int
-
-    @property
-    def needed_bytes(self) -> int:
-        return self.checkpoint_bytes * self.checkpoints + self.result_bytes
 
 
 def disk_of(recipe: Recipe, trained: Trained, *, optimizer_bytes: int, cache_bytes: int) -> Disk:
@@ -57,11 +54,14 @@ def disk_of(recipe: Recipe, trained: Trained, *, optimizer_bytes: int, cache_byt
     if trained.method == "full":
         result = 4 * sum(count.parameters for count in trained.parts.values())
     best = 0 if recipe.eval.best_metric is None else 1
+    checkpoints = recipe.train.keep_checkpoints + 1 + best
+    checkpoint = tensors + optimizer_bytes
     return Disk(
-        checkpoint_bytes=tensors + optimizer_bytes,
-        checkpoints=recipe.train.keep_checkpoints + 1 + best,
+        checkpoint_bytes=checkpoint,
+        checkpoints=checkpoints,
         result_bytes=result,
         cache_bytes=cache_bytes,
+        needed_bytes=checkpoint * checkpoints + result,
         free_bytes=shutil.disk_usage(nearest_folder(Path(recipe.output_dir))).free,
     )
 

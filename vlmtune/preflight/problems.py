@@ -37,6 +37,15 @@ class Problem:
         return self.file if self.line is None else f"{self.file}:{self.line}"
 
 
+@dataclass(frozen=True)
+class ProblemKind:
+    """Problems that differ in names and numbers only."""
+
+    severity: Severity
+    kind: str
+    count: int
+
+
 @dataclass
 class Problems:
     """Problems in the order they were found; of one kind, `KEPT_PER_KIND` are kept, all counted."""
@@ -74,6 +83,11 @@ class Problems:
         text = VlmtuneError(error.message, got=error.got, expected=error.expected, do=error.do)
         self.add(severity, str(text), file=error.file, line=error.line, kind=kind_of(error.message))
 
+    def kinds(self) -> list[ProblemKind]:
+        """How many there are of each kind, errors first, the most frequent first."""
+        found = [ProblemKind(severity, kind, n) for (severity, kind), n in self.counts.items()]
+        return sorted(found, key=lambda kind: (kind.severity != "error", -kind.count))
+
     def num(self, severity: Severity) -> int:
         return sum(count for (of, _), count in self.counts.items() if of == severity)
 
@@ -87,25 +101,3 @@ class Problems:
 def kind_of(message: str) -> str:
     """What messages of one kind have in common: the words without names and numbers."""
     return re.sub("…( …)+", "…", _VARIABLE.sub("…", message.split("; got:")[0]))
-
-
-@dataclass(frozen=True)
-class Group:
-    """Problems of a kind: how many there are, and those whose place is kept."""
-
-    severity: Severity
-    kind: str
-    count: int
-    kept: list[Problem]
-
-
-def grouped(problems: Problems) -> list[Group]:
-    """The problems by kind, errors first, the most frequent first."""
-    kept: dict[tuple[Severity, str], list[Problem]] = {}
-    for problem in problems.found:
-        kept.setdefault((problem.severity, problem.kind), []).append(problem)
-    groups = [
-        Group(severity, kind, count, kept.get((severity, kind), []))
-        for (severity, kind), count in problems.counts.items()
-    ]
-    return sorted(groups, key=lambda group: (group.severity != "error", -group.count))

@@ -1,68 +1,132 @@
-"""A report as plain values: what `--json` prints and the table for people is made of."""
+"""What a check found, as `vlmtune check --json` prints it and the table for people shows it."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from vlmtune.preflight.memory import Memory
-from vlmtune.preflight.problems import kind_of
+from vlmtune.models.targets import TrainedRow
+from vlmtune.preflight.epoch_stats import Disk
+from vlmtune.preflight.memory import Epoch, Memory
+from vlmtune.preflight.model import PartCount
+from vlmtune.preflight.problems import Problem, ProblemKind, Verdict, kind_of
 from vlmtune.preflight.run import Report
-from vlmtune.preflight.sets import GOOD, NO_MEDIA, NOT_A_ROW, NOT_ENCODED, TOO_LONG, CheckedSet
+from vlmtune.preflight.sets import (
+    GOOD,
+    NO_MEDIA,
+    NOT_A_ROW,
+    NOT_ENCODED,
+    TOO_LONG,
+    CheckedSet,
+    SetName,
+)
+from vlmtune.train.feed import SkippedSample
 
 PERCENTILES = (50, 90, 99, 100)
 
 
-def summary_of(report: Report) -> dict[str, Any]:
-    """The verdict, the problems, and every figure; null where a problem was in the way."""
-    sets = {name: set_figures(checked) for name, checked in report.sets.items()}
-    train = sets.get("data.train", {})
+@dataclass(frozen=True)
+class SetSummary:
+    """What was found in one set.
+
+    `files` maps each file to its format. `dropped` counts rows by reason, `left_out` names those
+    whose place is kept; `changed` counts what was done to samples. `encoded_in_full`: whether
+    every sample was encoded, rather than measured by the sizes of its pictures.
+    """
+
+    rows: int
+    rows_looked_at: int
+    files: Mapping[str, str]
+    samples: int
+    bad: int
+    too_long: int
+    tokens: int
+    supervised_tokens: int
+    image_tokens: int
+    images: int
+    tokens_per_sample: Mapping[str, int]
+    dropped: Mapping[str, int]
+    left_out: Sequence[SkippedSample]
+    changed: Mapping[str, int]
+    encoded_in_full: bool
+
+
+@dataclass(frozen=True)
+class CheckSummary:
+    """The verdict, the problems, and every figure; None where a problem was in the way.
+
+    Of each kind of problem, `problems` holds the first ones and `kinds` the count. The token,
+    picture and sample counts are those of `data.train`.
+    """
+
+    verdict: Verdict
+    problems: Sequence[Problem]
+    kinds: Sequence[ProblemKind]
+    num_errors: int
+    num_warnings: int
+    samples: int
+    tokens: int
+    supervised_tokens: int
+    image_tokens: int
+    images: int
+    dropped: Mapping[str, int]
+    changed: Mapping[str, int]
+    sets: Mapping[SetName, SetSummary]
+    duplicates: Mapping[SetName, int]
+    overlap: Mapping[SetName, Mapping[str, int]]
+    steps: int | None
+    epochs: float | None
+    epoch: Epoch | None
+    run: Mapping[str, int] | None
+    method: str | None
+    trainable_parameters: int | None
+    trained: Sequence[TrainedRow]
+    parts: Mapping[str, PartCount]
+    memory_bytes: int | None
+    memory: Memory | None
+    disk: Disk | None
+
+
+def summary_of(report: Report) -> CheckSummary:
+    """The report without its tables of rows."""
+    sets = {name: _set_summary(checked) for name, checked in report.sets.items()}
+    train = sets.get("data.train")
     figures, memory, trained = report.figures, report.memory, report.trained
-    return {
-        "verdict": report.problems.verdict,
-        "problems": [
-            {"severity": p.severity, "file": p.file, "line": p.line, "message": p.message}
-            for p in report.problems.found
-        ],
-        "num_errors": report.problems.num("error"),
-        "num_warnings": report.problems.num("warning"),
-        "samples": train.get("samples", 0),
-        "tokens": train.get("tokens", 0),
-        "supervised_tokens": train.get("supervised_tokens", 0),
-        "image_tokens": train.get("image_tokens", 0),
-        "images": train.get("images", 0),
-        "dropped": train.get("dropped", {}),
-        "changed": train.get("changed", {}),
-        "sets": sets,
-        "duplicates": report.duplicates,
-        "overlap": report.overlaps,
-        "steps": None if figures is None else figures.steps,
-        "epochs": None if figures is None else figures.epochs,
-        "epoch": None if figures is None else asdict(figures.epoch),
-        "run": None if figures is None else figures.run,
-        "method": None if trained is None else trained.method,
-        "trainable_parameters": None if trained is None else trained.trainable_parameters,
-        "trained": [] if trained is None else [asdict(row) for row in trained.rows],
-        "parts": {} if trained is None else {k: asdict(v) for k, v in trained.parts.items()},
-        "memory_bytes": None if memory is None else memory.total,
-        "memory": None if memory is None else memory_figures(memory),
-        "disk": None
-        if report.disk is None
-        else asdict(report.disk) | {"needed_bytes": report.disk.needed_bytes},
-    }
+    return CheckSummary(
+        verdict=report.problems.verdict,
+        problems=report.problems.found,
+        kinds=report.problems.kinds(),
+        num_errors=report.problems.num("error"),
+        num_warnings=report.problems.num("warning"),
+        samples=0 if train is None else train.samples,
+        tokens=0 if train is None else train.tokens,
+        supervised_tokens=0 if train is None else train.supervised_tokens,
+        image_tokens=0 if train is None else train.image_tokens,
+        images=0 if train is None else train.images,
+        dropped={} if train is None else train.dropped,
+        changed={} if train is None else train.changed,
+        sets=sets,
+        duplicates=report.duplicates,
+        overlap=report.overlaps,
+        steps=None if figures is None else figures.steps,
+        epochs=None if figures is None else figures.epochs,
+        epoch=None if figures is None else figures.epoch,
+        run=None if figures is None else figures.run,
+        method=None if trained is None else trained.method,
+        trainable_parameters=None if trained is None else trained.trainable_parameters,
+        trained=() if trained is None else trained.rows,
+        parts={} if trained is None else trained.parts,
+        memory_bytes=None if memory is None else memory.total,
+        memory=memory,
+        disk=report.disk,
+    )
 
 
-def memory_figures(memory: Memory) -> dict[str, int]:
-    """The parts of the estimate, in bytes."""
-    return asdict(memory)
-
-
-def set_figures(checked: CheckedSet) -> dict[str, Any]:
-    """What was found in one set. `dropped` counts rows by reason, `left_out` names those whose
-    place is kept; `changed` counts what was done to samples."""
+def _set_summary(checked: CheckedSet) -> SetSummary:
     table = checked.table
     good = table.rows(GOOD)
     tokens = table.num_tokens()[good]
@@ -70,33 +134,33 @@ def set_figures(checked: CheckedSet) -> dict[str, Any]:
     left_out = []
     for (_, kind), kept in table.failures.items():
         dropped[kind] += kept.count
-        for failed in kept.failed:
-            left_out.append(
-                {
-                    "id": failed.id,
-                    "file": failed.source.file,
-                    "line": failed.source.line,
-                    "reason": kind_of(failed.error.message),
-                    "is_bad": failed.state != TOO_LONG,
-                }
+        left_out += [
+            SkippedSample(
+                id=failed.id,
+                file=failed.source.file,
+                line=failed.source.line,
+                reason=kind_of(failed.error.message),
+                is_bad=failed.state != TOO_LONG,
             )
-    return {
-        "rows": checked.num_rows,
-        "rows_looked_at": len(table),
-        "files": {file.rows.file: file.format for file in checked.files},
-        "samples": len(good),
-        "bad": table.count(NOT_A_ROW, NO_MEDIA, NOT_ENCODED),
-        "too_long": table.count(TOO_LONG),
-        "tokens": int(tokens.sum()),
-        "supervised_tokens": _total(table.supervised, good),
-        "image_tokens": _total(table.media, good),
-        "images": _total(table.images, good),
-        "tokens_per_sample": _percentiles(tokens),
-        "dropped": dict(dropped),
-        "left_out": left_out,
-        "changed": dict(table.notes),
-        "encoded_in_full": not checked.by_size,
-    }
+            for failed in kept.failed
+        ]
+    return SetSummary(
+        rows=checked.num_rows,
+        rows_looked_at=len(table),
+        files={file.rows.file: file.format for file in checked.files},
+        samples=len(good),
+        bad=table.count(NOT_A_ROW, NO_MEDIA, NOT_ENCODED),
+        too_long=table.count(TOO_LONG),
+        tokens=int(tokens.sum()),
+        supervised_tokens=_total(table.supervised, good),
+        image_tokens=_total(table.media, good),
+        images=_total(table.images, good),
+        tokens_per_sample=_percentiles(tokens),
+        dropped=dict(dropped),
+        left_out=left_out,
+        changed=dict(table.notes),
+        encoded_in_full=not checked.by_size,
+    )
 
 
 def _total(column: Any, rows: np.ndarray) -> int:
