@@ -1,6 +1,6 @@
 """The layers of the package: imports point down, and model and method names stay where they belong.
 
-errors < files < recipe < data < models < train | evaluation < report | preflight < sessions < cli
+errors < files < recipe < data < models < train | evaluation < report | preflight < sessions < api, cli
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ LAYERS = {
     "report": 6,
     "preflight": 6,
     "sessions": 7,
+    "api": 8,
     "cli": 8,
 }
 TORCH_LIBRARIES = {"torch", "torchvision", "transformers", "peft", "bitsandbytes", "accelerate"}
@@ -62,6 +63,9 @@ def _import_breaches(relative: str, tree: ast.Module) -> Iterator[tuple[int, str
                 yield node.lineno, f"{layer} imports {target}"
             if layer == "cli" and node in at_start and target != "errors":
                 yield node.lineno, f"cli imports {target} at its start"
+        is_from_package = library == "vlmtune" and rest == target
+        if is_from_package and layer in LAYERS and target not in {*LAYERS, "__version__"}:
+            yield node.lineno, f"takes {target!r} from vlmtune"
         if library in FORBIDDEN_LIBRARIES.get(layer, ()):
             yield node.lineno, f"{layer} imports {library}"
         if layer == "cli" and node in at_start and library in TORCH_LIBRARIES:
@@ -138,6 +142,9 @@ def test_package_keeps_its_layers(root: Path) -> None:
         ("train/a.py", "from vlmtune.cli.common import command", "train imports cli"),
         ("evaluation/a.py", "from vlmtune.report import page", "evaluation imports report"),
         ("report/a.py", "from vlmtune.cli.common import command", "report imports cli"),
+        ("sessions/a.py", "from vlmtune import api", "sessions imports api"),
+        ("cli/a.py", "def f():\n    from vlmtune import api", "cli imports api"),
+        ("models/a.py", "from vlmtune import train_model", "takes 'train_model' from vlmtune"),
         ("cli/a.py", "import torch", "cli imports torch at its start"),
         ("cli/a.py", "try:\n    import peft\nfinally:\n    pass", "cli imports peft at its start"),
         ("cli/a.py", "from vlmtune.train import loop", "cli imports train at its start"),

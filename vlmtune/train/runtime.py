@@ -1,6 +1,6 @@
 """The one place that configures accelerate: processes, signals, and transfers to the device.
 
-    DataLoader -> pinned batch -> `ahead`: the next micro-batch is copied while one computes
+    DataLoader -> pinned batch -> `prefetch_to_device`: the next one is copied while one computes
     device value -> `to_host` -> pinned copy, read once `CudaEvent.wait` returns
 
 On any other device nothing is pinned and nothing is in flight.
@@ -14,6 +14,7 @@ import platform
 import resource
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from importlib import metadata
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs
 from torch import Tensor
 
@@ -99,6 +101,8 @@ def joined(accelerator: Accelerator) -> Iterator[Accelerator]:
         yield accelerator
     finally:
         accelerator.end_training()
+        # accelerate would refuse another precision in the next run of this process.
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -127,14 +131,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignal:
-    """While entered, remembers the first SIGINT or SIGTERM in `received` instead of dying of it."""
+    """While entered, remembers the first SIGINT or SIGTERM in `received` instead of dying of it.
+    Only in the main thread: Python lets no other one set how a signal is handled."""
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in SIGNALS:
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        for number in SIGNALS if is_main_thread else ():
             self._before[number] = signal.signal(number, self._receive)
         return self
 
