@@ -1,6 +1,7 @@
 """The layers of the package: imports point down, and model and method names stay where they belong.
 
-errors < files < recipe < data < models < train | evaluation < report | preflight < sessions < api, cli
+errors < files < recipe < data < models < train | evaluation
+       < report | preflight < sessions < api, cli
 """
 
 from __future__ import annotations
