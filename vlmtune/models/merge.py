@@ -25,7 +25,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vlmtune.errors import VlmtuneError, plural
-from vlmtune.files import whole_folder
 from vlmtune.models.embedding import RECORD_FILE
 from vlmtune.models.forward import base_of
 from vlmtune.models.load import load_processor, read_config
@@ -107,36 +106,38 @@ def merge(
     on_disk = open_lazily(target, trust_remote_code=trust_remote_code)
     wanted = None if dtype == "auto" else getattr(torch, dtype)
     check_space(_num_bytes(on_disk, wanted), output)
+    writing = output.parent / f".writing-{output.name}"
+    shutil.rmtree(writing, ignore_errors=True)
     try:
-        with whole_folder(output) as writing:
-            if on_disk.placed.converted:
-                logger.info(
-                    "transformers converts weights of this model: it is merged whole, in memory"
-                )
-                report = merge_whole(
-                    target,
-                    writing,
-                    dtype=wanted,
-                    shard_size=shard_size,
-                    data=data,
-                    trust_remote_code=on_disk.trust_remote_code,
-                )
-            else:
-                probes = build_probes(on_disk.opened.vlm, on_disk.opened.recipe, data)
-                shard_bytes = size_in_bytes(shard_size)
-                written = fold_and_write(
-                    on_disk, writing, probes, dtype=wanted, shard_bytes=shard_bytes
-                )
-                report = verify_written(
-                    writing, written, trust_remote_code=on_disk.trust_remote_code
-                )
-            _copy_record(Path(target), on_disk.opened.kind, writing)
-            if output.exists():  # only an empty folder is replaced
-                output.rmdir()
+        if on_disk.placed.converted:
+            logger.info(
+                "transformers converts weights of this model: it is merged whole, in memory"
+            )
+            report = merge_whole(
+                target,
+                writing,
+                dtype=wanted,
+                shard_size=shard_size,
+                data=data,
+                trust_remote_code=on_disk.trust_remote_code,
+            )
+        else:
+            probes = build_probes(on_disk.opened.vlm, on_disk.opened.recipe, data)
+            shard_bytes = size_in_bytes(shard_size)
+            written = fold_and_write(
+                on_disk, writing, probes, dtype=wanted, shard_bytes=shard_bytes
+            )
+            report = verify_written(writing, written, trust_remote_code=on_disk.trust_remote_code)
+        _copy_record(Path(target), on_disk.opened.kind, writing)
+        if output.exists():
+            output.rmdir()
+        writing.rename(output)
     except OSError as error:
         raise VlmtuneError(f"cannot be written: {error.strerror or error}", file=output) from error
     except SafetensorError as error:
         raise VlmtuneError(f"cannot be written: {error}", file=output) from error
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
     return dataclasses.replace(report, output=str(output))
 
 
