@@ -33,13 +33,17 @@ from vlmtune.data.encode import Encoder
 from vlmtune.data.media import read_image
 from vlmtune.data.processing import media_keys_of
 from vlmtune.data.types import Conversation, Image, Source, Text, Turn
-from vlmtune.files import Store
 from vlmtune.models.families import family_for
 from vlmtune.models.forward import SupervisedForward
 from vlmtune.models.load import load_processor
 from vlmtune.models.packing import use_packed_attention
 from vlmtune.models.vision import VisionFeatures
-from vlmtune.models.vision_cache import FeatureCache, Tensors, open_disk_store, open_memory_store
+from vlmtune.models.vision_cache import (
+    FeatureCache,
+    FeatureStore,
+    open_disk_store,
+    open_memory_store,
+)
 
 PATCH = 14
 SAMPLE_MODEL = Path(__file__).resolve().parent.parent / "data" / "sample" / "tiny-vlm"
@@ -109,7 +113,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, float]:
         with torch.autocast("cpu", torch.bfloat16):
             torch.autograd.grad(forward(batch), trained)
 
-    def kept(store: Store[Tensors]) -> VisionFeatures:
+    def kept(store: FeatureStore) -> VisionFeatures:
         return VisionFeatures(model, family, FeatureCache([store]))
 
     bound = 10**9

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, Protocol, TypeVar, cast
+from typing import Any, BinaryIO, Generic, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -150,26 +150,12 @@ def _hashed(content: Content, algorithm: Callable[..., Any]) -> Any:
 Value = TypeVar("Value")
 
 
-class Store(Protocol[Value]):
-    """Keeps values under keys, which are hexadecimal digests of all that a value depends on."""
-
-    num_bytes: int
-    """What this store has taken in this process."""
-
-    def get(self, key: str) -> Value | None: ...
-
-    def make_room(self, num_bytes: int) -> bool:
-        """Whether so many bytes more are taken."""
-
-    def put(self, key: str, value: Value) -> bool:
-        """Whether the value is kept now."""
-
-
 @dataclass
 class MemoryStore(Generic[Value]):
     """Values in this process, up to `max_bytes` by `size_of`.
 
-    A full store takes nothing more, or with `drops_oldest` lets go of what was used longest ago.
+    A value's key is a hexadecimal digest of all that it depends on. A full store takes nothing
+    more, or with `drops_oldest` lets go of what was used longest ago.
     """
 
     max_bytes: int
@@ -185,12 +171,14 @@ class MemoryStore(Generic[Value]):
         return found
 
     def make_room(self, num_bytes: int) -> bool:
+        """Whether so many bytes more are taken."""
         while self.drops_oldest and num_bytes <= self.max_bytes < self.num_bytes + num_bytes:
             _, oldest = self._kept.popitem(last=False)
             self.num_bytes -= self.size_of(oldest)
         return self.num_bytes + num_bytes <= self.max_bytes
 
     def put(self, key: str, value: Value) -> bool:
+        """Whether the value is kept now."""
         num_bytes = self.size_of(value)
         if not self.make_room(num_bytes):
             return False
@@ -206,7 +194,7 @@ _ENTRY_MAGIC = b"vlm1"
 
 @dataclass
 class DiskStore(Generic[Value]):
-    """Values in `folder`, as folder/ab/ab…: a checksum, and what `encode` makes of the value.
+    """As `MemoryStore`, in files folder/ab/ab…: a checksum, and what `encode` makes of the value.
 
     Any number of processes may share a folder; with one `encode` and `decode` of module level the
     store pickles into workers. A damaged entry is found by its checksum and made anew. Where

@@ -27,7 +27,6 @@ import ssl
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import SplitResult, quote, unquote, urljoin
@@ -55,37 +54,30 @@ _PORTS = {"http": 80, "https": 443}
 _UNCHANGED = "/%:@!$&'()*+,;=~-._?"
 
 
-@dataclass(frozen=True)
-class Limits:
-    """`seconds`: for all of it, redirects included; only the name's look-up has the system's own
-    limit."""
-
-    max_bytes: int
-    seconds: float
-    allow_private_addresses: bool
-
-
 class PassingError(VlmtuneError):
     """It may work a moment later."""
 
     retry_after_seconds = 0.0
 
 
-def download(url: str, into: BinaryIO, *, limits: Limits) -> None:
+def download(url: str, into: BinaryIO, *, media_policy: MediaPolicy) -> None:
     """Write what `url` holds into `into`.
+
+    The time limit of `media_policy` is for all of it, redirects included; only the look-up of the
+    host's name has the system's own limit.
 
     Raises PassingError for time-outs, broken connections, 429 and 5xx, and VlmtuneError for
     whatever else is wrong.
     """
-    deadline = time.monotonic() + limits.seconds
+    deadline = time.monotonic() + media_policy.url_timeout_seconds
     current = url
     for _ in range(MAX_REDIRECTS + 1):
         parts = split_url(current)
         try:
-            target = _one_request(parts, into, limits=limits, deadline=deadline)
+            target = _one_request(parts, into, media_policy=media_policy, deadline=deadline)
         except TimeoutError as error:
             raise PassingError(
-                f"the download took longer than {limits.seconds:g} seconds",
+                f"the download took longer than {media_policy.url_timeout_seconds:g} seconds",
                 got=format_url(url),
                 do="raise data.url_timeout_seconds, or download the picture yourself",
             ) from error
@@ -107,10 +99,10 @@ def download(url: str, into: BinaryIO, *, limits: Limits) -> None:
 
 
 def _one_request(
-    parts: SplitResult, into: BinaryIO, *, limits: Limits, deadline: float
+    parts: SplitResult, into: BinaryIO, *, media_policy: MediaPolicy, deadline: float
 ) -> str | None:
     """None after the body is written; where the server sends elsewhere, the URL of that."""
-    sock = _connect(parts, limits=limits, deadline=deadline)
+    sock = _connect(parts, media_policy=media_policy, deadline=deadline)
     connection = http.client.HTTPConnection(str(parts.hostname), _port(parts))
     connection.sock = _TimedSocket(sock, deadline)  # already at the address that was checked
     try:
@@ -119,16 +111,16 @@ def _one_request(
             if response.status in REDIRECTS:
                 return _next_url(parts, response)
             _check_status(parts, response)
-            _write_body(parts, response, into, limits=limits)
+            _write_body(parts, response, into, media_policy=media_policy)
             return None
     finally:
         connection.close()
 
 
-def _connect(parts: SplitResult, *, limits: Limits, deadline: float) -> socket.socket:
+def _connect(parts: SplitResult, *, media_policy: MediaPolicy, deadline: float) -> socket.socket:
     host, port = str(parts.hostname), _port(parts)
     addresses = _resolve(parts, host, port)
-    if not limits.allow_private_addresses:
+    if not media_policy.allow_private_addresses:
         for found in addresses:
             address = ipaddress.ip_address(found)
             if not is_public(address):
@@ -225,23 +217,23 @@ def _write_body(
     response: http.client.HTTPResponse,
     into: BinaryIO,
     *,
-    limits: Limits,
+    media_policy: MediaPolicy,
 ) -> None:
     into.seek(0)
     into.truncate()
     num_bytes = response.length or 0  # what the header says, to begin with
-    if num_bytes <= limits.max_bytes:
+    if num_bytes <= media_policy.max_download_bytes:
         num_bytes = 0
         while chunk := response.read1(CHUNK_BYTES):
             num_bytes += len(chunk)
-            if num_bytes > limits.max_bytes:
+            if num_bytes > media_policy.max_download_bytes:
                 break
             _write(into, chunk)
-    if num_bytes > limits.max_bytes:
+    if num_bytes > media_policy.max_download_bytes:
         raise VlmtuneError(
             "the download is too large",
             got=f"{format_url(parts.geturl())}: {num_bytes} bytes or more",
-            expected=f"at most {limits.max_bytes} (data.max_download_bytes)",
+            expected=f"at most {media_policy.max_download_bytes} (data.max_download_bytes)",
         )
     if response.length:
         raise http.client.IncompleteRead(b"", response.length)
@@ -369,14 +361,9 @@ def fetch(
 def _download(
     url: str, into: BinaryIO, media_policy: MediaPolicy, *, sleep: Callable[[float], None]
 ) -> None:
-    limits = Limits(
-        max_bytes=media_policy.max_download_bytes,
-        seconds=media_policy.url_timeout_seconds,
-        allow_private_addresses=media_policy.allow_private_addresses,
-    )
     for attempt in range(ATTEMPTS):
         try:
-            return download(url, into, limits=limits)
+            return download(url, into, media_policy=media_policy)
         except PassingError as error:
             if attempt == ATTEMPTS - 1:
                 error.message += f", {ATTEMPTS} times"

@@ -19,10 +19,11 @@ from pathlib import Path
 from safetensors.torch import load, save
 from torch import Tensor
 
-from vlmtune.files import DiskStore, MemoryStore, Store
+from vlmtune.files import DiskStore, MemoryStore
 
 Tensors = dict[str, Tensor]
 """What is kept of one picture."""
+FeatureStore = MemoryStore[Tensors] | DiskStore[Tensors]
 
 
 @dataclass
@@ -30,7 +31,7 @@ class FeatureCache:
     """The stores in the order in which they are asked and filled, and how often they had what was
     asked for. `not_kept`: features that no store had room for."""
 
-    stores: Sequence[Store[Tensors]]
+    stores: Sequence[FeatureStore]
     hits: int = 0
     misses: int = 0
     not_kept: int = 0

@@ -20,7 +20,7 @@ from vlmtune.data.pairs import encode_pair
 from vlmtune.data.stream import Stream, StreamCursor, open_stream
 from vlmtune.data.types import Batch, Conversation, Skipped
 from vlmtune.errors import SampleError, VlmtuneError, plural
-from vlmtune.files import DiskStore, MemoryStore
+from vlmtune.files import MemoryStore
 from vlmtune.models.adapters.base import Adapter
 from vlmtune.models.adapters.lora_kernels import needs_autocast
 from vlmtune.models.embedding import EmbeddingForward, write_embedding_record
@@ -36,7 +36,12 @@ from vlmtune.models.forward import (
 from vlmtune.models.load import VLM, pad_token_id
 from vlmtune.models.packing import can_pack, use_packed_attention
 from vlmtune.models.vision import Level, VisionFeatures, cacheable_stage, vision_fingerprint
-from vlmtune.models.vision_cache import FeatureCache, Tensors, open_disk_store, open_memory_store
+from vlmtune.models.vision_cache import (
+    FeatureCache,
+    FeatureStore,
+    open_disk_store,
+    open_memory_store,
+)
 from vlmtune.recipe.schema import Recipe
 from vlmtune.train.checkpoint import CheckpointMeta, updated
 from vlmtune.train.contrastive import Contrastive
@@ -93,7 +98,7 @@ def build_vision_features(
         return None
     if mode == "off":
         return VisionFeatures(base, vlm.family)
-    stores: list[MemoryStore[Tensors] | DiskStore[Tensors]] = []
+    stores: list[FeatureStore] = []
     bound, num_processes = recipe.train.vision_cache_bytes, accelerator.num_processes
     if mode != "disk":
         free = int(psutil.virtual_memory().available) // 2
@@ -115,7 +120,7 @@ def build_vision_features(
     return VisionFeatures(base, vlm.family, FeatureCache(stores))
 
 
-def _place(store: MemoryStore[Tensors] | DiskStore[Tensors], num_processes: int) -> str:
+def _place(store: FeatureStore, num_processes: int) -> str:
     """Where a store keeps what it is given, and how much more of it, over all processes."""
     name = "in memory" if isinstance(store, MemoryStore) else "on disk"
     return f"{name} (up to {max(0, store.max_bytes) * num_processes / 1e9:.1f} GB)"

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.errors import VlmtuneError
-from vlmtune.files import whole_folder
+from vlmtune.files import whole_folder, write_file
 from vlmtune.models.quantize import BitsRow
 from vlmtune.models.targets import TrainedRow
 from vlmtune.train.checkpoint import (
@@ -238,10 +238,9 @@ def write_records(
 ) -> None:
     """Record what this run is. Raises `VlmtuneError` where the folder cannot be written."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
-        (folder / "recipe.resolved.yaml").write_text(resolved_text, encoding="utf-8")
-        (folder / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
+        write_file(folder / "recipe.yaml", recipe_text)
+        write_file(folder / "recipe.resolved.yaml", resolved_text)
+        write_file(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
     except OSError as error:
         raise VlmtuneError(
             f"the run folder cannot be written: {error.strerror}",
@@ -259,14 +258,13 @@ def write_modules(
         "trained": [asdict(row) for row in trained],
         "linear_modules_by_bits": [asdict(row) for row in linear_modules],
     }
-    (folder / "modules.json").write_text(json.dumps(values, indent=1) + "\n")
+    write_file(folder / "modules.json", json.dumps(values, indent=1) + "\n")
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """`summary.json`: the figures of a finished or stopped session."""
-    (folder / "summary.json").write_text(
-        json.dumps(finite_or_null(summary), indent=1, default=str) + "\n"
-    )
+    content = json.dumps(finite_or_null(summary), indent=1, default=str)
+    write_file(folder / "summary.json", content + "\n")
 
 
 def write_result(folder: Path, name: str, save: Callable[[Path], None]) -> Path:

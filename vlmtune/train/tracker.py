@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from vlmtune.files import write_file
 from vlmtune.train.feed import StepBatch
 from vlmtune.train.runtime import peak_memory_bytes
 from vlmtune.train.state import Objective
@@ -236,4 +237,4 @@ def drop_lines_from(path: Path, first_step: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             continue
-    path.write_text("".join(kept), encoding="utf-8")
+    write_file(path, "".join(kept))

@@ -23,8 +23,8 @@ from vlmtune.errors import VlmtuneError
 from vlmtune.files import Build, Numbers, Table, build_table, json_digest, load_table, write_table
 
 
-class Rows(Protocol):
-    """The rows of one file or folder. Pickles into worker processes, which open files anew.
+class DataFile(Protocol):
+    """A file or folder of rows. Pickles into worker processes, which open files anew.
 
     `file` names it in messages; `base_dir` is what its pictures are relative to, unless the entry
     says otherwise.
@@ -35,6 +35,10 @@ class Rows(Protocol):
 
     @property
     def base_dir(self) -> Path: ...
+
+
+class Rows(DataFile, Protocol):
+    """Rows by number."""
 
     def __len__(self) -> int: ...
 
@@ -196,18 +200,8 @@ class RawRow:
     content: Any = field(default=None, repr=False)
 
 
-class Shard(Protocol):
-    """One file of a streamed source. Pickles into worker processes, which open files anew.
-
-    `file` names it in messages; `base_dir` is what its pictures are relative to, unless the entry
-    says otherwise.
-    """
-
-    @property
-    def file(self) -> str: ...
-
-    @property
-    def base_dir(self) -> Path: ...
+class Shard(DataFile, Protocol):
+    """One file of a streamed source."""
 
     def rows(self, start: int) -> Iterator[RawRow]:
         """The rows from number `start` on; those before are passed over, not parsed. Raises
