@@ -98,7 +98,7 @@ def test_some_rows_are_looked_at_and_that_is_said(recipe: Path) -> None:
     code, stdout, _ = run_check(recipe, "--max-samples", 6, "--json")
     found = json.loads(stdout)
     assert (code, found["verdict"], found["samples"]) == (0, "warnings", 6)
-    assert "only 6 of 30 rows looked at" in found["problems"][0]["message"]
+    assert "only 6 of 30 rows were checked" in found["problems"][0]["message"]
     assert found["epoch"]["samples"] == 30
     whole = json.loads(run_check(recipe, "--json")[1])
     assert found["epoch"]["tokens"] == pytest.approx(whole["epoch"]["tokens"], rel=0.1)

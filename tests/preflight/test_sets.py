@@ -58,8 +58,8 @@ def test_overlap_is_told_by_picture_and_with_its_question(recipe, data):
     write_rows(data, rows[:4])
     summary = check_summary(recipe(data__eval=str(held_out)))
     both, pictures = messages(summary, "warning")
-    assert "1 of 2 samples with the question and the pictures" in both
-    assert "also trained on: 2 pictures, in 2 of 2 samples" in pictures
+    assert "1 of 2 samples have the question and the pictures" in both
+    assert "2 of 2 samples have a picture of data.train (2 pictures)" in pictures
     assert summary["overlap"]["data.eval"]["samples_with_both"] == 1
 
 
@@ -172,7 +172,7 @@ def test_an_id_is_taken_by_the_first_row_that_could_be_parsed():
 
 def test_a_full_disk_is_an_error_and_a_free_one_is_not(tmp_path):
     disk = Disk(1000, 3, 500, 0, needed_bytes=3500, free_bytes=3499)
-    with pytest.raises(VlmtuneError, match="too little room for the run") as caught:
+    with pytest.raises(VlmtuneError, match="not enough disk space for the run") as caught:
         check_room(disk, tmp_path)
     assert "3.5 kB: 3 checkpoints of 1.0 kB" in str(caught.value)
     check_room(Disk(1000, 3, 500, 0, needed_bytes=3500, free_bytes=3500), tmp_path)

@@ -108,7 +108,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(recipe, tmp_path, target
 def test_features_of_a_tower_that_trains_are_refused(recipe, tmp_path, caplog):
     trains = "lora_target=[q_proj, vision_mlp]"
     for mode in ("memory", "disk"):
-        with pytest.raises(VlmtuneError, match="cannot be kept: the vision tower trains"):
+        with pytest.raises(VlmtuneError, match="cannot be cached: the vision tower trains"):
             train_once(recipe, trains, f"train.vision_cache={mode}")
     assert not (tmp_path / "job" / "run").exists()
     summary = train_once(recipe, trains, "train.max_steps=1")
@@ -137,7 +137,7 @@ def test_where_features_are_kept(recipe, tiny_vlm, tmp_path, caplog, mode, proce
     assert all(store.max_bytes == 1000 // processes for store in features.cache.stores)
     words = {MemoryStore: "in memory", DiskStore: "on disk"}
     expected = ", then ".join(f"{words[store]} (up to 0.0 GB)" for store in stores)
-    assert f"vision cache: pictures' features kept {expected}" in caplog.text
+    assert f"vision cache: picture features are kept {expected}" in caplog.text
 
 
 def test_memory_takes_half_of_what_is_free_at_most(recipe, tiny_vlm, monkeypatch):

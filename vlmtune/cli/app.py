@@ -28,7 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    rich_markup_mode=None,  # boxes around the help cost as long as all the rest of it
+    rich_markup_mode=None,  # drawing boxes would double the time that help takes
 )
 app.command("train")(train_command)
 app.command("check")(check_command)
@@ -37,14 +37,16 @@ app.command("merge")(merge_command)
 app.command("report")(report_command)
 app.command("chat")(chat_command)
 data_app = typer.Typer(
-    help="Convert, look at, measure and split data.", no_args_is_help=True, rich_markup_mode=None
+    help="Convert, preview, measure and split data.", no_args_is_help=True, rich_markup_mode=None
 )
 data_app.command("convert")(convert_command)
 data_app.command("preview")(preview_command)
 data_app.command("stats")(stats_command)
 data_app.command("split")(split_command)
 app.add_typer(data_app, name="data")
-recipe_app = typer.Typer(help="Look at a recipe.", no_args_is_help=True, rich_markup_mode=None)
+recipe_app = typer.Typer(
+    help="Show a recipe or its schema.", no_args_is_help=True, rich_markup_mode=None
+)
 recipe_app.command("show")(show_command)
 recipe_app.command("schema")(schema_command)
 app.add_typer(recipe_app, name="recipe")

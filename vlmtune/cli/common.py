@@ -36,7 +36,7 @@ TargetArgument = Annotated[
 DtypeOption = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option(
-        "--dtype", help="auto: bfloat16 where the device has instructions for it, else float32."
+        "--dtype", help="auto: bfloat16 if the device computes in it natively, else float32."
     ),
 ]
 QuantizationOption = Annotated[
@@ -44,12 +44,12 @@ QuantizationOption = Annotated[
     typer.Option(
         "--quantization-bit",
         metavar="4|8|16",
-        help="Of the base model. Default: as in training.",
+        help="Bits of the base model's weights. Default: as in training.",
         show_default=False,
     ),
 ]
 TrustOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    bool, typer.Option("--trust-remote-code", help="Run Python code from the model's repository.")
 ]
 
 INTERRUPTED = 130
@@ -60,7 +60,9 @@ _json_stream: ContextVar[TextIO | None] = ContextVar("_json_stream", default=Non
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="Only warnings and errors on stderr.")]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", help="Print only warnings and errors on stderr.")
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 RecipeArgument = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)
@@ -69,8 +71,7 @@ OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY.SUB=VALUE",
-        help="Recipe keys set on the command line; the value is YAML. "
-        "`null` takes a key out where it is no value.",
+        help="Recipe keys to set; VALUE is YAML. `null` removes a key that cannot be null.",
         show_default=False,
     ),
 ]

@@ -17,15 +17,20 @@ def report_command(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", metavar="FILE", help="Default: RUN/report.html.", show_default=False
+            "--output",
+            metavar="FILE",
+            help="File to write. Default: RUN/report.html.",
+            show_default=False,
         ),
     ] = None,
-    open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    open_it: Annotated[
+        bool, typer.Option("--open", help="Open the report in the browser.")
+    ] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Write one HTML page that shows a run; it needs no network and no other file."""
+    """Write one self-contained HTML page about a run."""
     from vlmtune.report.page import write_page
 
     written = write_page(run, output)

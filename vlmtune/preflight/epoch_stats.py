@@ -70,7 +70,7 @@ def check_room(disk: Disk, folder: Path) -> None:
     """Raise VlmtuneError where the run does not fit on the disk of `folder`."""
     if disk.needed_bytes > disk.free_bytes:
         raise VlmtuneError(
-            "there is too little room for the run",
+            "not enough disk space for the run",
             file=folder,
             got=f"{format_bytes(disk.free_bytes)} free",
             expected=f"{format_bytes(disk.needed_bytes)}: "
@@ -86,7 +86,7 @@ def check_cache_folder(folder: Path) -> None:
     there = next(p for p in (absolute, *absolute.parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise VlmtuneError(
-            "the sample cache cannot be written: no sample is kept",
+            "the sample cache cannot be written; training goes on without it",
             file=folder,
             got=f"no permission to write in {there}" if there.is_dir() else f"a file at {there}",
             do="set data.cache_dir to a folder you may write to, or data.cache: off",
@@ -98,7 +98,7 @@ def check_cache_room(cache_bytes: int, folder: Path) -> None:
     free = shutil.disk_usage(nearest_folder(folder)).free
     if cache_bytes > free:
         raise VlmtuneError(
-            "there is too little room for the sample cache",
+            "not enough disk space for the sample cache",
             file=folder,
             got=f"{format_bytes(free)} free",
             expected=f"about {format_bytes(cache_bytes)}",

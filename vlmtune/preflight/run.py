@@ -139,7 +139,7 @@ def add_overlap(train: CheckedSet, held_out: CheckedSet, problems: Problems) -> 
     if found.num_with_both:
         problems.add(
             "warning",
-            f"{held_out.name}: {found.num_with_both:,} of {plural(total, 'sample')} with the "
+            f"{held_out.name}: {found.num_with_both:,} of {plural(total, 'sample')} have the "
             "question and the pictures of a training sample",
             file=file,
             line=line,
@@ -148,9 +148,9 @@ def add_overlap(train: CheckedSet, held_out: CheckedSet, problems: Problems) -> 
         shown = (None, None) if found.num_with_both else (file, line)
         problems.add(
             "warning",
-            f"{held_out.name}: also trained on: {plural(found.num_pictures, 'picture')}, in "
-            f"{found.num_with_picture:,} of {plural(total, 'sample')}; `vlmtune data split` keeps "
-            "each picture on one side",
+            f"{held_out.name}: {found.num_with_picture:,} of {plural(total, 'sample')} have a "
+            f"picture of data.train ({plural(found.num_pictures, 'picture')}); "
+            "`vlmtune data split` keeps each picture in one split",
             file=shown[0],
             line=shown[1],
         )
@@ -210,7 +210,7 @@ class Preflight:
         try:
             choose_start(folder, None)
         except VlmtuneError as error:
-            # Of a run, --resume says how to go on; nothing trains into another folder.
+            # A run can be continued with --resume; nothing trains into another folder.
             report.problems.add_error(error, severity="warning" if is_run(folder) else "error")
 
     def _open_model(
@@ -278,7 +278,7 @@ class Preflight:
                 report.problems.add(
                     "warning",
                     f"{name}: only {len(checked.table):,} of {plural(checked.num_rows, 'row')} "
-                    "looked at (--max-samples)",
+                    "were checked (--max-samples)",
                 )
             report.duplicates[name] = add_duplicates(checked, report.problems)
 
@@ -393,7 +393,7 @@ def _check_pictures(
             VlmtuneError(
                 "modules of the vision tower or the connector are trained, but no sample has a "
                 "picture or a video",
-                do="leave them out of lora_target and modules_to_save",
+                do="remove them from lora_target and modules_to_save",
             ),
         )
 
@@ -430,7 +430,7 @@ class _WarningsToProblems(logging.Handler):
 
 @contextlib.contextmanager
 def _collected_warnings(problems: Problems) -> Iterator[None]:
-    """What any layer warns of while the body runs is a problem too, told once, at the end."""
+    """Warnings logged while the body runs become problems, and are not logged as well."""
     own = _WarningsToProblems(problems)
     others = list(logger.handlers)
 

@@ -65,7 +65,7 @@ def load_eval_sets(recipe: Recipe) -> EvalSets:
             media_policy=media_policy_of(recipe.data),
         )
         for row in bad:
-            logger.warning("not evaluated on: %s", row.reason)
+            logger.warning("left out of the evaluation: %s", row.reason)
         check_some_left(key, num_left=len(found), num_given=len(found) + len(bad))
         return fixed_subset(found, num, seed=recipe.seed)
 
@@ -219,8 +219,8 @@ def build_evaluation(
     num_asked = sum(not encoder.is_supervised(sample) for sample in left.samples)
     if num_asked and prompt is None:
         logger.info(
-            "%d of %d held-out samples have no answer to learn: they are answered, and no part of "
-            "eval_loss",
+            "%d of %d evaluation samples have no answer to train on: they count in the metrics, "
+            "not in eval_loss",
             num_asked,
             len(left.samples),
         )
@@ -252,7 +252,9 @@ def verdict_of_run(recipe: Recipe, folder: Path, *, step: int) -> GuardVerdict |
     after_folder = folder / "eval" / f"guard-step-{step:06d}"
     before, after = read_figures(folder / BEFORE), read_figures(after_folder)
     if after is None:
-        logger.warning("the guard could not be checked: it was not measured at the end")
+        logger.warning(
+            "the guard could not be checked: there is no evaluation of it at the last step"
+        )
         return None
     name = guarded_metric(after, guard.metric)
     # Both may be of another recipe: the keys of `eval` may change between a stop and its resume.

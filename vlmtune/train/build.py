@@ -114,9 +114,9 @@ def build_vision_features(
     if num_processes > 1:
         # Each process sees other samples in the next epoch: what they share is asked first.
         stores.reverse()
-    what = "pictures' features" if level == "features" else "what the tower gives the connector"
+    what = "picture features" if level == "features" else "outputs of the vision tower"
     places = ", then ".join(_place(store, num_processes) for store in stores)
-    log.info("vision cache: %s kept %s", what, places)
+    log.info("vision cache: %s are kept %s", what, places)
     return VisionFeatures(base, vlm.family, FeatureCache(stores))
 
 
@@ -131,19 +131,19 @@ def _refuse(recipe: Recipe, vlm: VLM) -> None:
     mode = recipe.train.vision_cache
     trained = trained_media_names(base_of(vlm.model), vlm.family)
     if not vlm.family.supports_precomputed_features:
-        reason = f"a model of the family {vlm.family.name} makes them itself"
+        reason = f"the family {vlm.family.name} takes no precomputed features"
         if recipe.parts is not None:
-            reason += " where the recipe states its parts"
+            reason += " when the recipe states parts"
     else:
         reason = (
             f"the vision tower trains ({plural(len(trained), 'tensor')} of it and the connector)"
         )
     if mode in ("memory", "disk"):
         raise VlmtuneError(
-            f"pictures' features cannot be kept: {reason}",
+            f"picture features cannot be cached: {reason}",
             got=f"train.vision_cache: {mode}; trained is {', '.join(trained[:3]) or 'none of it'}",
-            expected="a vision tower without a trained module",
-            do="set train.vision_cache: auto or off, or take the tower's modules out of "
+            expected="a frozen vision tower and connector",
+            do="set train.vision_cache: auto or off, or remove the tower's modules from "
             "lora_target and modules_to_save",
         )
     if mode == "auto":
@@ -213,7 +213,7 @@ def build_skip_log(
 
 
 def left_out(skipped: Sequence[Skipped]) -> list[SkippedSample]:
-    """The rows that the reader skipped, as the ledger lists them."""
+    """The rows that the reader skipped, as the log lists them."""
     return [
         SkippedSample(s.id, s.source.file, s.source.line, s.reason, is_bad=True) for s in skipped
     ]
@@ -308,8 +308,8 @@ def usable(
     """The held-out conversations that can be encoded, tried before the first step: the question,
     the answer where there is one to learn, and with an embedding prompt the pair.
 
-    Otherwise the first evaluation, hours later, would find the bad one. Raises its `SampleError`,
-    or, with `skip`, leaves it out and names it.
+    Otherwise the first evaluation, hours later, would find the bad one. Raises its `SampleError`
+    or, with `skip`, leaves it out with a warning.
     """
     kept = []
     for conversation in conversations:
@@ -323,7 +323,7 @@ def usable(
             # OverLength: the recipe says to drop what is too long, here as in training.
             if not (skip or isinstance(error, OverLength)):
                 raise
-            log.warning("not evaluated on: %s", error)
+            log.warning("left out of the evaluation: %s", error)
             continue
         kept.append(conversation)
     return kept

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from vlmtune.data.stream import StreamCursor
+from vlmtune.errors import plural
 from vlmtune.recipe.schema import EvalSection, Recipe, TrainSection
 from vlmtune.train.checkpoint import (
     Best,
@@ -170,7 +171,7 @@ class TrainLoop:
         if resume is not None:
             first, best = resume.state.step + 1, best_by(resume.state.best, schedule.best_metric)
             restore(self.state, resume, self.accelerator)
-        # A run that had stopped for want of anything better has no step left to do.
+        # A run that early stopping ended has no step left to do.
         last = first - 1 if is_over(best, schedule.patience) else schedule.total_steps
         began = time.monotonic()
         with translate_worker_errors():
@@ -282,7 +283,7 @@ class TrainLoop:
         values = self._evaluated(self.evaluate, 0)
         self.tracker.log(0, values)
         if any(name.startswith(EVAL_PREFIX) for name in values):
-            # A name that is no figure is said now, not after the first stretch of training.
+            # An unknown metric is reported now, not after the first stretch of training.
             _best_after(None, self.schedule.best_metric, 0, values)
         self._pause_since(paused)
 
@@ -308,8 +309,8 @@ class TrainLoop:
             return False
         if over and not is_last:
             self.tracker.say(
-                f"stopping after step {step}: no better {schedule.best_metric} in "
-                f"{schedule.patience} evaluations"
+                f"early stopping after step {step}: {schedule.best_metric} has not improved in "
+                f"{plural(schedule.patience or 0, 'evaluation')}"
             )
         return not over
 

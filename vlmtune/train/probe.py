@@ -30,13 +30,13 @@ from vlmtune.errors import SampleError, VlmtuneError, plural
 from vlmtune.models.forward import SupervisedForward, base_of, full_logits
 
 MAX_PROBED = 1000
-"""Samples that are looked at before training: has one a picture, which is the first to encode."""
+"""How many samples are read to find a usable one, with a picture if there is one."""
 
 TrainingData = ConversationSet | Stream
 
 
 def sample_evenly(data: TrainingData, problems: list[SampleError]) -> Iterator[Conversation]:
-    """Up to `LOOKED_OVER` samples from all over the data; of those that cannot be read, the errors
+    """Up to `MAX_PROBED` samples from all over the data; of those that cannot be read, the errors
     are added to `problems`."""
     if isinstance(data, Stream):
         opened = OpenStream(data)
@@ -111,8 +111,8 @@ def first_batch(
         raise VlmtuneError(
             "modules of the vision tower or the connector are trained, but no sample has a picture "
             "or a video",
-            got=f"{plural(num_looked_at, 'sample')} looked at",
-            do="leave them out of lora_target and modules_to_save",
+            got=f"{plural(num_looked_at, 'sample')} read",
+            do="remove them from lora_target and modules_to_save",
         )
     for conversation in () if needs_media else without_media:
         if (batch := batch_of(conversation)) is not None:
@@ -184,7 +184,7 @@ def check_packs(forward: SupervisedForward, batch: Batch, dtype: torch.dtype) ->
     if not difference <= RELATIVE_TOLERANCE[dtype]:
         raise VlmtuneError(
             "this model does not keep packed samples apart",
-            got=f"logits that the sample in front changes by {difference:.2g} of the largest",
+            got=f"logits that change with the sample in front by {difference:.2g} of the largest",
             expected=f"at most {RELATIVE_TOLERANCE[dtype]:.0e}",
             do="set train.packing: false",
         )
@@ -228,7 +228,7 @@ def freeze_unreached(
     if unreached:
         log.warning(
             "%d of %d trained tensors get no gradient, as the model does not use them; "
-            "they stay as they are: %s%s",
+            "they stay unchanged: %s%s",
             len(unreached),
             len(parameters),
             ", ".join(unreached[:3]),
