@@ -64,8 +64,8 @@ def test_the_columns_of_a_runs_table_are_those_of_its_evaluation(
     run = csv_run(tmp_path / "run", tiny_vlm, GERMAN)
     rows, stderr = asked(run, "--data", table, output=tmp_path / "own")
     assert [(row["question"], row["answer"]) for row in rows] == [("Was?", "ja")]
-    told = "read as data.train of " + str(run)
-    assert f"{table}: {told} says: columns {{question: Frage, answer: kurz}}" in stderr
+    told = "read like data.train of " + str(run)
+    assert f"{table}: {told}: columns {{question: Frage, answer: kurz}}" in stderr
     rows, stderr = asked(tiny_vlm, "--data", table, output=tmp_path / "model")
     assert [row["answer"] for row in rows] == ["a long answer"]
     assert "read as" not in stderr
@@ -153,7 +153,7 @@ def test_several_ways_of_a_run_are_refused_with_what_to_do(
     run = csv_run(tmp_path / "run", tiny_vlm, GERMAN, ", columns: {answer: answer}")
     code, _, stderr = run_eval(run, "--data", table)
     assert code == 2
-    assert f"{table}: {run} reads such files in several ways" in stderr
+    assert f"{table}: {run} reads files of this kind in several ways" in stderr
 
 
 def test_several_runs_are_asked_as_the_first_reads_the_data_and_that_is_said(

@@ -159,7 +159,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "cut tensors": (cut("tensors.safetensors"), OLDER, ["step-000002", "damaged"]),
     "cut optimizer": (cut("optimizer.pt"), OLDER, ["step-000002", "damaged"]),
     "cut random state": (cut("rng.pt"), OLDER, ["step-000002", "damaged"]),
-    "a tensor is missing": (without_a_tensor, OLDER, ["of another model or adapter"]),
+    "a tensor is missing": (without_a_tensor, OLDER, ["belongs to another model or adapter"]),
     "more processes before": (two_processes, OLDER, ["number of processes"]),
     "more processes before, auto": (
         lambda f: (two_processes(f), shutil.rmtree(f / "run" / "adapter")),

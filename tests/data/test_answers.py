@@ -28,7 +28,7 @@ def test_pictures_are_not_opened(tokenizer, make_conversation, tmp_path, kind):
 
 def test_a_control_token_in_a_text_is_an_error_with_its_place(tokenizer, make_conversation, kind):
     conversation = make_conversation(("user", "What is it?"))
-    with pytest.raises(SampleError, match=r"train\.jsonl:7: a text holds a control token"):
+    with pytest.raises(SampleError, match=r"train\.jsonl:7: a text contains a control token"):
         tokenizer.answers(conversation, ["red", f"a {cached_processor(kind).image_token}"])
 
 

@@ -92,11 +92,11 @@ BAD_ROWS = {
     "data URL of text": (_asked(_image("data:text/plain,Hi")), "not a data: URL"),
     "picture in an answer": (
         _messages(USER, {"role": "assistant", "content": [_image("ok.png")]}),
-        "turn 2 \\(assistant\\) holds a picture",
+        "turn 2 \\(assistant\\) contains a picture",
     ),
     "picture in a system turn": (
         _messages({"role": "system", "content": [_image("ok.png")]}, USER, ASSISTANT),
-        "turn 1 \\(system\\) holds a picture",
+        "turn 1 \\(system\\) contains a picture",
     ),
     "picture without a placeholder": (
         _messages(USER, ASSISTANT, images=["ok.png"]),
@@ -105,7 +105,7 @@ BAD_ROWS = {
     "image and images": (_messages(USER, ASSISTANT, image="a", images=["b"]), "both image and"),
     "images a number": (_messages(USER, ASSISTANT, images=3), "reference cannot be used"),
     "id a list": (_messages(USER, ASSISTANT, id=[1]), "id cannot be used"),
-    "id taken": (_messages(USER, ASSISTANT, id="first"), "'first' is taken.*data.jsonl:1"),
+    "id taken": (_messages(USER, ASSISTANT, id="first"), "'first' is used twice.*data.jsonl:1"),
     "answers a text": (_messages(USER, ASSISTANT, answers="yes"), "answers cannot be used"),
     "answers of numbers": (_messages(USER, ASSISTANT, answers=[1]), "answers cannot be used"),
     "options a text": (_messages(USER, ASSISTANT, options="a"), "options cannot be used"),
@@ -139,7 +139,7 @@ BAD_ROWS = {
     "video and videos": (_messages(USER, ASSISTANT, video="a", videos=["b"]), "both video and"),
     "video in an answer": (
         _messages(USER, {"role": "assistant", "content": [{"type": "video", "video": "ok.png"}]}),
-        "turn 2 \\(assistant\\) holds a video",
+        "turn 2 \\(assistant\\) contains a video",
     ),
     "sharegpt: one picture too few": (
         _sharegpt("<image><image> Hi", "Yo", images=["ok.png"]),
@@ -155,13 +155,13 @@ BAD_ROWS = {
     "sharegpt: no video": (_sharegpt("<video> Hi", "Yo"), "0 in video\\(s\\), 1 placeholders"),
     "sharegpt: video in the answer": (
         _sharegpt("<video>Hi", "<video>", videos=["ok.png"]),
-        "turn 2 \\(gpt\\) holds a video",
+        "turn 2 \\(gpt\\) contains a video",
     ),
     "sharegpt: weight of a question": (
         {"conversations": [{"from": "human", "value": "Hi", "weight": 2}]},
         "turn 1 \\(user\\) has a weight key",
     ),
-    "sharegpt: in the answer": (_sharegpt("Hi", "<image>"), "holds a picture"),
+    "sharegpt: in the answer": (_sharegpt("Hi", "<image>"), "contains a picture"),
 }
 
 
@@ -245,7 +245,7 @@ def test_a_missing_file_a_folder_and_a_file_given_twice_are_errors(tmp_path):
 def test_the_same_id_in_two_files_names_both(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({**GOOD, "id": 7}))
-    with pytest.raises(ErrorGroup, match=r"b\.jsonl:1: the id '7' is taken.*a\.jsonl:1"):
+    with pytest.raises(ErrorGroup, match=r"b\.jsonl:1: the id '7' is used twice.*a\.jsonl:1"):
         load_conversations([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
 
 

@@ -226,7 +226,7 @@ def test_skipped_rows_are_written_with_their_reasons(folder: Path):
 def test_new_ids_are_those_of_places(folder: Path):
     rows = [ask(1), ask(1), ask(2)]
     files = [write_rows(folder / "in" / name, rows) for name in ("a.jsonl", "c.jsonl")]
-    with pytest.raises(ErrorGroup, match="the id 'row-1' is taken.*convert --new-ids"):
+    with pytest.raises(ErrorGroup, match="the id 'row-1' is used twice.*convert --new-ids"):
         convert(opened(*files, cache_dir=folder), folder / "b.jsonl")
     convert(opened(*files, cache_dir=folder), folder / "b.jsonl", new_ids=True)
     assert [c.id for c in load_plain(folder / "b.jsonl")] == [
@@ -315,7 +315,7 @@ def test_other_options_are_not_gone_on_with(
     folder: Path, monkeypatch: pytest.MonkeyPatch, option: dict[str, Any]
 ):
     source, output = stopped(folder, monkeypatch)
-    with pytest.raises(VlmtuneError, match="with other options"):
+    with pytest.raises(VlmtuneError, match="other data or options"):
         convert(opened(source, cache_dir=folder), output, **option)
     assert convert(opened(source, cache_dir=folder), output).num_started_at > 0
 
@@ -360,7 +360,7 @@ def test_outputs_that_cannot_be(folder: Path):
     with pytest.raises(VlmtuneError, match="a folder"):
         convert(files, folder / "in")
     (folder / "taken.jsonl").write_text("mine")
-    with pytest.raises(VlmtuneError, match="there already"):
+    with pytest.raises(VlmtuneError, match="exists already"):
         convert(files, folder / "taken.jsonl")
     assert (folder / "taken.jsonl").read_text() == "mine"
     with pytest.raises(CannotWrite, match=r"taken\.jsonl"):

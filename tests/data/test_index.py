@@ -113,7 +113,7 @@ def test_a_cache_that_cannot_be_written_to_is_said_once(file, cache, caplog):
             assert _open(file, build, cache).values.tolist()[:2] == [[1, 2], [3, 4]]
     assert build.calls == 2
     (record,) = caplog.records
-    assert str(cache) in record.getMessage() and "kept in memory" in record.getMessage()
+    assert str(cache) in record.getMessage() and "stay in memory" in record.getMessage()
 
 
 def test_a_build_that_fails_leaves_nothing_behind(file, cache):

@@ -143,7 +143,7 @@ def test_a_cut_never_goes_through_a_picture_or_leaves_nothing(
         ("user", "Look at it", picture, "What is it? " * 9), ("assistant", "a cat")
     )
     encoder = make_encoder(kind, max_tokens=limit, over_length="trim_text")
-    with pytest.raises(SampleError, match="no answer is left"):
+    with pytest.raises(SampleError, match="leaves no answer"):
         encoder.encode(conversation)
 
 
@@ -171,5 +171,5 @@ def test_cutting_never_supervises_a_turn_that_was_not_to_be(kind, make_encoder, 
     trimmed = make_encoder(kind, max_tokens=40, over_length="trim_text").encode(conversation)
     assert "Yo" in _supervised_text(trimmed, kind)
     encoder = make_encoder(kind, max_tokens=40, over_length="trim_text", train_on="last_turn")
-    with pytest.raises(SampleError, match="no answer is left"):
+    with pytest.raises(SampleError, match="leaves no answer"):
         encoder.encode(conversation)

@@ -30,7 +30,7 @@ def test_another_file_of_the_kind_is_read_with_the_keys_of_the_first_set_that_ha
     found = chosen("test.tsv", eval=[], train=train)
     assert found.entry == entry("test.tsv", columns=GERMAN, prompt="Was?")
     assert found.told == (
-        "test.tsv: read as data.train of r says: "
+        "test.tsv: read like data.train of r: "
         "columns {question: Frage, answer: Antwort}, prompt 'Was?'"
     )
     held_out = [entry("/d/eval.csv", columns=FRENCH)]
@@ -72,7 +72,7 @@ def test_kinds_are_told_by_name_as_the_runs_files_may_be_gone(file: str, train: 
     other = chosen("test.tar", train=[train])
     assert other.entry == entry("test.tar")
     assert other.is_doubtful
-    assert other.told.endswith("of r, which belong to files of another kind")
+    assert other.told.endswith("of r, which are for files of another kind")
 
 
 def test_a_plain_eval_set_makes_a_file_plain_and_that_is_said() -> None:
@@ -80,7 +80,7 @@ def test_a_plain_eval_set_makes_a_file_plain_and_that_is_said() -> None:
     found = chosen("test.csv", eval=[entry("/d/eval.csv")], train=train)
     assert found.entry == entry("test.csv")
     assert found.is_doubtful
-    assert "without columns of r, which are not those of data.eval" in found.told
+    assert "without columns of r, which do not apply: the file is read like data.eval" in found.told
     assert chosen("test.csv", train=[entry("/d/train.csv")]).told == ""
 
 
@@ -88,7 +88,7 @@ def test_entries_with_different_keys_are_refused_unless_one_has_none() -> None:
     several = [entry("/d/a.csv", columns=GERMAN), entry("/d/b.csv", columns=FRENCH)]
     with pytest.raises(VlmtuneError) as caught:
         chosen("test.csv", train=several)
-    assert "r reads such files in several ways" in str(caught.value)
+    assert "r reads files of this kind in several ways" in str(caught.value)
     assert "Frage" in str(caught.value) and "réponse" in str(caught.value)
     assert "--columns" in str(caught.value)
     found = chosen("test.csv", train=[*several, entry("/d/c.csv")])

@@ -281,5 +281,5 @@ def test_training_takes_rows_with_one_id_and_evaluation_does_not(tmp_path):
     path.write_text("\n".join(json.dumps({**GOOD, "id": name}) for name in "aba"))
     conversations, skipped = open_conversations([path], on_bad_sample="error")
     assert [c.id for c in conversations] == ["a", "b", "a"] and not skipped
-    with pytest.raises(ErrorGroup, match="data.jsonl:3: the id 'a' is taken"):
+    with pytest.raises(ErrorGroup, match="data.jsonl:3: the id 'a' is used twice"):
         load_conversations([path])

@@ -183,7 +183,7 @@ def test_new_ids_are_those_of_places(folder: Path):
 
 def test_outputs_are_not_overwritten_unasked(folder: Path):
     split_rows(folder, three_each())
-    with pytest.raises(VlmtuneError, match="there already"):
+    with pytest.raises(VlmtuneError, match="exists already"):
         split_rows(folder, three_each())
     split_rows(folder, three_each(), overwrite=True)
     assert not list((folder / "out").glob(".writing*"))

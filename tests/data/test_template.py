@@ -89,7 +89,7 @@ def test_a_generation_prompt_unlike_the_training_text_is_warned_of(caplog):
     template = QWEN_TEMPLATE.replace("<|im_start|>assistant\n{% endif %}", "Now:{% endif %}")
     with caplog.at_level(logging.WARNING, logger="vlmtune"):
         assert ChatTemplate(_with_template(template)).lead == ""
-    assert "another form than it was trained on" in caplog.text
+    assert "another form than in training" in caplog.text
 
 
 def test_roles_that_a_template_refuses_are_a_sample_error(make_conversation):

@@ -241,12 +241,12 @@ def test_a_video_too_long_is_shrunk_and_never_cut(clip, make_conversation):
     )
     pads = whole.token_fields["mm_token_type_ids"].sum()
     assert trimmed.num_tokens == limit and trimmed.token_fields["mm_token_type_ids"].sum() == pads
-    with pytest.raises(SampleError, match="no answer is left"):
+    with pytest.raises(SampleError, match="leaves no answer"):
         encoder_of("qwen2_5_vl", max_tokens=20, over_length="trim_text").encode(conversation)
 
 
 def test_a_model_without_videos_says_so(clip, make_conversation):
     conversation = make_conversation(("user", clip, "What?"), ("assistant", "grey"))
     for family in ("llava", "gemma3", "idefics3"):
-        with pytest.raises(SampleError, match=r"train\.jsonl:7: the model takes no videos"):
+        with pytest.raises(SampleError, match=r"train\.jsonl:7: the model does not accept videos"):
             encoder_of(family).encode(conversation)

@@ -115,7 +115,7 @@ def test_a_file_is_no_model(folder):
         ("{broken", "check config.json"),
         ("{}", "check config.json"),
         ('{"model_type": "nobody"}', "newer transformers"),
-        ('{"model_type": "llama"}', "is no vision-language model; got: model_type 'llama'"),
+        ('{"model_type": "llama"}', "is not a vision-language model; got: model_type 'llama'"),
     ],
 )
 def test_a_config_that_is_no_vlms_is_an_error(folder, config, says):

@@ -110,7 +110,7 @@ def test_a_convolution_is_no_target(model):
         (f"{LANGUAGE}7.self_attn.q_proj", r"did you mean 'model\.language_model\.layers\.\d"),
         ("qkv", r"this one is in vision: .*re:\.\*"),
         ("zzz", r"a leaf name of the language part \(down_proj, gate_proj, k_proj"),
-        ("re:(", "is no regular expression"),
+        ("re:(", "is not a regular expression"),
     ],
 )
 def test_an_entry_that_matches_nothing_is_an_error_with_what_is_near(model, name, says):

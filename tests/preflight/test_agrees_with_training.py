@@ -91,9 +91,11 @@ def test_rows_with_one_id_are_left_out_for_their_own_faults_only(recipe, data, t
     keys = {"data__on_bad_sample": "skip", "data__max_bad_fraction": 0.5}
     path = recipe(data__over_length="drop", data__max_tokens=60, **keys)
     summary = check_summary(path)
-    token = "the assistant's text holds a control token of the model"
+    token = "the assistant's text contains a control token of the model"
     assert summary["dropped"] == {token: 1, "the sample is too long": 1}
-    assert any("3 rows with the id of a row before" in p["message"] for p in summary["problems"])
+    assert any(
+        "3 rows repeat the id of an earlier row" in p["message"] for p in summary["problems"]
+    )
     assert train_once(path)["skipped"] == 2
 
 
@@ -235,7 +237,7 @@ def test_a_set_of_which_nothing_is_left_is_trainings_own_error(recipe, data, len
     for entries in ([never], [str(data), never]):
         path = recipe(data__train=entries, **length)
         [error] = messages(check_summary(path), "error")
-        assert "leaves no sample in an epoch" in error and "second.jsonl: 16 samples" in error
+        assert "gives an epoch without samples" in error and "second.jsonl: 16 samples" in error
         with pytest.raises(VlmtuneError) as caught:
             train_once(path)
         assert str(caught.value) == error

@@ -31,7 +31,7 @@ def test_each_of_a_group_is_a_problem():
 def test_of_a_kind_a_thousand_are_kept_and_all_are_counted():
     problems = Problems()
     for line in range(KEPT_PER_KIND + 7):
-        problems.add_error(SampleError(f"the id '{line}' is taken", file="a", line=line))
+        problems.add_error(SampleError(f"the id '{line}' is used twice", file="a", line=line))
     problems.add("warning", "odd")
     first, second = problems.kinds()
     assert (first.severity, first.count) == ("error", KEPT_PER_KIND + 7)
@@ -40,7 +40,7 @@ def test_of_a_kind_a_thousand_are_kept_and_all_are_counted():
 
 
 def test_names_and_numbers_make_no_kind():
-    assert kind_of("the id 'a' is taken") == kind_of("the id 'b' is taken")
+    assert kind_of("the id 'a' is used twice") == kind_of("the id 'b' is used twice")
     assert kind_of("turn 3 (user) is empty") == kind_of("turn 12 (assistant) is empty")
     assert kind_of("the line is not UTF-8 (byte 15)") == "the line is not UTF-8 …"
     assert kind_of("turn 3 is empty") != kind_of("turn 3 has no role")

@@ -136,7 +136,7 @@ def test_weights_scale_an_epochs_figures(recipe, data):
     assert half["epoch"]["samples"] == 8
     assert half["epoch"]["tokens"] == pytest.approx(whole["epoch"]["tokens"] / 2, abs=1)
     none = check_summary(recipe(data__train=[{"path": str(data), "weight": 0.01}]))
-    assert any("leaves no sample" in m for m in messages(none, "error"))
+    assert any("gives an epoch without samples" in m for m in messages(none, "error"))
 
 
 def test_rows_from_all_over_are_chosen(recipe, data):

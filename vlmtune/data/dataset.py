@@ -129,9 +129,9 @@ class ConversationSet(Sequence[Conversation]):
         for entry, count in self._entries():
             if num_slots(count, entry.weight) == 0:
                 raise VlmtuneError(
-                    "data.train: the weight leaves no sample in an epoch",
+                    "data.train: the weight gives an epoch without samples",
                     got=f"{entry.path}: {plural(count, 'sample')} of weight {entry.weight:g}",
-                    do="raise the weight, or take the entry out",
+                    do="raise the weight, or remove the entry",
                 )
         return Order(seed, *self.counts_and_weights())
 
@@ -188,7 +188,7 @@ def _check_listed_once(all_rows: Sequence[Rows]) -> None:
 
 MAX_ERRORS_SHOWN = 20
 
-NEW_IDS = "change it, or take ids out; `vlmtune data convert --new-ids` gives new ones"
+NEW_IDS = "change it, or remove the ids; `vlmtune data convert --new-ids` makes new ones"
 
 Files = Sequence[str | Path | DataEntry]
 
@@ -229,7 +229,7 @@ def open_conversations(
     num_rows = sum(len(file.rows) for file in opened)
     if num_rows > SCANNED_OUTRIGHT:
         logger.info(
-            "%s rows are checked when their turn comes; `vlmtune check` looks at all of them first",
+            "%s rows are checked when training reaches them; `vlmtune check` checks all in advance",
             f"{num_rows:,}",
         )
         return ConversationSet(tuple(opened), (None,) * len(opened)), []
@@ -313,7 +313,7 @@ def _scan(
                 into.append(conversation)
         if unused:
             names = ", ".join(f"{key} ({count})" for key, count in sorted(unused.items()))
-            logger.info("%s: keys kept out of training, with their rows: %s", file.rows.file, names)
+            logger.info("%s: unused keys, with their number of rows: %s", file.rows.file, names)
     if errors and on_bad_sample == "error":
         raise _group(errors)
     return kept, skipped
@@ -331,10 +331,10 @@ def _check_id(conversation: Conversation, places: dict[str, Source]) -> None:
     first = places.setdefault(conversation.id, conversation.source)
     if first is not conversation.source:
         raise SampleError(
-            f"the id {shorten(conversation.id, 60)!r} is taken",
+            f"the id {shorten(conversation.id, 60)!r} is used twice",
             at=conversation.source,
             got=f"the same id at {first.file}:{first.line}",
-            expected="an id of its own",
+            expected="a unique id",
             do=NEW_IDS,
         )
 
@@ -419,10 +419,10 @@ class RowWalk:
             conversation = replace(conversation, id=row.fallback_id)
         if short_digest(conversation.id) in self._ids:
             raise SampleError(
-                f"the id {shorten(conversation.id, 60)!r} is taken",
+                f"the id {shorten(conversation.id, 60)!r} is used twice",
                 at=conversation.source,
                 got="the same id in an earlier row",
-                expected="an id of its own",
+                expected="a unique id",
                 do=NEW_IDS,
             )
         return conversation

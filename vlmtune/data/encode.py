@@ -260,18 +260,18 @@ class Encoder:
                 if found is not None:
                     raise _error(
                         conversation,
-                        f"the {turn.role}'s text holds a control token of the model",
+                        f"the {turn.role}'s text contains a control token of the model",
                         got=found.group(),
                         expected="plain text; pictures as parts or in `images`",
-                        do="rewrite it, or take the sample out",
+                        do="rewrite it, or remove the sample",
                     )
         if conversation.videos and not self._takes_videos:
             raise _error(
                 conversation,
-                "the model takes no videos",
+                "the model does not accept videos",
                 got=type(self.processor).__name__,
                 expected="a processor with a video token and a video processor",
-                do="take the sample out, or give some frames as pictures",
+                do="remove the sample, or give some frames as pictures",
             )
         limit = self.max_image_pixels
         with at(conversation.source):
@@ -340,7 +340,7 @@ class Encoder:
             # The last answer is out of reach, or a picture is in the way: without its exchange.
             kept = replace(kept, turns=kept.turns[:-2])
             if not _is_supervised(kept.turns):
-                raise self._too_long(conversation, encoded, "no answer is left where it is cut")
+                raise self._too_long(conversation, encoded, "cutting it leaves no answer")
             notes = (TURNS_LEFT_OUT,)
             left = _Media(
                 media.pictures[: len(kept.images)], media.clips[: len(kept.videos)], media.notes

@@ -90,12 +90,12 @@ def download(url: str, into: BinaryIO, *, media_policy: MediaPolicy) -> None:
             raise PassingError(
                 f"the connection failed ({_reason(error)})",
                 got=format_url(current),
-                do="look whether the address is right and the network is there",
+                do="check the address and the network connection",
             ) from error
         if target is None:
             return
         current = target
-    raise VlmtuneError(f"the URL leads on more than {MAX_REDIRECTS} times", got=format_url(url))
+    raise VlmtuneError(f"the URL redirects more than {MAX_REDIRECTS} times", got=format_url(url))
 
 
 def _one_request(
@@ -153,9 +153,9 @@ def _resolve(parts: SplitResult, host: str, port: int) -> list[str]:
     except socket.gaierror as error:
         kind = PassingError if error.errno == socket.EAI_AGAIN else VlmtuneError
         raise kind(
-            f"the host's name is not known ({error.strerror})",
+            f"the host name cannot be resolved ({error.strerror})",
             got=format_url(parts.geturl()),
-            do="look whether the address is right and the network is there",
+            do="check the address and the network connection",
         ) from error
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
@@ -186,14 +186,14 @@ def _next_url(parts: SplitResult, response: http.client.HTTPResponse) -> str:
     location = response.getheader("Location")
     if not location:
         raise VlmtuneError(
-            f"the server answered {response.status} without saying where to",
+            f"the server answered {response.status} without a redirect target",
             got=format_url(parts.geturl()),
         )
     try:
         return urljoin(parts.geturl(), location)
     except ValueError as error:
         raise VlmtuneError(
-            f"the server leads on to what is no URL ({error})", got=printable(location)
+            f"the server redirects to an invalid URL ({error})", got=printable(location)
         ) from error
 
 
@@ -204,7 +204,7 @@ def _check_status(parts: SplitResult, response: http.client.HTTPResponse) -> Non
     error = (PassingError if passes else VlmtuneError)(
         f"the server answered {response.status} {printable(response.reason)}".rstrip(),
         got=format_url(parts.geturl()),
-        do="correct the URL, or take the sample out" if not passes else "try again later",
+        do="correct the URL, or remove the sample" if not passes else "try again later",
     )
     wait = response.getheader("Retry-After", "")
     if isinstance(error, PassingError) and wait.isdecimal():
@@ -245,7 +245,7 @@ def _write(into: BinaryIO, chunk: bytes) -> None:
     except OSError as error:  # a full disk is no broken connection
         raise VlmtuneError(
             f"the download cannot be written ({error.strerror})",
-            do="make room, or name another folder with data.cache_dir",
+            do="free space, or set data.cache_dir to another folder",
         ) from error
 
 
@@ -262,7 +262,7 @@ def _remaining(deadline: float) -> float:
 
 def _reason(error: OSError | http.client.HTTPException) -> str:
     if isinstance(error, http.client.IncompleteRead):
-        return "it broke off in the middle"
+        return "it ended early"
     text = error.strerror if isinstance(error, OSError) else str(error)
     return printable(text or str(error) or type(error).__name__)
 

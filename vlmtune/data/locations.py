@@ -68,15 +68,13 @@ def printable(text: str, limit: int = 120) -> str:
 
 def _unreachable(error: OSError, path: str, base_dir: Path, what: str) -> VlmtuneError:
     if error.errno == errno.ELOOP:
-        return VlmtuneError(
-            f"the {what} is a symbolic link that leads in a circle", got=printable(path)
-        )
+        return VlmtuneError(f"the {what} is a circular symbolic link", got=printable(path))
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         if os.path.islink(path):
             return VlmtuneError(
-                f"the {what} is a symbolic link to nothing",
+                f"the {what} is a broken symbolic link",
                 got=f"{printable(path)} -> {printable(os.readlink(path))}",
-                do="bring back what it points to, or correct the link",
+                do="restore its target, or correct the link",
             )
         return _missing(path, base_dir, what, None)
     if error.errno == errno.ENAMETOOLONG:
@@ -110,7 +108,7 @@ def _meant(path: str, base_dir: Path) -> str | None:
     stem, ending = os.path.splitext(name)
     for other in (ending.lower(), ending.upper()):
         if other != ending and os.path.isfile(os.path.join(base_dir, stem + other)):
-            return f"write {printable(stem + other)}: capitals make a difference"
+            return f"write {printable(stem + other)}: upper and lower case differ"
     return None
 
 

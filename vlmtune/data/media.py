@@ -276,7 +276,7 @@ def _locate(
         return fetch(ref, media_policy)
     if ref[:5].lower() == "file:":
         raise VlmtuneError(
-            "file: URLs are not understood", got=printable(ref), do="give the plain path"
+            "file: URLs are not supported", got=printable(ref), do="give the plain path"
         )
     if ref[:5].lower() == "data:":
         return decode_data_url(ref)
@@ -354,7 +354,7 @@ def _unidentified(stream: BinaryIO, name: str) -> VlmtuneError:
         "not a picture in a known format" + (f", but {kind}" if kind else ""),
         got=name,
         expected="PNG, JPEG, WebP, GIF, BMP or TIFF",
-        do="convert it, or take the sample out",
+        do="convert it, or remove the sample",
     )
 
 

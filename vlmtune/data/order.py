@@ -36,7 +36,7 @@ class Order:
 
     def __post_init__(self) -> None:
         assert len(self.counts) == len(self.weights) and min(self.counts) > 0
-        assert self.num_per_epoch > 0, "the weights leave no sample in an epoch"
+        assert self.num_per_epoch > 0, "the weights give an epoch without samples"
 
     @classmethod
     def uniform(cls, seed: int, num_samples: int) -> Order:

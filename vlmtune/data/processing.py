@@ -120,7 +120,7 @@ def _sorted(output: Any, *, length: int) -> tuple[dict[str, torch.Tensor], dict[
             continue
         if not isinstance(value, torch.Tensor):
             raise ProcessError(
-                f"the processor gives {name}, which is no tensor", got=type(value).__name__
+                f"the processor returns {name}, which is not a tensor", got=type(value).__name__
             )
         if tuple(value.shape) == (1, length) and not value.is_floating_point():
             token_fields[name] = value[0].to(torch.int64)

@@ -80,12 +80,12 @@ def entry_as_in_run(file: str | Path, data: RunData) -> RunEntry:
     name = next((name for name, keys in found.items() if keys), None)
     if name is None:
         every = [_shared_keys(entry) for entries in data.sets.values() for entry in entries]
-        return _plain(file, every, data, "belong to files of another kind")
+        return _plain(file, every, data, "are for files of another kind")
     chosen = _agreed(found[name], file, name, data)
     if chosen.told:
         return chosen
     others = [keys for other in data.sets if other != name for keys in found[other]]
-    return _plain(file, others, data, f"are not those of {name}, as which it is read")
+    return _plain(file, others, data, f"do not apply: the file is read like {name}")
 
 
 def entries_as_in_run(files: Sequence[str | Path], data: RunData) -> list[DataEntry]:
@@ -101,20 +101,20 @@ def _agreed(keys: Sequence[dict[str, Any]], file: str, name: str, data: RunData)
     """With the keys that are the same in all; where they differ and one has none, without."""
     different = [one for at, one in enumerate(keys) if one not in keys[:at]]
     if len(different) == 1:
-        told = f"{file}: read as {name} of {data.run} says: {_as_text(keys[0])}" if keys[0] else ""
+        told = f"{file}: read like {name} of {data.run}: {_as_text(keys[0])}" if keys[0] else ""
         return RunEntry(DataEntry(path=file, **keys[0]), told)
     ways = " or ".join(_as_text(one) if one else "no keys" for one in different)
     if {} not in different:
         raise VlmtuneError(
-            f"{data.run} reads such files in several ways",
+            f"{data.run} reads files of this kind in several ways",
             file=file,
             got=f"in {name}: {ways}",
             expected="one way",
-            do=f"say how the file is read, {WITH_OPTIONS}",
+            do=f"say how to read the file, {WITH_OPTIONS}",
         )
     told = (
-        f"{file}: read without keys, as {name} of {data.run} has several ways: {ways}; where that "
-        f"is wrong, say how it is read, {WITH_OPTIONS}"
+        f"{file}: read without keys, because {name} of {data.run} has several ways: {ways}; if "
+        f"that is wrong, say how to read it, {WITH_OPTIONS}"
     )
     return RunEntry(DataEntry(path=file), told, is_doubtful=True)
 

@@ -1,4 +1,4 @@
-"""What the encoder made of a sample, kept on disk for later epochs and runs.
+"""Keeps encoded samples on disk for later epochs and runs.
 
     folder/samples/ab/ab…
 

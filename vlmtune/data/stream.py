@@ -358,7 +358,7 @@ def _format_of(entry: DataEntry, shards: Sequence[Shard]) -> FormatName:
             continue
     if unused:
         names = ", ".join(sorted(map(str, unused)))
-        logger.info("%s: keys kept out of training, in the first rows: %s", entry.path, names)
+        logger.info("%s: unused keys in the first rows: %s", entry.path, names)
     return name
 
 

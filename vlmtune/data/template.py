@@ -82,7 +82,7 @@ class ChatTemplate:
                     expected="an end-of-turn token in the template, or tokenizer.eos_token",
                 )
             logger.info(
-                "the chat template ends an answer with no token of its own; %s is taught after it",
+                "the chat template writes no end-of-turn token; each answer is taught to end in %s",
                 end_token,
             )
         self.end_token: str = end_token
@@ -194,8 +194,8 @@ class ChatTemplate:
         if before.startswith(prompt):
             return before[len(prompt) :]
         logger.warning(
-            "the chat template's generation prompt is not how its answers begin (%r, %r): "
-            "the model will be asked in another form than it was trained on",
+            "the chat template's generation prompt differs from the start of its answers (%r, "
+            "%r): prompts will have another form than in training",
             prompt[-40:],
             before[-40:],
         )

@@ -261,9 +261,9 @@ def _positions(span: Span, offsets: Offsets) -> tuple[int, int]:
     if found is None:
         if span.start == span.end:
             raise MaskError("an answer is empty", expected="at least one character")
-        raise MaskError("an answer could stand in two places among the tokens")
+        raise MaskError("an answer matches two places in the tokens")
     if found[0] == 0:
-        raise MaskError("an answer stands at the very start", expected="a token before it")
+        raise MaskError("an answer is at the very start", expected="a token before it")
     return found
 
 
@@ -280,7 +280,7 @@ def _check_normalised(decoded: str, expected: str) -> None:
             "the supervised tokens do not spell the answer",
             got=repr(shorten(decoded)),
             expected=repr(shorten(expected)),
-            do="take line breaks and spaces off the answer's ends",
+            do="remove line breaks and spaces at both ends of the answer",
         )
 
 
@@ -325,7 +325,7 @@ class AnswerTokenizer:
         found = next((token for token in self._reserved if token and token in text), None)
         if found is not None:
             raise SampleError(
-                "a text holds a control token of the model", at=conversation.source, got=found
+                "a text contains a control token of the model", at=conversation.source, got=found
             )
         with at(conversation.source):
             rendered = self._template.render([*_asked(conversation), _answer_turn(text)])

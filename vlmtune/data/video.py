@@ -76,7 +76,7 @@ def read_video(video: Video, *, section: VideoSection, max_pixels: int) -> Clip:
         _check_size(stream, name, max_pixels)
         fps = stream.average_rate or stream.guessed_rate
         if not fps:
-            raise VlmtuneError("the video does not say how many frames a second has", got=name)
+            raise VlmtuneError("the video does not state its frame rate", got=name)
         num_frames = _count_frames(container, stream, name)
         indices = _frames_to_take(num_frames, float(fps), section, name)
         container.seek(0)

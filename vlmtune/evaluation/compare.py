@@ -150,7 +150,7 @@ def check_same_samples(first: Result, other: Result) -> None:
         changed = [key for key in REFERENCE_KEYS if row[key] != other.rows[name][key]]
         if changed:
             raise VlmtuneError(
-                f"the evaluations differ in what was asked: sample {name!r}",
+                f"the evaluations differ in sample {name!r}",
                 got=f"another {changed[0]} in {other.folder} than in {first.folder}",
                 do="evaluate both on the same --data",
             )

@@ -44,8 +44,8 @@ def majority_answers(training: Sequence[Conversation], asked: Sequence[Conversat
             overall[answer] += 1
     if not overall:
         raise VlmtuneError(
-            "the training data holds no answer to guess from",
-            do="name the file that was trained on with --train",
+            "the training data has no answer to guess from",
+            do="pass the training data with --train",
         )
     counts = (of_text.get(question_of(conversation), overall) for conversation in asked)
     return [count.most_common(1)[0][0] for count in counts]
@@ -110,7 +110,7 @@ class GuardVerdict:
         change = "forgotten: " if self.has_fallen else ""
         return (
             f"{change}guard {self.metric} {self.before:.4f} before training, {self.after:.4f} "
-            f"after; at most {self.max_drop:g} worse is allowed"
+            f"after; it may get worse by at most {self.max_drop:g}"
         )
 
 

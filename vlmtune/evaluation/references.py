@@ -41,7 +41,7 @@ def check_references(
         raise VlmtuneError(
             f"there is nothing to measure: no sample has what {', '.join(measured)} needs",
             got=plural(len(samples), "sample"),
-            do="name another task or other metrics; docs/metrics.md says what each needs",
+            do="choose another task or other metrics; docs/metrics.md says what each needs",
         )
 
 
@@ -68,7 +68,7 @@ def _problem(conversation: Conversation, *, is_choice: bool) -> SampleError | No
         # Where the last turn is the reference, `answers` are not looked at.
         got = sample.references if sample.answer is None else (sample.answer,)
         return SampleError(
-            "the reference is none of the options, or the text of several",
+            "the reference matches none of the options, or several",
             got=", ".join(repr(shorten(text, 40)) for text in got[:3]),
             expected="the text of one option, or its letter",
             **place,

@@ -253,7 +253,7 @@ def family_for(
         return replace(known, parts={**known.parts, **stated}, supports_precomputed_features=False)
     if "language" not in stated:
         raise VlmtuneError(
-            f"parts says nothing about the language part of a model of type {model_type!r}",
+            f"parts does not name the language model of a model of type {model_type!r}",
             got=", ".join(stated) or "nothing",
             do="add parts.language with the path of the language model",
         )

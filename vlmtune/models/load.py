@@ -59,7 +59,7 @@ def check_source(source: str) -> None:
                     "give the adapter's own base model",
                 )
             raise VlmtuneError(
-                "the folder is no model: it has no config.json",
+                "the folder is not a model: it has no config.json",
                 file=source,
                 do="give the folder that save_pretrained wrote, or a hub id",
             )
@@ -93,7 +93,7 @@ def read_config(
     known = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if not known and "AutoModelForImageTextToText" not in auto_map:
         raise VlmtuneError(
-            f"{source} is no vision-language model",
+            f"{source} is not a vision-language model",
             got=f"model_type {config.model_type!r}",
             expected="a model that transformers loads with AutoModelForImageTextToText",
         )
@@ -431,12 +431,12 @@ def _check_keys(info: Mapping[str, Any], source: str) -> None:
             raise VlmtuneError(
                 f"{plural(len(keys), 'weight')} of {source} {what}",
                 got=_shown(keys),
-                do="use the weights and the config.json of one and the same model",
+                do="use the weights and the config.json of the same model",
             )
     if info["unexpected_keys"]:
         keys = sorted(info["unexpected_keys"])
         logger.warning(
-            "%s of %s without a place in the model, not loaded: %s",
+            "%s of %s not loaded, because the model has no such weights: %s",
             plural(len(keys), "weight"),
             source,
             _shown(keys),

@@ -109,7 +109,7 @@ def check_target(target: str | Path) -> None:
         base_of_adapter(folder)
     elif folder.is_dir() and not (folder / "config.json").is_file():
         raise VlmtuneError(
-            "the folder is no run, adapter or model",
+            "the folder is not a run, an adapter or a model",
             file=folder,
             expected=f"{RUN_FILE}, {ADAPTER_FILE} or config.json in it",
         )
@@ -285,7 +285,7 @@ def _check_loaded(loaded: dict[str, Tensor], file: dict[str, Tensor], folder: Pa
             f"{len(missing)} of the model's are not in its file",
             file=folder / WEIGHTS_FILE,
             got=", ".join([*wrong, *missing][:3]),
-            do="the adapter's config and weights are not of one piece: export it again",
+            do="the adapter's config and weights do not belong together: export it again",
         )
 
 

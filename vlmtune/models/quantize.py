@@ -306,9 +306,9 @@ def _check_memory(needed: int, model: nn.Module) -> None:
     free = free_memory_bytes(device)
     if needed > free:
         raise VlmtuneError(
-            "quantization.cache_dequantized: the memory has no room for the dequantised weights",
+            "quantization.cache_dequantized: not enough memory for the dequantised weights",
             got=f"{free / 1e9:.3g} GB free on {device}",
-            expected=f"at least {needed / 1e9:.3g} GB, and what the training itself takes",
+            expected=f"at least {needed / 1e9:.3g} GB, plus the memory for training",
             do="set quantization.cache_dequantized: false",
         )
 

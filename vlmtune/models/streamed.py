@@ -326,7 +326,7 @@ def map_weights(
             plural(len(lost), f"weight of {source} is", f"weights of {source} are")
             + " missing, or not of the shape in config.json",
             got=", ".join(lost[:3]),
-            do="use the weights and the config.json of one and the same model",
+            do="use the weights and the config.json of the same model",
         )
     key_of: dict[str, str] = {}
     converted = []

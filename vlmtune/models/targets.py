@@ -234,7 +234,7 @@ def _select_pattern(
         pattern = re.compile(name.removeprefix("re:"))
     except re.error as error:
         raise VlmtuneError(
-            f"lora_target: {name!r} is no regular expression: {error}",
+            f"lora_target: {name!r} is not a regular expression: {error}",
             do="escape dots as \\. and check the brackets",
         ) from error
     # Containers and norms may match: a pattern means layers with a weight matrix.

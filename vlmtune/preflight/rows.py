@@ -32,9 +32,9 @@ from vlmtune.data.types import Conversation, Source
 from vlmtune.errors import SampleError, VlmtuneError, at, shorten
 from vlmtune.train.feed import LazySample, is_lost_worker, start_worker, with_traceback
 
-LEAK = "the answer stands in its question"
-NO_WORDS = "the answer holds no letter and no digit"
-EMPTY_CELL = "the answer is how tables write an empty cell"
+LEAK = "the answer appears in its question"
+NO_WORDS = "the answer has no letter and no digit"
+EMPTY_CELL = "the answer is the text of an empty table cell"
 
 MIN_CHARACTERS = 4
 _EMPTY_CELLS = frozenset({"nan", "null", "<na>", "#n/a"})
@@ -313,7 +313,7 @@ def check_rows(
         if not is_lost_worker(error):
             raise
         raise VlmtuneError(
-            "a process that checks rows was ended from outside",
+            "a process that checks rows was killed",
             got=str(error).splitlines()[0],
             do="memory may have run out: use fewer with --workers",
         ) from error

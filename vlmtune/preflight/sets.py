@@ -289,8 +289,9 @@ def look_at_repeated_ids(checked: CheckedSet, problems: Problems) -> None:
         source, other = table.source(number), table.source(first)
         problems.add(
             "warning",
-            f"{checked.name}: {plural(len(taken), 'row')} with the id of a row before, trained on "
-            f"as well; the first has that of {other.file}:{other.line}",
+            f"{checked.name}: {plural(len(taken), 'row repeats', 'rows repeat')} the id of an "
+            "earlier row; all are trained on; the first repeats the id of "
+            f"{other.file}:{other.line}",
             file=source.file,
             line=source.line,
         )
@@ -300,10 +301,10 @@ def look_at_repeated_ids(checked: CheckedSet, problems: Problems) -> None:
     for number, first in taken:
         source, other = table.source(number), table.source(first)
         error = SampleError(
-            f"the id {shorten(ids[number], 60)!r} is taken",
+            f"the id {shorten(ids[number], 60)!r} is used twice",
             at=source,
             got=f"the same id at {other.file}:{other.line}",
-            expected="an id of its own",
+            expected="a unique id",
             do=NEW_IDS,
         )
         label = next(f.label for f in checked.files if f.rows.file == source.file)

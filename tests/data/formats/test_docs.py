@@ -63,7 +63,7 @@ def test_an_example_gives_three_conversations_in_its_format(name, tmp_path, capl
     assert len(conversations) == 3
     messages = [record.getMessage() for record in caplog.records]
     assert f"3 rows, format {name} (detected)" in "\n".join(messages)
-    assert not any("keys kept out" in message for message in messages)
+    assert not any("unused keys" in message for message in messages)
     for image in (image for conversation in conversations for image in conversation.images):
         path = image.base_dir / image.ref
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -97,7 +97,7 @@ def test_pictures_may_be_bytes(name, value):
 def test_a_row_without_its_picture_is_an_error(name):
     lost = ("image", "image_path", "imgname", "ucsf_document_id")
     row = {k: v for k, v in ROWS[name][0].items() if k not in lost}
-    reason = "the columns make no sample" if name == "table" else "there is no picture"
+    reason = "the columns do not form a sample" if name == "table" else "there is no picture"
     with pytest.raises(SampleError, match=rf"^rows\.jsonl:7: {reason}"):
         read(name, row)
 

@@ -127,7 +127,7 @@ def test_what_a_format_regards_is_none(load):
 
 
 def test_rows_of_no_format_say_what_they_lack(load):
-    with pytest.raises(ErrorGroup, match="there are no messages; got: keys a, b.*name the format"):
+    with pytest.raises(ErrorGroup, match="there are no messages; got: keys a, b.*set the format"):
         load([{"a": "x", "b": "y"}])
 
 
@@ -139,16 +139,18 @@ def test_a_table_of_unknown_columns_asks_which_is_which(load, tmp_path, caplog):
         with pytest.raises(ErrorGroup) as caught:
             load_conversations([path], check_media=False)
         assert "messages" not in str(caught.value)
-        assert "format table (the rows look like none)" in caplog.text
+        assert "format table (the rows match no format)" in caplog.text
         if named:
-            assert f"rows.csv:2: the columns make no sample; got: keys {named}" in str(caught.value)
+            assert f"rows.csv:2: the columns do not form a sample; got: keys {named}" in str(
+                caught.value
+            )
             assert "the first line of the file is the names" in str(caught.value)
 
 
 def test_a_class_that_is_a_number_is_an_error_where_numbers_are_texts(load, tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("image,label\na.png,7\n")
-    with pytest.raises(ErrorGroup, match="rows.csv:2: the label is a number.*format table"):
+    with pytest.raises(ErrorGroup, match="rows.csv:2: the label is a number.*format: table"):
         load_conversations([path], check_media=False)
     as_table = DataEntry(path=str(path), format="table")
     assert load_conversations([as_table], check_media=False)[0][0].turns[1].text == "7"

@@ -112,10 +112,10 @@ def test_an_answer_in_brackets_is_a_text():
 
 
 BAD_ROWS = {
-    "no sample": ({"a": "x", "b": "y"}, {}, "the columns make no sample; got: keys a, b"),
+    "no sample": ({"a": "x", "b": "y"}, {}, "the columns do not form a sample; got: keys a, b"),
     "no keys": ({}, {}, "got: no keys"),
-    "a picture alone": ({"image": "a.png"}, {}, "the columns make no sample"),
-    "a caption alone": ({"caption": "A cat."}, {}, "the columns make no sample"),
+    "a picture alone": ({"image": "a.png"}, {}, "the columns do not form a sample"),
+    "a caption alone": ({"caption": "A cat."}, {}, "the columns do not form a sample"),
     "a column that is not there": (
         {"image": "a.png", "caption": "A cat."},
         {"columns": {"caption": "alt"}},
@@ -130,7 +130,7 @@ BAD_ROWS = {
     "a picture and no question": (
         {"image": "a.png", "question": " ", "answer": "a"},
         {},
-        "question is empty; .*as the entry's prompt",
+        "question is empty; .*set the entry's prompt",
     ),
     "question null": ({"question": None, "answer": "a"}, {}, "question is not a text; got: null"),
     "a column in other letters": (

@@ -146,11 +146,11 @@ def test_a_question_without_answers_or_picture_is_a_bad_row(open_json):
     ) as caught:
         rows.read(11)
     assert caught.value.line == 12
-    with pytest.raises(SampleError, match="picture cannot be told"):
+    with pytest.raises(SampleError, match="does not name its picture"):
         rows.read(1)
     assert rows.read(2)["image"] == "own.png"
     del questions["data_subtype"], answers["data_subtype"]
-    with pytest.raises(SampleError, match="how the pictures are called cannot be told"):
+    with pytest.raises(SampleError, match="the file does not say how the pictures are named"):
         open_json(questions, annotations=answers).read(0)
 
 
@@ -159,8 +159,8 @@ def test_files_of_vqa_in_the_wrong_place_are_errors(open_json):
     for value, given, reason in (
         (answers, questions, "no list of questions"),
         (questions, questions, "no list of annotations"),
-        (questions, [1], "no list of VQAv2"),
-        ('{"question": "a"}\n', answers, "no list of VQAv2"),
+        (questions, [1], "not one of VQAv2"),
+        ('{"question": "a"}\n', answers, "not one of VQAv2"),
         (questions, None, "the questions have no answers.*annotations: …"),
         (answers, None, "answers without their questions"),
     ):

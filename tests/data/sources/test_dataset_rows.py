@@ -122,7 +122,7 @@ def test_code_in_a_repository_is_not_run(tmp_path, monkeypatch):
     folder = tmp_path / "name"
     folder.mkdir()
     (folder / "name.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')")
-    with pytest.raises(VlmtuneError, match="cannot be had"):
+    with pytest.raises(VlmtuneError, match="cannot be loaded"):
         load_hub(str(folder), DataEntry(path="hub:owner/name"))
     assert not (tmp_path / "was_run").exists()
 
@@ -135,7 +135,7 @@ def test_a_hub_that_cannot_be_reached_is_said(monkeypatch):
         raise AssertionError("the network was asked")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    with pytest.raises(VlmtuneError, match="cannot be had from the hub.*connection") as caught:
+    with pytest.raises(VlmtuneError, match="cannot be loaded from the hub.*connection") as caught:
         open_hub(DataEntry(path="hub:owner/no-such-set"))
     assert caught.value.file == "hub:owner/no-such-set"
 

@@ -80,11 +80,11 @@ def test_spaces_after_separators_go_where_the_header_has_them(tmp_path, cache_di
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b"only one", "another number of cells.*quote cells that hold commas"),
-        (b"a,b,c", "another number of cells.*quote cells that hold commas"),
-        (b"a,b, ,", "got: 4;.*take away the commas at its end"),
+        (b"only one", "different numbers of cells.*quote cells that hold commas"),
+        (b"a,b,c", "different numbers of cells.*quote cells that hold commas"),
+        (b"a,b, ,", "got: 4;.*remove the commas at its end"),
         (b' ,""', "all cells of the row are empty"),
-        (b'"a"b,c', "cells cannot be told apart"),
+        (b'"a"b,c', "row cannot be parsed"),
         (b"\xff,a", "not UTF-8"),
     ],
 )
@@ -102,7 +102,7 @@ def test_a_bad_row_is_named_and_the_next_is_read(tmp_path, cache_dir, line, reas
     [
         ('one,two\n1,2\n3,"open\n5,6\n', 3, "quote in this row is not closed"),
         ("one,one\n1,2\n", 1, "two columns have the same name"),
-        ('"one"x,two\n1,2\n', 1, "names of the columns cannot be told"),
+        ('"one"x,two\n1,2\n', 1, "header cannot be parsed"),
         ("\ngröße,two\n1,2\n".encode("latin-1"), 2, "names of the columns are not UTF-8"),
     ],
 )
@@ -135,5 +135,5 @@ def test_an_index_from_the_cache_reads_the_same_and_another_files_does_not(
     other = _write(tmp_path, "a,b\n" + "".join(f"{n},x{n}\n" for n in reversed(range(50))), "o.csv")
     foreign = open_delimited(other, cache_dir=cache_dir).table
     wrong = dataclasses.replace(first, table=foreign)
-    with pytest.raises(SampleError, match="another number of cells"):
+    with pytest.raises(SampleError, match="different numbers of cells"):
         [wrong.read(n) for n in range(50)]

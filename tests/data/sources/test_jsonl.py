@@ -150,6 +150,6 @@ def test_a_file_replaced_by_one_of_the_same_size_and_time_is_seen(file, tmp_path
 def test_a_file_deleted_while_open_is_named(file, cache_dir):
     rows = open_jsonl(file, cache_dir=cache_dir)
     file.unlink()
-    with pytest.raises(VlmtuneError, match="gone since it was opened") as caught:
+    with pytest.raises(VlmtuneError, match="removed after it was opened") as caught:
         rows.read(0)
     assert caught.value.file == str(file)

@@ -63,7 +63,7 @@ def test_the_recipes_word_goes_before_what_a_folder_looks_like(make):
     ("names", "format_name", "bad", "reason"),
     [
         (["a.png", "a.txt", "b.png"], None, 1, "no text.*b.txt"),
-        (["a.png", "x/b.png"], "class_folders", 0, "in no folder of a class"),
+        (["a.png", "x/b.png"], "class_folders", 0, "not in a class folder"),
     ],
 )
 def test_a_picture_without_its_text_or_class_is_a_bad_row(make, names, format_name, bad, reason):
@@ -91,7 +91,7 @@ def test_a_text_that_is_not_utf8_is_a_bad_row(make):
         (["cat/a.png"], None, "all pictures are in one folder.*class_folders"),
         (["train/a.png", "test/b.png"], None, "folder of splits.*test"),
         (["metadata.csv", "a.png"], None, "holds data files.*metadata.csv"),
-        (["cat/a.png", "dog/a.png"], "messages", "no kind that is known.*format: messages"),
+        (["cat/a.png", "dog/a.png"], "messages", "unknown kind.*format: messages"),
         (["a.md"], "image_text", "no picture in it"),
     ],
 )
@@ -117,7 +117,7 @@ def test_what_is_not_used_is_counted(make, caplog):
         "hidden folders (1)",
         "links to folders (1)",
         ".db (1)",
-        "files without an ending (1)",
+        "files without an extension (1)",
         "texts without a picture (1)",
     ):
         assert count in record.getMessage()

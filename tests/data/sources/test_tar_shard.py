@@ -80,7 +80,7 @@ def test_pickles_and_other_files_are_counted_and_left_alone(
     image = {"bytes": b"p", "path": "1.png"}
     assert rows.read(1) == {"__key__": "1", "label": "3", "image": image}
     (record,) = caplog.records
-    for count in (".pth (2)", ".pyd (2)", "hidden or without an ending (2)"):
+    for count in (".pth (2)", ".pyd (2)", "hidden or without an extension (2)"):
         assert count in record.getMessage()
 
 
@@ -177,8 +177,8 @@ def test_a_json_list_is_messages_and_named_texts_are_fields():
         ({"json": b"\xff"}, "json is not UTF-8"),
         ({"txt": b"\xff"}, "text is not UTF-8"),
         ({"json": b'{"text": "a"}', "txt": b"b"}, "two values of text"),
-        ({"json": b'{"image": "other.png"}', "png": b""}, "names a picture that the sample does"),
-        ({"json": b'{"image": 3}', "png": b""}, "names a picture that the sample does"),
+        ({"json": b'{"image": "other.png"}', "png": b""}, "names a picture that the sample lacks"),
+        ({"json": b'{"image": 3}', "png": b""}, "names a picture that the sample lacks"),
     ],
 )
 def test_a_bad_sample_is_an_error_at_its_number(files, reason):

@@ -127,8 +127,8 @@ def test_what_is_not_read_is_said_once_from_the_first_shard(tmp_path: Path, capl
     open_shards(DataEntry(path=str(tmp_path / "*.tar.gz")), cache_dir=tmp_path)
     (message,) = caplog.messages
     assert message.endswith(
-        "a.tar.gz: files that are not read, of the first 100: "
-        ".pickle (3), hidden or without an ending (1)"
+        "a.tar.gz: unused files among the first 100: "
+        ".pickle (3), hidden or without an extension (1)"
     )
 
 

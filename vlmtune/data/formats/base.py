@@ -67,7 +67,7 @@ class Row:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
             raise self.error(
-                f"{place} holds half a character (a lone surrogate)",
+                f"{place} contains half a character (a lone surrogate)",
                 got=f"\\u{ord(value[error.start]):04x} at character {error.start + 1}",
                 expected="whole characters",
             ) from error
@@ -196,7 +196,7 @@ def _check_turns(row: Row, turns: Sequence[Turn], *, has_answers: bool) -> None:
                 f"turn {number} has the wrong role for its place",
                 got=turn.role,
                 expected=" or ".join(expected),
-                do="let user and assistant take turns, with system, if at all, first",
+                do="alternate user and assistant turns; a system turn may only come first",
             )
         _check_turn(row, turn, number)
         expected = ("assistant",) if turn.role == "user" else ("user",)
@@ -219,7 +219,7 @@ def _check_turn(row: Row, turn: Turn, number: int) -> None:
     if has_media(turn):
         kind = "picture" if any(isinstance(part, Image) for part in turn.parts) else "video"
         raise row.error(
-            f"turn {number} ({turn.role}) holds a {kind}",
+            f"turn {number} ({turn.role}) contains a {kind}",
             expected=f"{kind}s in user turns only",
         )
     if not turn.text.strip():

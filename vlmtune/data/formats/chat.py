@@ -66,7 +66,7 @@ def turns_of(row: Row) -> list[dict[str, Any]]:
             expected="messages or conversations",
             do=f"is {close!r} misspelt?"
             if close
-            else "name the format of such rows, or which column is what: "
+            else "set the format of such rows, or name their columns: "
             "data.train: [{path: …, format: …, columns: {image: …, caption: …}}]",
         )
     turns = row.values[given[0]]
@@ -134,7 +134,7 @@ def weight_of(turn: Mapping[str, Any], number: int, role: Role, row: Row) -> flo
     if role != "assistant":
         raise row.error(
             f"turn {number} ({role}) has a {given[0]} key",
-            expected="it on assistant turns only: no other turn is trained on",
+            expected=f"{given[0]} on assistant turns only: no other turn is trained on",
         )
     if len(given) == 2:
         raise row.error(f"turn {number} has both train and weight", expected="one of them")
@@ -251,7 +251,7 @@ def _check_index(
         raise row.error(
             f"{place} takes its {NOUNS[kind]} out of order",
             got=f"index: {describe(index)}",
-            expected=f"index: {expected}, as the {kind}s of the row are taken in turn",
+            expected=f"index: {expected}, because the row's {kind}s are used in order",
         )
 
 
@@ -385,7 +385,7 @@ def _sharegpt_turn(turn: dict[str, Any], number: int, row: Row, media: MediaPlac
         # `<video>` is an element of HTML too: in an answer it may stand for itself.
         if word in value and (word == "<image>" or media.given[kind]):
             raise row.error(
-                f"turn {number} ({speaker}) holds a {NOUNS[kind]}",
+                f"turn {number} ({speaker}) contains a {NOUNS[kind]}",
                 expected=f"{NOUNS[kind]}s in human turns only",
             )
     parts: tuple[Part, ...] = (Text(value),) if value else ()

@@ -304,7 +304,7 @@ def parse_class_folders(row: Row) -> Conversation:
             "the label is a number",
             got=describe(label),
             expected="the name of the class",
-            do="give its name; or name the format table, where the number is the answer",
+            do="give the name of the class, or set format: table to learn the number",
         )
     return image_qa(
         row,

@@ -73,7 +73,7 @@ def parse_row(row: Row, name: FormatName) -> Conversation:
             raise row.error(
                 f"the row is in the format {others[0]}, its file in {name}",
                 got=row.keys,
-                do="split the file; or name its format: data.train: [{path: …, format: …}]",
+                do="split the file, or set its format: data.train: [{path: …, format: …}]",
             ) from error
         raise
 
@@ -126,7 +126,7 @@ def format_line(rows: Rows, entry: DataEntry, name: FormatName) -> str:
         if entry.format
         else "detected"
         if _votes(rows, entry)
-        else "the rows look like none"
+        else "the rows match no format"
     )
     line = f"{name} ({told})"
     if name != "table":

@@ -85,7 +85,7 @@ def parse(row: Row) -> Conversation:
         raise row.error(
             f"there is no column {listed(missing)}",
             got=row.keys,
-            expected="the columns that are named for it",
+            expected="the columns that the entry names",
             do=f"did you mean {close!r}?" if close else None,
         )
     columns = columns_of(row.values, row.entry)
@@ -93,10 +93,10 @@ def parse(row: Row) -> Conversation:
     if form is None:
         is_text = row.source.file.lower().endswith((".csv", ".tsv", ".tab"))
         raise row.error(
-            "the columns make no sample",
+            "the columns do not form a sample",
             got=row.keys,
             expected="image and caption, image and label, or question and answer",
-            do="say which is which: columns: {image: …, question: …, answer: …}"
+            do="name them: columns: {image: …, question: …, answer: …}"
             + (" (the first line of the file is the names of its columns)" if is_text else ""),
         )
     images = row.values.get(columns["image"]) if "image" in columns else None
@@ -135,7 +135,7 @@ def _question(row: Row, column: str) -> str:
         raise row.error(
             f"{column} is empty",
             expected="a question",
-            do="write one, or name one for all such rows as the entry's prompt",
+            do="write one, or set the entry's prompt for all such rows",
         )
     return question
 

@@ -244,8 +244,8 @@ def open_parquet(path: Path, *, cache_dir: Path) -> Rows:
         if copied is not None:
             return copied
         logger.warning(
-            "%s: its row groups are of up to %d MB, and each row that is in another than the "
-            "last costs reading one; data.streaming: true reads each once",
+            "%s: its row groups have up to %d MB, and reading a row from a new row group reads all "
+            "of it; data.streaming: true reads each row group once",
             path,
             largest >> 20,
         )
@@ -261,12 +261,15 @@ def _open_copy(path: Path, stamp: Stamp, cache_dir: Path) -> ArrowRows | None:
             _write_copy(path, copy, key)
         except OSError as error:
             logger.warning(
-                "%s: no copy can be kept in %s (%s)", path, copy.parent, error.strerror or error
+                "%s: a copy cannot be written to %s (%s)",
+                path,
+                copy.parent,
+                error.strerror or error,
             )
             return None
         check_unchanged(path, stamp)
         logger.info(
-            "%s: copied for reading by row: %s, %d MB", path, copy, copy.stat().st_size >> 20
+            "%s: copied to %s for reading by row, %d MB", path, copy, copy.stat().st_size >> 20
         )
     return open_arrow(copy, cache_dir=cache_dir, copy_of=(path, stamp))
 

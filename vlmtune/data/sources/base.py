@@ -116,7 +116,9 @@ def read_span(path: Path, stamp: Stamp, start: int, end: int) -> bytes:
             return content
     except FileNotFoundError as error:
         raise VlmtuneError(
-            "the data file is gone since it was opened", file=path, do="put it back, start again"
+            "the data file was removed after it was opened",
+            file=path,
+            do="restore it and start again",
         ) from error
     except OSError as error:
         raise unreadable(path, error) from error
@@ -176,7 +178,7 @@ def _changed(path: Path) -> VlmtuneError:
     return VlmtuneError(
         "the data file has changed since it was opened",
         file=path,
-        expected="the file to stay as it is while it is read",
+        expected="a file that does not change while it is read",
         do="start again",
     )
 
@@ -184,7 +186,7 @@ def _changed(path: Path) -> VlmtuneError:
 @cache
 def _log_not_kept(folder: str, reason: str) -> None:
     logger.warning(
-        "%s: cannot be written to (%s); indexes are kept in memory and made anew next time",
+        "%s: not writable (%s); indexes stay in memory and are rebuilt next time",
         folder,
         reason,
     )

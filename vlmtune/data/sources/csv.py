@@ -76,17 +76,17 @@ class DelimitedRows:
                 "all cells of the row are empty",
                 file=self.path,
                 line=line,
-                do="take the line out; a table's last rows are often such",
+                do="remove the line; the last rows of a table are often empty",
             )
         if len(cells) != len(self.columns):
             separators, more = _NAMES[self.dialect.delimiter], cells[len(self.columns) :]
             raise SampleError(
-                "the row has another number of cells than the header",
+                "the row and the header have different numbers of cells",
                 file=self.path,
                 line=line,
                 got=len(cells),
                 expected=f"{len(self.columns)}: {shorten(', '.join(self.columns))}",
-                do=f"take away the {separators} at its end"
+                do=f"remove the {separators} at its end"
                 if more and not any(cell.strip() for cell in more)
                 else f"quote cells that hold {separators}",
             )
@@ -174,7 +174,7 @@ def _scan(path: Path, dialect: Dialect, extra: Extra) -> Iterator[tuple[int, int
                 ) from error
             if "header" not in extra:
                 raise VlmtuneError(
-                    f"the names of the columns cannot be told apart ({error})", file=path, line=line
+                    f"the header cannot be parsed ({error})", file=path, line=line
                 ) from error
             cells = ["bad", "row"]  # said when it is read
         if len(cells) == 1 and not cells[0].strip() or not cells:
@@ -220,7 +220,7 @@ def _cells(content: bytes, rows: DelimitedRows, line: int) -> list[str]:
     except csv.Error as error:
         separators = _NAMES[rows.dialect.delimiter]
         raise SampleError(
-            f"the row's cells cannot be told apart ({error})",
+            f"the row cannot be parsed ({error})",
             file=rows.path,
             line=line,
             expected=f'cells between {separators}, with quotes as in "a ""b"" c"',
@@ -237,6 +237,6 @@ def _columns(header: list[str], path: Path) -> tuple[str, ...]:
             file=path,
             line=1,
             got=", ".join(twice),
-            expected="a first row of names, each of its own",
+            expected="a header with unique names",
         )
     return tuple(columns)

@@ -70,7 +70,7 @@ class FolderRows:
         label, separator, _ = name.partition("/")
         if not separator:
             raise SampleError(
-                "the picture is in no folder of a class",
+                "the picture is not in a class folder",
                 at=source,
                 got=name,
                 expected="CLASS/PICTURE",
@@ -97,7 +97,7 @@ def open_picture_folder(path: Path, *, format_name: FormatName | None) -> Folder
     unused["texts without a picture"] += len(texts - stems)
     counts = ", ".join(f"{what} ({num:,})" for what, num in sorted(unused.items()) if num)
     if counts:
-        logger.info("%s: files that are not used: %s", path, counts)
+        logger.info("%s: unused files: %s", path, counts)
     if kind == "class_folders":
         _log_classes(path, pictures)
     return FolderRows(path, kind, Names(pictures))
@@ -130,7 +130,7 @@ def _list(path: Path) -> tuple[list[str], set[str], Counter[str]]:
             elif ending.lower() == ".txt":
                 texts.add(relative + stem)
             else:
-                unused[ending.lower() or "files without an ending"] += 1
+                unused[ending.lower() or "files without an extension"] += 1
     return sorted(pictures), texts, unused
 
 
@@ -141,7 +141,7 @@ def _detect(path: Path, pictures: list[str], texts: set[str]) -> Kind:
             "the data file is a folder that holds data files",
             file=path,
             got=", ".join(data[:3]) + (", …" if len(data) > 3 else ""),
-            do=f"give the path of the file: {path / data[0]}; of several, a pattern with *",
+            do=f"give the path of the file: {path / data[0]}, or a pattern with * for several",
         )
     if not pictures:
         raise _unknown(path, "no picture in it")
@@ -155,14 +155,14 @@ def _detect(path: Path, pictures: list[str], texts: set[str]) -> Kind:
             "the data file is a folder of splits",
             file=path,
             got=", ".join(sorted(classes)),
-            do=f"name one: {path / min(classes)}; if they are classes, format: class_folders",
+            do=f"name one: {path / min(classes)}; if they are classes, set format: class_folders",
         )
     if len(classes) == 1:
         raise VlmtuneError(
             "all pictures are in one folder: the class of each would be the same",
             file=path,
             got=", ".join(classes),
-            do=f"give {path / min(classes)}, or name the format: class_folders or image_text",
+            do=f"give {path / min(classes)}, or set format: class_folders or image_text",
         )
     return "class_folders"
 
@@ -185,7 +185,7 @@ def _log_classes(path: Path, pictures: list[str]) -> None:
 
 def _unknown(path: Path, got: str) -> VlmtuneError:
     return VlmtuneError(
-        "the data file is a folder of no kind that is known",
+        "the data file is a folder of an unknown kind",
         file=path,
         got=got,
         expected="pictures with a text file beside each (image_text), a folder of pictures for "

@@ -103,7 +103,7 @@ def open_hub(entry: DataEntry) -> DatasetRows:
         raise VlmtuneError(
             f"a folder {name} is in the working directory, and would be read instead of the hub's",
             file=entry.path,
-            do="give the folder as a path, or start elsewhere",
+            do="give the folder as a path, or run from another directory",
         )
     return load_hub(name, entry)
 
@@ -122,7 +122,7 @@ def load_hub(name: str, entry: DataEntry) -> DatasetRows:
         )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise VlmtuneError(
-            f"the data set cannot be had from the hub ({_reason(error)})",
+            f"the data set cannot be loaded from the hub ({_reason(error)})",
             file=entry.path,
             do="look at its name, subset and revision, at the connection, and, if it is private, "
             "log in with `hf auth login`",
@@ -197,7 +197,7 @@ def open_hub_shards(entry: DataEntry) -> list[HubShard]:
     reached, or the recipe does not say which split or subset of several."""
     if entry.revision is None:
         logger.info(
-            "%s: no revision is named; a run that is resumed takes what the hub then holds",
+            "%s: no revision is set; a resumed run reads whatever the hub holds by then",
             entry.path,
         )
     return shards_of(entry.path.removeprefix(HUB), entry)

@@ -122,14 +122,14 @@ class VqaRows:
     def _picture(self, image_id: object, source: Source) -> str:
         if not isinstance(image_id, int) or isinstance(image_id, bool) or image_id < 0:
             raise SampleError(
-                "the question's picture cannot be told",
+                "the question does not name its picture",
                 at=source,
                 got=f"image_id: {describe(image_id)}",
                 expected="a whole number, or the picture's name as image",
             )
         if self.picture_name is None:
             raise SampleError(
-                "how the pictures are called cannot be told",
+                "the file does not say how the pictures are named",
                 at=source,
                 expected='"data_type": "mscoco" and "data_subtype" beside the questions, or the '
                 "picture's name in each question as image",

@@ -106,11 +106,11 @@ def _open_rows(path: Path, entry: DataEntry, cache_dir: Path) -> Rows:
     start = head.removeprefix(BOM).lstrip()
     if start and not start.startswith((b"{", b"[")) and suffix not in (*_LINES, ".json"):
         raise VlmtuneError(
-            "the file is in no known form: a text that does not start as JSON",
+            "the file has no known format: it is text that does not start like JSON",
             file=path,
             got=escaped(shorten(start.split(b"\n")[0].decode("utf-8", "replace"), 60)),
             expected=_KNOWN,
-            do="call a file of cells .csv or .tsv, as what it is",
+            do="name a table .csv or .tsv",
         )
     if start.startswith(b"["):
         return open_json_array(path, cache_dir=cache_dir)
@@ -152,7 +152,7 @@ def _open_vqa(path: Path, head: bytes, annotations: str, cache_dir: Path) -> Row
         container = open_container(file, cache_dir=cache_dir) if known else None
         if container is None:
             raise VlmtuneError(
-                "the file is no list of VQAv2",
+                "the file is not one of VQAv2",
                 file=file,
                 expected='{"questions": [{"question_id": …}, …]} as path and '
                 '{"annotations": [{"question_id": …}, …]} as annotations',
@@ -186,7 +186,7 @@ def _check_text(path: Path, head: bytes) -> None:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise VlmtuneError("the file is UTF-16", file=path, do="save the file as UTF-8")
     if b"\0" in head[:4096]:
-        raise VlmtuneError("the file is in no known form", file=path, expected=_KNOWN)
+        raise VlmtuneError("the file has no known format", file=path, expected=_KNOWN)
 
 
 def _check_keys(entry: DataEntry, used: set[str], kind: str) -> None:

@@ -116,7 +116,7 @@ def _put_pictures(row: dict[str, Any], pictures: list[Member], source: Source) -
         strange = [name for name in bases if not isinstance(name, str) or name not in by_name]
         if strange:
             raise SampleError(
-                "the json names a picture that the sample does not hold",
+                "the json names a picture that the sample lacks",
                 at=source,
                 got=describe(strange[0]),
                 expected=", ".join(by_name),
@@ -206,7 +206,7 @@ def open_tar(path: Path, *, cache_dir: Path) -> TarRows:
         kinds = ", ".join(
             f"{kind} ({num})" for kind, num in sorted(table.extra["not_read"].items())
         )
-        logger.info("%s: files in it that are not read: %s", path, kinds)
+        logger.info("%s: unused files: %s", path, kinds)
     return TarRows(path, stamp, table)
 
 
@@ -226,7 +226,7 @@ def _scan(path: Path, size: int, extra: Extra) -> Iterator[tuple[int, int]]:
                             "the files of a sample are not next to each other",
                             file=path,
                             got=key,
-                            do="write the tar file anew with --sort=name",
+                            do="create the tar file again with --sort=name",
                         )
                     seen.add(hash(key))
                 end = tar.offset
@@ -255,7 +255,7 @@ def _files(
         if not member.isreg():
             not_read["links and the like"] += 1
         elif named is None:
-            not_read["hidden or without an ending"] += 1
+            not_read["hidden or without an extension"] += 1
         elif not is_read(named[1]):
             not_read[f".{named[1]}"] += 1
         else:
@@ -274,7 +274,7 @@ def _check_end(path: Path, offset: int, size: int) -> None:
                 do="fetch or write the file again",
             )
     if offset >= size:
-        logger.info("%s: the tar file has no mark at its end; it may be cut off", path)
+        logger.info("%s: the tar file has no end marker; it may be cut off", path)
 
 
 NUM_LOOKED_AT = 100
@@ -328,14 +328,12 @@ class TarShard:
                 for member in islice(tar, NUM_LOOKED_AT):
                     named = split_name(member.name)
                     if member.isreg() and (named is None or not is_read(named[1])):
-                        kinds[f".{named[1]}" if named else "hidden or without an ending"] += 1
+                        kinds[f".{named[1]}" if named else "hidden or without an extension"] += 1
         except tarfile.TarError as error:
             raise self._broken(str(error)) from error
         if kinds:
             found = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
-            logger.info(
-                "%s: files that are not read, of the first %d: %s", self.path, NUM_LOOKED_AT, found
-            )
+            logger.info("%s: unused files among the first %d: %s", self.path, NUM_LOOKED_AT, found)
 
     def _plain(self, start: int) -> Iterator[RawRow]:
         with open_bytes(self.path) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
@@ -384,7 +382,7 @@ class TarShard:
     def _check_end(self, last: bytes) -> None:
         """tarfile takes whatever is no header for the end: that must be zeros, or nothing."""
         if any(last):
-            raise self._broken("a block in it is no header")
+            raise self._broken("a block is not a header")
 
     def _broken(self, reason: str) -> VlmtuneError:
         return VlmtuneError(

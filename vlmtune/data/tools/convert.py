@@ -229,7 +229,7 @@ def _check_output(output: Path, files: Sequence[OpenFile], *, overwrite: bool) -
         )
     if output.exists() and not overwrite:
         raise VlmtuneError(
-            "the output is there already", file=output, do="give another --output, or --overwrite"
+            "the output exists already", file=output, do="give another --output, or --overwrite"
         )
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -245,7 +245,7 @@ def _open(path: Path) -> FileIO:
     except BlockingIOError as error:
         stream.close()
         raise VlmtuneError(
-            "another conversion is writing here", file=path, do="wait for it, or end it"
+            "another conversion is writing here", file=path, do="wait for it, or stop it"
         ) from error
     return stream
 
@@ -264,14 +264,14 @@ def _start(
         raise VlmtuneError(
             "the state of an unfinished conversion cannot be read",
             file=names.state,
-            do="start anew with --overwrite",
+            do="start over with --overwrite",
         ) from error
     if values.get("fingerprint") != fingerprint:
         raise VlmtuneError(
-            "an unfinished conversion of other data, or with other options, is in the way",
+            "the output belongs to an unfinished conversion of other data or options",
             file=names.partial,
-            got="inputs or options that are not the same as when it was stopped",
-            do="finish it as it was started, or start anew with --overwrite",
+            got="other inputs or options than when it was stopped",
+            do="finish it with the same inputs and options, or start over with --overwrite",
         )
     state = _State(**{**values, "bad": BadRows(**values["bad"])})
     lengths = (state.output_bytes, state.skipped_bytes)

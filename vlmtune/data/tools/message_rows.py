@@ -117,7 +117,7 @@ def writing(path: Path) -> Iterator[None]:
         raise CannotWrite(
             f"the output cannot be written ({error.strerror or error})",
             file=path,
-            do="make room, or give another --output; a conversion goes on where it was",
+            do="free space, or give another --output; a conversion continues where it stopped",
         ) from error
 
 

@@ -207,7 +207,7 @@ def _check_outputs(outputs: Sequence[Path], files: Sequence[OpenFile], *, overwr
             )
         if output.exists() and not overwrite:
             raise VlmtuneError(
-                "the output is there already",
+                "the output exists already",
                 file=output,
                 do="give another --output, or --overwrite",
             )

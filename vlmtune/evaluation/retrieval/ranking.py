@@ -82,7 +82,7 @@ class Block:
             raise VlmtuneError(
                 "a retrieval score is not a number (NaN)",
                 got=f"picture number {int(self.pictures[wrong][0])} of the set",
-                do="look for overflow: evaluate with --dtype float32, or train at a lower rate",
+                do="check for overflow: use --dtype float32, or lower train.learning_rate",
             )
 
 

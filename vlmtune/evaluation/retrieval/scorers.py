@@ -228,6 +228,6 @@ class _Embedder:
                 raise VlmtuneError(
                     "an embedding is not a number (NaN)",
                     at=side.source,
-                    do="look for overflow: evaluate with --dtype float32, or train at a lower rate",
+                    do="check for overflow: use --dtype float32, or lower train.learning_rate",
                 )
         return vectors

@@ -148,8 +148,8 @@ def _tied_head(model: nn.Module, saved: Sequence[str]) -> str | None:
         if path != embeddings and lies_under(embeddings, path):
             raise VlmtuneError(
                 f"modules_to_save: {path} contains the input embeddings, which share their "
-                f"weight with {head}; a separately trained copy would part them",
-                got=f"{path} in modules_to_save beside an adapter",
+                f"weight with {head}; a separately trained copy would untie them",
+                got=f"{path} in modules_to_save together with an adapter",
                 do="name its layers instead, or train without an adapter (lora_target: [])",
             )
     if embeddings not in saved:
@@ -263,7 +263,7 @@ def _require_names(expected: Iterable[str], got: Iterable[str]) -> None:
     unknown = sorted(set(got) - set(expected))
     if missing or unknown:
         raise VlmtuneError(
-            "the checkpoint is of another model or adapter",
+            "the checkpoint belongs to another model or adapter",
             got=f"{len(unknown)} unknown tensors {unknown[:3]}, {len(missing)} missing "
             f"{missing[:3]}",
             do="resume with the recipe that the checkpoint was made with",
