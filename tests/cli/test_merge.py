@@ -70,4 +70,4 @@ def test_a_folder_that_is_no_run_exits_2(tmp_path):
     (tmp_path / "empty").mkdir()
     result = invoke(tmp_path / "empty", "--output", tmp_path / "merged")
     assert result.exit_code == 2
-    assert "no run, adapter or model" in result.stderr
+    assert "not a run, an adapter or a model" in result.stderr

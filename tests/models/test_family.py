@@ -133,7 +133,7 @@ def test_a_path_in_parts_that_no_module_has_is_an_error_with_the_nearest():
 
 
 def test_parts_without_a_language_part_are_an_error():
-    with pytest.raises(VlmtuneError, match=r"language part"):
+    with pytest.raises(VlmtuneError, match=r"does not name the language model"):
         family_for("nobody", parts={"vision": ["eyes"]}, model=Unknown())
 
 

@@ -141,7 +141,7 @@ def test_an_unfinished_run_names_its_checkpoints(model_folder, tmp_path):
 
 
 def test_a_folder_that_is_nothing_is_refused(tmp_path):
-    with pytest.raises(VlmtuneError, match="no run, adapter or model"):
+    with pytest.raises(VlmtuneError, match="not a run, an adapter or a model"):
         opened(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Samples as packs or padded rows: which are put together, and how.
+"""Plans which samples form a micro-batch, and builds it as a pack or as padded rows.
 
     shuffled epochs, one after the other (order.py)  ->  steps of `batch_size` samples
       ->  one share per process
@@ -37,7 +37,7 @@ class Budget:
         return tokens <= self.tokens and (self.supervised is None or supervised <= self.supervised)
 
     def holds(self, pack: Sequence[int], lengths: Sequence[int], supervised: Sequence[int]) -> bool:
-        """Whether the samples at the positions `pack` fit, without padding."""
+        """Whether the samples at the positions `pack` fit the budget without padding."""
         return self.takes(sum(lengths[at] for at in pack), sum(supervised[at] for at in pack))
 
 
@@ -51,8 +51,8 @@ def step_samples(
 ) -> list[int]:
     """The rows of optimizer step `step` (1-based), in the order of the stream.
 
-    The stream is the concatenation of the shuffled epochs. With `epochs` it ends after so many
-    passes, so that the last step holds what is left; without, every step is full.
+    The stream is the concatenation of the shuffled epochs. With `epochs` it ends after that many
+    passes and the last step holds the rest; without, every step is full.
     """
     assert step >= 1 and batch_size >= 1
     start, stop = (step - 1) * batch_size, step * batch_size
@@ -78,8 +78,8 @@ def balanced_shares(work: Sequence[float], world_size: int) -> list[list[int]]:
 
 
 def share_mark(positions: Iterable[int]) -> int:
-    """Of a share. The marks of all shares of a step add up to that of the whole step; those of
-    shares in which a position is missing, or there twice, do not."""
+    """The mark of a share. The marks of all shares of a step add up to that of the whole step,
+    unless a position is missing or in two shares."""
     return sum(zlib.crc32(position.to_bytes(8, "big")) for position in positions)
 
 
@@ -149,7 +149,7 @@ MediaLayout = Literal["flat", "stacked"]
 def pack(samples: Sequence[Sample], *, image_batching: MediaLayout) -> Batch:
     """One row without padding, (1, N): the samples one after the other.
 
-    What keeps them apart is up to the model's caller, who gets their `lengths`.
+    The model's caller keeps them apart, by their `lengths`.
     """
     targets = torch.cat([sample.targets for sample in samples])  # (N,)
     supervised = targets != IGNORED

@@ -1,10 +1,10 @@
-"""Data files to conversations: by number, all at once before a model is loaded, or row by row.
+"""Reads data files as conversations: by number, all at once before a model loads, or row by row.
 
     entries -> sources of rows -> format told from the first rows -> scan of every row, up to a size
       -> ConversationSet: number -> row -> Conversation
 
-A row that the scan finds bad is not part of the set. A larger set is not scanned: its bad rows are
-part of it, and raise when their turn comes.
+A row that the scan finds bad is not part of the set. A larger set is not scanned: its bad rows stay
+in the set and raise when they are read.
 
 entries -> dataset.open_files -> scan: parse, unique ids, pictures exist -> ConversationSet
 
@@ -42,7 +42,7 @@ from vlmtune.recipe.data_section import DataEntry, DataSection, FormatName
 logger = logging.getLogger("vlmtune")
 
 SCANNED_OUTRIGHT = 100_000
-"""Sets of up to so many rows are parsed as a whole before anything else is done."""
+"""Sets of at most this many rows are parsed completely before anything else happens."""
 
 OnBadSample = Literal["error", "skip"]
 
@@ -221,7 +221,7 @@ def open_conversations(
     """The samples of `files` by number, and with `skip` the rows that are not among them.
 
     A set of up to `SCANNED_OUTRIGHT` rows is checked as `load_conversations` does; of a larger one
-    a bad row raises when it is asked for, and that is said.
+    a bad row raises when it is read, and a log line says so.
     """
     opened = open_files(
         as_entries(files), media_policy=media_policy, cache_dir=cache_dir_of(media_policy)
@@ -238,7 +238,7 @@ def open_conversations(
 
 
 def media_policy_of(section: DataSection) -> MediaPolicy:
-    """What the recipe allows pictures and videos to be read from."""
+    """Where the recipe allows pictures and videos to be read from."""
     return MediaPolicy(
         allow_outside_paths=section.allow_outside_paths,
         allow_urls=section.allow_urls,
@@ -258,7 +258,7 @@ def all_rows(files: Files, *, media_policy: MediaPolicy = LOCAL) -> Conversation
 
 
 def as_entries(files: Files) -> list[DataEntry]:
-    """Paths as entries that are nothing else."""
+    """Paths as entries without further keys."""
     return [file if isinstance(file, DataEntry) else DataEntry(path=str(file)) for file in files]
 
 
@@ -349,12 +349,12 @@ def _group(errors: Sequence[SampleError]) -> ErrorGroup:
 
 
 MAX_NAMED = 20
-"""Bad rows that are told in words; the others are counted."""
+"""Bad rows that a message names; the others are counted."""
 
 
 @dataclass
 class BadRows:
-    """The rows that cannot be used: how many, and the first in words."""
+    """The rows that cannot be used: their number, and the errors of the first."""
 
     count: int = 0
     named: list[str] = field(default_factory=list)

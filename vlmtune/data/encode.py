@@ -124,7 +124,7 @@ class _Media:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A sample with what over-length handling asks for; `media_end`: after the last picture."""
+    """A sample with what over-length handling needs; `media_end`: after the last picture."""
 
     sample: Sample
     num_text_tokens: int
@@ -211,13 +211,13 @@ class Encoder:
         return self._shrink_or_refuse(conversation, media, encoded, prompt=False)
 
     def is_supervised(self, conversation: Conversation) -> bool:
-        """Whether there is an answer to learn. One to be asked about only need have none."""
+        """Whether there is an answer to learn. A conversation to evaluate needs none."""
         return _is_supervised(self._weighted(conversation.turns))
 
     def encode_prompt(self, conversation: Conversation) -> Sample:
         """The sample up to where the model starts to give the last answer; nothing supervised.
 
-        A question is never cut: with `over_length: trim_text` too long a one is a SampleError.
+        A question is never cut: with `over_length: trim_text`, one that is too long is an error.
         """
         if conversation.turns[-1].role == "assistant":
             conversation = replace(conversation, turns=conversation.turns[:-1])

@@ -3,9 +3,8 @@
     URL -> resolve once -> every address public? -> connect to that address (TLS: the host's name)
         -> redirect: the same again, at most five times -> body, counted as it comes
 
-Nothing is looked up twice: a name that resolves otherwise a moment later (DNS rebinding) leads
-nowhere else. Proxies named by environment variables are not used: what they connect to cannot be
-checked.
+A name is resolved once, so a different answer a moment later (DNS rebinding) has no effect. Proxies
+from environment variables are not used, because what they connect to cannot be checked.
 
     URL -> allowed?            check_url: no network
         -> kept and unbroken?  CACHE/downloads/urls: digest of URL -> CACHE/downloads/<sha256>
@@ -55,7 +54,7 @@ _UNCHANGED = "/%:@!$&'()*+,;=~-._?"
 
 
 class PassingError(VlmtuneError):
-    """It may work a moment later."""
+    """A temporary error: a retry may succeed."""
 
     retry_after_seconds = 0.0
 
@@ -409,7 +408,7 @@ def _check_kept_size(kept: Path, url: str, media_policy: MediaPolicy) -> None:
 
 
 def _check_content(stream: BinaryIO, url: str) -> None:
-    """An error page with status 200 is no picture, and is not to be kept as one."""
+    """Refuse an error page with status 200, which must not be stored as a picture."""
     stream.seek(0)
     head = stream.read(HEAD_BYTES)
     if not head:

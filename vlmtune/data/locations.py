@@ -18,11 +18,11 @@ _SPECIAL = (
     (stat.S_ISBLK, "a device"),
 )
 MAX_NAME_CHARACTERS = 4096
-"""Longer ones are no paths; base64 is looked at as one first."""
+"""Longer texts are not paths; base64 is first tried as a path."""
 
 
 class NoSuchFile(VlmtuneError):
-    """Nothing has this name: it may be no name at all, but base64."""
+    """No file has this name: it may be base64 instead of a name."""
 
 
 def find_file(ref: str, *, base_dir: Path, allow_outside: bool, what: str = "picture") -> Path:
@@ -94,7 +94,7 @@ def _missing(path: str, base_dir: Path, what: str, reason: str | None) -> NoSuch
 
 
 def _meant(path: str, base_dir: Path) -> str | None:
-    """What to write where the file is there by a Windows path, or with its ending in other letters.
+    """What to write if the file exists under a Windows path, or with its extension in other case.
 
     Looks for a few names and lists no folder, which may be large.
     """

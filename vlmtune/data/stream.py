@@ -1,4 +1,4 @@
-"""The training stream of rows that are read from front to back: mixed, shuffled, and resumed.
+"""The training stream of rows that are read from front to back: mixed, shuffled, resumable.
 
     epoch -> order of its shards -> their rows one after the other -> blocks of `block_rows`
       -> each block in an order of its own
@@ -9,8 +9,8 @@ where the entry stands. Held at a time: one block of rows that are not parsed.
     entries -> shards (sources/) -> each entry's rows for ever, in shuffled blocks
       -> one entry chosen for each place of the stream, by weight -> StreamRow -> Conversation
 
-A row is parsed only when it is asked for its conversation: whoever passes over rows, as another
-process or worker does, pays for reading alone.
+A row is parsed only when its conversation is needed: a process or worker that skips rows pays only
+for reading them.
 """
 
 from __future__ import annotations

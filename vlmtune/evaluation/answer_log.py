@@ -1,6 +1,6 @@
-"""Answers kept while an evaluation runs, and all that decides whether they hold for another.
+"""Keeps answers while an evaluation runs, with the settings that decide if they can be reused.
 
-The batch size and the number of processes are not among it: they change no answer.
+The batch size and the number of processes are not among the settings: they change no answer.
 
 FOLDER/answers-RANK.part.jsonl    {"settings": {…}}           whatever decides an answer
                                   {"number": 3, "answer": …}  in the order of answering

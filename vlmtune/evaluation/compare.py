@@ -1,4 +1,4 @@
-"""Two evaluations of the same samples: how far apart they are, and which answers changed.
+"""Compares evaluations of the same samples: differences of figures, and changed answers.
 
 rows of both, by id -> statistics of each metric -> figures of each, their difference with a paired
                        bootstrap interval, McNemar's test where scores are right or wrong

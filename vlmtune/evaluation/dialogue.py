@@ -1,4 +1,4 @@
-"""A conversation with a model that goes on: pictures wait for a question, answers stream.
+"""A continuing conversation with a model: pictures go with the next question, answers stream.
 
 add_image* -> ask -> [history + pictures + question] -> prompt -> greedy decoding, text by text
 """

@@ -1,4 +1,4 @@
-"""What a figure is worth: guessers that never see the picture, and the guard against forgetting.
+"""Baselines for a figure: guessers that never see the picture, and the guard against forgetting.
 
 majority answer  the most frequent answer to the question's text in the training data; to a text
                  that is not there, the most frequent answer of all (the priors of Antol et al.

@@ -1,4 +1,4 @@
-"""How likely texts are as answers, and the option that is likeliest.
+"""The likelihood of texts as answers, and the most likely option.
 
 conversation -> prompt with its pictures, run once -> every text's log p / its number of tokens
 

@@ -1,4 +1,4 @@
-"""What an evaluation gives back, and how it stands in its folder."""
+"""The result of an evaluation, and its files."""
 
 from __future__ import annotations
 

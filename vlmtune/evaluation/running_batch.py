@@ -1,4 +1,4 @@
-"""Rows that are answered side by side, each from its own start to its own end.
+"""Generates answers side by side, each row from its own start to its own end.
 
     prompts, left-padded (b, P) -> key-value cache of P columns --+
     cache of the rows under way (B, L), its padding cut ----------+--> cache (B + b, max(L, P))
@@ -27,7 +27,7 @@ from vlmtune.models.likelihood import CACHE
 from vlmtune.models.packing import GRIDS, can_pack
 
 REFILL_FRACTION = 0.25
-"""Prompts enter once so much of the batch is free: a prompt alone makes a poor forward pass."""
+"""Prompts enter once this share of the batch is free: a prompt alone wastes a forward pass."""
 
 Prompt = TypeVar("Prompt")
 
@@ -147,7 +147,7 @@ class RunningBatch:
         return output.logits[:, -1].float()
 
     def keep(self, indices: Sequence[int]) -> None:
-        """Let go of the rows that are not at `indices`."""
+        """Drop the rows that are not at `indices`."""
         self.rows = [self.rows[index] for index in indices]
         if not indices:
             self._cache = None

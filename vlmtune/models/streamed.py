@@ -1,4 +1,4 @@
-"""A model whose weights stay in their files: read before a module runs, dropped after it.
+"""Runs a model whose weights stay in their files: read before a module runs, dropped after it.
 
 source -> weight_files -> stored_tensors: what is where, from the headers alone
                                read_tensor: one tensor; its pages go when it goes

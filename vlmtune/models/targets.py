@@ -1,4 +1,4 @@
-"""`lora_target` and `modules_to_save` as full module paths, and what is trained in the end.
+"""Resolves `lora_target` and `modules_to_save` to module paths, and lists what is trained.
 
 A target entry is one of (looked up in this order)
     a group                language.attn, language.mlp, vision.attn, vision.mlp (vision_mlp),

@@ -1,4 +1,4 @@
-"""The features of pictures and videos, made before the model's forward pass and kept.
+"""Computes the features of pictures and videos before the model's forward pass, and caches them.
 
     inputs -> units, one picture at a time          data/processing.py
       -> kept under its key?                        vision_cache.py

@@ -1,4 +1,4 @@
-"""Where the features of pictures are kept: in memory, in files, or in both.
+"""Stores the features of pictures in memory, in files, or in both.
 
     FeatureCache -> stores, in order: MemoryStore | DiskStore
 

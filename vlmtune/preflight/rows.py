@@ -1,8 +1,8 @@
-"""Every row of a set: read, opened, measured, in parallel and in order.
+"""Reads, opens and measures every row of a set, in parallel and in order.
 
-All are hints, not proofs, and only ever warnings. An answer counts as leaking where the whole of
-it, of at least four characters or two words, stands word for word in the user's turn before it,
-and the question does not offer it as a choice.
+Odd answers are hints, not proofs, and only ever warnings. An answer counts as leaking if all of it,
+at least four characters or two words, appears word for word in the user's turn before it, and the
+question does not offer it as a choice.
 
 rows -> chunks -> worker processes: parse -> media there -> Measurer -> digests -> outcomes
      -> this process, in the order of the rows: RowTable (sets.py)
@@ -97,7 +97,7 @@ def _is_offered(question: str, place: re.Match[str]) -> bool:
 
 CHUNK = 64
 ROWS_PER_WORKER = 400
-"""A worker costs more to start than so many rows to check."""
+"""Starting a worker takes longer than checking this many rows."""
 
 Stage = Literal["row", "media", "encode"]
 

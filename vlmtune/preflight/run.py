@@ -1,4 +1,4 @@
-"""The whole preflight: everything that can be known of a run on a CPU, without a weight.
+"""The whole preflight: checks everything about a run that needs no weights, on a CPU.
 
 recipe -> processor, model on meta -> every row of train, eval, guard -> modules that train
        -> epoch, memory, disk -> problems and one verdict
@@ -408,8 +408,8 @@ def _scored_by(name: SetName) -> tuple[str, ...]:
 def _noted(
     problems: Problems, places: KeyLocations | None = None, *, about: Sequence[str] = ("model",)
 ) -> Iterator[None]:
-    """Errors of the body become problems; of those without a file, `places` knows where: at the
-    key that they name, or else at one they are `about`."""
+    """Errors of the body become problems. One without a file gets its place from `places`: that of
+    the key that it names, or else of a key it is `about`."""
     try:
         yield
     except VlmtuneError as error:

@@ -1,6 +1,6 @@
-"""One set of the recipe, from its entries to what is wrong with it.
+"""Checks one set of the recipe: from its entries to its problems.
 
-Numbers only are kept of a row that can be used, some 60 bytes: a million of them are 60 MB.
+For a usable row only numbers are kept, about 60 bytes: a million rows take 60 MB.
 
 entries -> files (or a stream) -> check_rows -> RowTable -> problems, by the rules of the feed
 """
@@ -279,7 +279,7 @@ def look_at(
 
 
 def look_at_repeated_ids(checked: CheckedSet, problems: Problems) -> None:
-    """Of held-out rows with one id the first is used; training uses all, which is said."""
+    """Of held-out rows that share an id the first is used; training uses all, with a warning."""
     table = checked.table
     taken = list(table.repeated_ids())
     if not taken or not checked.files or checked.is_partial:
@@ -346,7 +346,7 @@ def add_limit(checked: CheckedSet, problems: Problems, *, recipe: Recipe) -> Non
 
 
 def add_duplicates(checked: CheckedSet, problems: Problems) -> int:
-    """A warning where samples are there more than once; how many are."""
+    """Warn of samples that repeat another one; return their number."""
     table = checked.table
     found = duplicates(table.digests)
     if found.num_repeated:

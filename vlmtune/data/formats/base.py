@@ -1,4 +1,4 @@
-"""A row of a data file, and what every format does with it: names it, reads its texts and media."""
+"""A row of a data file, and what all formats share: names, texts, media."""
 
 from __future__ import annotations
 

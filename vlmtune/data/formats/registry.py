@@ -1,4 +1,4 @@
-"""The formats that are known, and which one the rows of a file are in."""
+"""The known formats, and the detection of a file's format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.recipe.data_section import DataEntry, FormatName
 
 NUM_LOOKED_AT = 20
-"""Rows by which a file's format is told."""
+"""Rows from which a file's format is detected."""
 
 _TABLES = (".csv", ".tsv", ".tab", ".parquet", ".arrow", ".feather")
 _PROMPTED = ("table", "coco_captions", "image_text", "class_folders")
@@ -60,7 +60,7 @@ FORMATS: dict[FormatName, Format] = {
     ),
     "table": Format(table.matches, table.parse, table.keys_of),
 }
-"""Where the first rows look like several, the first of them is taken."""
+"""If the first rows match several formats equally well, the first of these wins."""
 
 
 def parse_row(row: Row, name: FormatName) -> Conversation:
@@ -101,8 +101,7 @@ def unused_keys(values: Mapping[str, Any], entry: DataEntry, name: FormatName) -
 
 
 def check_entry(entry: DataEntry, name: FormatName, *, file: str) -> None:
-    """Raise VlmtuneError where the recipe says something of a file that its format does not
-    regard."""
+    """Raise VlmtuneError where the entry of a file has a key that has no effect on its format."""
     without_effect = {
         "columns": bool(entry.columns) and name != "table",
         "prompt": entry.prompt is not None and name not in _PROMPTED,
@@ -119,8 +118,8 @@ def check_entry(entry: DataEntry, name: FormatName, *, file: str) -> None:
 
 
 def format_line(rows: Rows, entry: DataEntry, name: FormatName) -> str:
-    """What is said of a file's format when it is opened: where it is from, and a table's columns
-    as its first row has them."""
+    """The log line about a file's format: whether it was named or detected, and for a table the
+    columns of its first row."""
     told = (
         "named"
         if entry.format

@@ -3,9 +3,9 @@
     {"image_path": "a.png", "caption": "A red ball."}
     {"image_path": "a.png", "question": "Which colour is it?", "answer": "red"}
 
-The entry's `columns` say which column is what; without a word on a role, it is the column with one
-of the role's usual names, in capitals or not. The question of a caption or a class is the entry's
-`prompt`. A question may do without a picture, an answer may be a number.
+The entry's `columns` say which column has which role. A role that they leave out gets the column
+with one of the role's usual names, in any case. The question of a caption or a class is the entry's
+`prompt`. A question needs no picture; an answer may be a number.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _question(row: Row, column: str) -> str:
 
 
 def _check_answers(row: Row, column: str) -> None:
-    """Raise SampleError where a list of answers is a text, as CSV makes it: it would be learned."""
+    """Raise SampleError if a list of answers is a text, as in CSV: it would be learned."""
     value = row.values[column]
     if column.lower() != "answers" or not isinstance(value, str):
         return

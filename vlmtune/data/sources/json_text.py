@@ -1,4 +1,4 @@
-"""JSON as it stands in data files: strict, and every fault with its place."""
+"""Parses JSON of data files strictly; every error has its place."""
 
 from __future__ import annotations
 

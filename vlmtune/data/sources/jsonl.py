@@ -1,4 +1,4 @@
-"""JSON lines: by the place of each in the file, or from front to back, plain or compressed."""
+"""Reads JSON lines by number or from front to back, plain or compressed."""
 
 from __future__ import annotations
 

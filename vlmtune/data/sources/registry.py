@@ -1,7 +1,7 @@
-"""Which source an entry of the recipe names, how it is streamed, and what tells its content.
+"""Finds the source that an entry of the recipe names, opens or streams it, and digests its content.
 
-A file that is in no known form is an error; nothing is guessed from its name alone but CSV, TSV
-and JSON lines, which every text could be.
+A file of no known format is an error. Only CSV, TSV and JSON lines, which any text could be, are
+recognised by file name.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What `vlmtune data` does to whole sets: convert, split, and find what is there twice."""
+"""Operations of `vlmtune data` on whole sets: convert, split, find duplicates."""

@@ -1,12 +1,12 @@
-r"""Rows of any format to one JSONL of the project's own, stopped and gone on with at any row.
+r"""Converts rows of any format to one JSONL file of the project's own; resumable at any row.
 
     row -> Conversation -> line of OUT.partial ... -> OUT
                        \-> a bad one: line of OUT_skipped.jsonl.partial
 
-OUT.state.json says, for a moment at which all was on the disk, how many rows were done and how long
-the files were. A run that finds it cuts them to that length and goes on with the next row: the
-result is the same, byte for byte, as without the stop. Files of pictures appear whole or not at
-all, and are named by content.
+OUT.state.json says, for a moment at which everything was on disk, how many rows were done and how
+long the files were. A run that finds it truncates the files to that length and continues with the
+next row: the result is byte for byte the same as without the stop. Files of pictures appear whole
+or not at all, and are named by content.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What samples have in common: pictures by content, questions by words, both together, everything.
+"""Finds what samples share: pictures by content, questions by words, both together, everything.
 
     Conversation -> Digests (8 bytes each) -> DigestTable -> Duplicates of one set
                                                           -> Overlap of two
@@ -86,7 +86,7 @@ class DigestTable:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Samples that are there already, word for word and with the same pictures.
+    """Samples that repeat an earlier one word for word, with the same pictures.
 
     `examples`: the first few as (number of the first, number of the repeated), both 0-based.
     `num_pictures` are the distinct pictures among `num_picture_uses`.
@@ -145,7 +145,7 @@ def digest_table(conversations: Iterable[Conversation], known: PictureDigests) -
 
 
 def duplicates(table: DigestTable) -> Duplicates:
-    """What is in one set more than once."""
+    """The samples that are in one set more than once."""
     _, first, group = np.unique(_numbers(table.samples), return_index=True, return_inverse=True)
     numbers = np.arange(len(table))
     repeated = numbers[first[group] != numbers]

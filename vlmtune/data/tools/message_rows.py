@@ -1,4 +1,4 @@
-"""A conversation as a row of the project's own form, its pictures as files beside the output.
+"""Writes a conversation as a row of the format `messages`, its pictures as files beside the output.
 
 Conversation -> turns as role and content
   a file         -> its path relative to the output, or with `copy` a copy

@@ -1,4 +1,4 @@
-"""A set in two, so that no picture is on both sides.
+"""Splits a set in two, so that no picture is on both sides.
 
     rows -> digests of pictures (or of the question, where there is none)
          -> groups: rows that share a picture, directly or through others (union-find)
@@ -56,7 +56,7 @@ class Groups:
     _numbers: dict[int, int] = field(default_factory=dict, repr=False)
 
     def add(self, digests: Digests) -> None:
-        """A row; one without pictures belongs to those that ask the same."""
+        """Add a row; rows without pictures are grouped by their question."""
         numbers = [self._number(d) for d in digests.pictures or (digests.question,)]
         for number in numbers[1:]:
             first, other = self._root(numbers[0]), self._root(number)

@@ -1,4 +1,4 @@
-"""What the training loop asks of an adapter method, and what the methods built on PEFT share.
+"""The interface of an adapter method for the training loop, and what PEFT's methods share.
 
     recipe -> plan_modules -> AdapterPlan -> lora | adalora | full -> Adapter -> the training loop
 
@@ -184,7 +184,7 @@ def config_of(model: PeftModel) -> Any:
 
 @contextlib.contextmanager
 def expected_warnings() -> Iterator[None]:
-    """PEFT's warnings that say nothing to the user, off."""
+    """Suppress PEFT's warnings that do not matter to the user."""
     with warnings.catch_warnings():
         # PEFT asks an old name of a transformers property.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")

@@ -1,4 +1,4 @@
-"""Training without an adapter, in float32 and in place, and the model folder that comes of it.
+"""Training without an adapter, in float32 and in place, and the model folder that it writes.
 
 `lora_target: []` with `modules_to_save`: `[all]` trains every parameter. Weights that the model
 shares (tied embeddings) stay shared. The compute dtype is the loop's business (autocast).
