@@ -83,7 +83,7 @@ ADDED = {  # lines added to GOOD -> (line, every part that the message must have
     "lora_target: []\nmodules_to_save: [all]\nquantization_bit: 4": (7, "cannot be trained"),
     "modules_to_save: [all]\nlora_target: [q_proj]": (
         6,
-        "lora_target and modules_to_save exclude each other; do: set lora_target: []",
+        "lora_target and modules_to_save exclude each other; do: remove one of them",
     ),
     "objective: contrastive\nadalora: {}": (6, "adalora has no effect because objective is"),
     "data: {}": (5, "duplicate key 'data'"),

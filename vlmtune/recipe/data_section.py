@@ -81,6 +81,10 @@ FormatName = Literal[
 ColumnRole = Literal["id", "image", "question", "answer", "caption", "label"]
 
 
+FREE = Effect(changes_step=False)
+WITH_URLS = Effect(needs={"data.allow_urls": True})
+
+
 class ImageSection(Section):
     """Between which sizes the processor scales pictures."""
 
@@ -193,7 +197,7 @@ class DataSection(Section):
         description="The training data: a path relative to the recipe, an entry `{path, format, "
         "weight, …}`, or a list of paths and entries."
     )
-    eval: Annotated[Entries | None, Effect(changes_step=False)] = Field(
+    eval: Annotated[Entries | None, FREE] = Field(
         default=None,
         description="The data for evaluation during training; written as `train`. Null: none.",
     )
@@ -248,12 +252,12 @@ class DataSection(Section):
     allow_urls: bool = Field(
         default=False, description="Allow pictures to be downloaded from http(s) URLs."
     )
-    allow_private_addresses: Annotated[bool, Effect(needs={"data.allow_urls": True})] = Field(
+    allow_private_addresses: Annotated[bool, WITH_URLS] = Field(
         default=False,
         description="With `allow_urls`: allow downloads from this machine and from private "
         "networks too.",
     )
-    max_download_bytes: Annotated[int, Effect(needs={"data.allow_urls": True})] = Field(
+    max_download_bytes: Annotated[int, WITH_URLS] = Field(
         default=100_000_000,
         ge=1,
         description="With `allow_urls`: maximum size of one download, in bytes.",
@@ -265,17 +269,17 @@ class DataSection(Section):
         gt=0,
         description="With `allow_urls`: maximum time of one download, in seconds.",
     )
-    cache: Annotated[Literal["off", "disk"], Effect(changes_step=False)] = Field(
+    cache: Annotated[Literal["off", "disk"], FREE] = Field(
         default="off",
         description="`disk`: keep each sample on disk as the processor returned it, for later "
         "epochs and runs. This takes about 15 MB per megapixel (4 bytes per value).",
     )
-    cache_dir: Annotated[Name | None, Effect(changes_step=False)] = Field(
+    cache_dir: Annotated[Name | None, FREE] = Field(
         default=None,
         description="Folder for indexes, downloads and caches. Null: `vlmtune` in the user's cache "
         "folder.",
     )
-    num_workers: Annotated[int, Effect(changes_step=False)] = Field(
+    num_workers: Annotated[int, FREE] = Field(
         default=2,
         ge=0,
         description="Number of processes that prepare samples ahead of the step. 0: the training "

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import AfterValidator, Field
 
 from vlmtune.recipe.data_section import (
+    FREE,
     DataSection,
     Effect,
     Entries,
@@ -36,8 +37,11 @@ PartName = Literal["vision", "connector", "language", "lm_head"]
 PART_NAMES: tuple[PartName, ...] = get_args(PartName)
 Task = Literal["vqa", "caption", "choice", "classification", "grounding", "retrieval"]
 
-NEEDS_ADAPTER = {"lora_target": Not([])}
-NEEDS_4_BIT = {"quantization_bit": 4}
+LORA = {"lora_target": Not([]), "adalora": None}
+WITH_ADAPTER = Effect(needs={"lora_target": Not([])})
+WITH_DATA_EVAL = Effect(needs={"data.eval": Not(None)})
+ONLY_4_BIT = Effect(needs={"quantization_bit": 4})
+ONLY_SAMPLE = Effect(needs={"eval.decoding.method": "sample"})
 NEEDS_RETRIEVAL = ({"eval.task": "retrieval"}, {"eval.guard.task": "retrieval"})
 NEEDS_LIKELIHOOD = tuple({**each, "eval.scorer": "likelihood"} for each in NEEDS_RETRIEVAL)
 NEEDS_EMBEDDING = tuple({**each, "eval.scorer": "embedding"} for each in NEEDS_RETRIEVAL)
@@ -77,10 +81,7 @@ class AdaLoraSection(Section):
         default=10, ge=1, description="Optimizer steps from one pruning to the next."
     )
     beta1: float = Field(
-        default=0.85,
-        gt=0,
-        lt=1,
-        description="Decay factor of the running average of the importance.",
+        default=0.85, gt=0, lt=1, description="Decay of the running average of the importance."
     )
     beta2: float = Field(
         default=0.85,
@@ -116,17 +117,15 @@ class ContrastiveSection(Section):
 class QuantizationSection(Section):
     """How the base model is quantised. Needs `quantization_bit: 4` or `8`."""
 
-    double_quant: Annotated[bool, Effect(needs=NEEDS_4_BIT)] = Field(
+    double_quant: Annotated[bool, ONLY_4_BIT] = Field(
         default=True, description="4-bit only: quantise the quantisation constants too."
     )
-    compute_dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"], Effect(needs=NEEDS_4_BIT)
-    ] = Field(
+    compute_dtype: Annotated[Literal["bfloat16", "float16", "float32"], ONLY_4_BIT] = Field(
         default="bfloat16",
         description="4-bit only: dtype of the matrix products. `float32` is faster on a CPU "
         "without bf16 instructions. A GPU of compute capability below 8.0 needs `float16`.",
     )
-    cache_dequantized: Annotated[bool, Effect(needs=NEEDS_4_BIT, changes_step=False)] = Field(
+    cache_dequantized: Annotated[bool, Effect(needs=ONLY_4_BIT.needs, changes_step=False)] = Field(
         default=False,
         description="4-bit only: during training, keep a dequantised copy of the 4-bit weights. "
         "A step is faster, and memory grows by the size of the quantised layers in "
@@ -178,9 +177,7 @@ class TrainSection(Section):
         "only to itself, if the model family supports it. If not, rows of similar length are "
         "padded. The loss is the same.",
     )
-    vision_cache: Annotated[
-        Literal["auto", "memory", "disk", "off"], Effect(changes_step=False)
-    ] = Field(
+    vision_cache: Annotated[Literal["auto", "memory", "disk", "off"], FREE] = Field(
         default="auto",
         description="Run a frozen vision tower only once per picture, and keep its features for "
         "later epochs. (If the connector is trained, what is kept is the tower's output before "
@@ -245,7 +242,7 @@ class TrainSection(Section):
         "always kept in float32. `fp32` is the fastest on a CPU without bf16 instructions. A GPU "
         "of compute capability below 8.0 (T4, V100) needs `fp16`.",
     )
-    log_every: Annotated[int, Effect(changes_step=False)] = Field(
+    log_every: Annotated[int, FREE] = Field(
         default=10, ge=1, description="Optimizer steps from one logged line to the next."
     )
     eval_every: Annotated[
@@ -257,13 +254,12 @@ class TrainSection(Section):
         description="How often the model is evaluated. Up to 1: after each such fraction of "
         "training (0.25: four times). Above 1: a number of optimizer steps.",
     )
-    save_every: Annotated[FractionOrSteps, Effect(changes_step=False)] = Field(
+    save_every: Annotated[FractionOrSteps, FREE] = Field(
         default=0.25,
         gt=0,
-        description="How often a checkpoint is written. Up to 1: after each such fraction of "
-        "training. Above 1: a number of optimizer steps.",
+        description="How often a checkpoint is written; as `eval_every`.",
     )
-    keep_checkpoints: Annotated[int, Effect(changes_step=False)] = Field(
+    keep_checkpoints: Annotated[int, FREE] = Field(
         default=2,
         ge=1,
         description="Number of newest checkpoints that are kept; older ones are deleted.",
@@ -279,17 +275,17 @@ class DecodingSection(Section):
         "each answer with its own seed, so that the batch size and the number of processes do not "
         "change it. `beam`: beam search.",
     )
-    temperature: Annotated[float, Effect(needs={"eval.decoding.method": "sample"})] = Field(
+    temperature: Annotated[float, ONLY_SAMPLE] = Field(
         default=1.0, gt=0, description="`sample` only: the logits are divided by it."
     )
-    top_p: Annotated[float, Effect(needs={"eval.decoding.method": "sample"})] = Field(
+    top_p: Annotated[float, ONLY_SAMPLE] = Field(
         default=1.0,
         gt=0,
         le=1,
         description="`sample` only: draw from the likeliest tokens that together have this "
         "probability. 1: from all tokens.",
     )
-    top_k: Annotated[int, Effect(needs={"eval.decoding.method": "sample"})] = Field(
+    top_k: Annotated[int, ONLY_SAMPLE] = Field(
         default=0,
         ge=0,
         description="`sample` only: draw from this number of likeliest tokens. 0: from all tokens.",
@@ -344,17 +340,17 @@ class EvalSection(Section):
     batch_size: int = Field(
         default=16, ge=1, description="Number of questions that one process answers at once."
     )
-    max_samples: Annotated[int | None, Effect(needs={"data.eval": Not(None)})] = Field(
+    max_samples: Annotated[int | None, WITH_DATA_EVAL] = Field(
         default=None,
         ge=1,
         description="During training: evaluate on this number of samples, chosen at random once. "
         "Null: on all.",
     )
-    before: Annotated[bool, Effect(needs={"data.eval": Not(None)})] = Field(
+    before: Annotated[bool, WITH_DATA_EVAL] = Field(
         default=True,
         description="Evaluate before the first step too, to see what the model could do before.",
     )
-    best_metric: Annotated[Name | None, Effect(needs={"data.eval": Not(None)})] = Field(
+    best_metric: Annotated[Name | None, WITH_DATA_EVAL] = Field(
         default=None,
         description="The result is the checkpoint at which this metric of `data.eval` was best. "
         "`loss` is best where it is lowest. Null: the result is the last step.",
@@ -371,9 +367,7 @@ class EvalSection(Section):
         "log p(text | picture) per token. `embedding`: by the cosine of the last hidden states "
         "after `embedding_prompt`.",
     )
-    subtract_prior: Annotated[
-        bool, Effect(tuple({**c, "eval.scorer": "likelihood"} for c in NEEDS_RETRIEVAL))
-    ] = Field(
+    subtract_prior: Annotated[bool, Effect(needs=NEEDS_LIKELIHOOD)] = Field(
         default=False,
         description="Retrieval by likelihood, from picture to text: subtract log p(text) without "
         "the picture. This can help if the model was not trained on such texts and prefers "
@@ -424,14 +418,7 @@ class Recipe(Section):
         description="Bits per weight of the base model: 4 (NF4), 8 (LLM.int8()), or 16: not "
         "quantised.",
     )
-    lora_target: Annotated[
-        Names,
-        Effect(
-            needs={"modules_to_save": Not("all")},
-            off=[],
-            do={"modules_to_save": "set lora_target: [] for full fine-tuning, or remove [all]"},
-        ),
-    ] = Field(
+    lora_target: Annotated[Names, Effect(needs={"modules_to_save": Not("all")}, off=[])] = Field(
         default=["all-linear"],
         description="Modules that get an adapter: groups (`language.attn`, `language.mlp`, "
         "`vision.attn`, `vision.mlp` or `vision_mlp`, `connector`, or `all-linear`, which is every "
@@ -439,32 +426,25 @@ class Recipe(Section):
         "part (`q_proj`), full module paths (every linear layer in the module), or `re:` and a "
         "regular expression for full paths. `[]`: no adapter, only `modules_to_save` is trained.",
     )
-    rank: Annotated[
-        int,
-        Effect(
-            needs={**NEEDS_ADAPTER, "adalora": None},
-            do={"adalora": "set adalora.initial_rank instead"},
-        ),
-    ] = Field(
-        default=16,
-        ge=1,
-        description="Rank of the adapter. With `adalora`, see `adalora.initial_rank`.",
+    rank: Annotated[int, Effect(needs=LORA, do={"adalora": "set adalora.initial_rank instead"})] = (
+        Field(
+            default=16,
+            ge=1,
+            description="Rank of the adapter. With `adalora`, see `adalora.initial_rank`.",
+        )
     )
-    alpha: Annotated[float, Effect(needs=NEEDS_ADAPTER)] = Field(
+    alpha: Annotated[float, WITH_ADAPTER] = Field(
         default=32, gt=0, description="The adapter's output is multiplied by alpha / rank."
     )
-    dropout: Annotated[float, Effect(needs=NEEDS_ADAPTER)] = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="Probability of dropout on the adapter's input.",
+    dropout: Annotated[float, WITH_ADAPTER] = Field(
+        default=0.0, ge=0, lt=1, description="Probability of dropout on the adapter's input."
     )
-    use_dora: Annotated[bool, Effect(needs={**NEEDS_ADAPTER, "adalora": None}, off=False)] = Field(
+    use_dora: Annotated[bool, Effect(needs=LORA, off=False)] = Field(
         default=False,
         description="DoRA (Liu et al. 2024, arXiv 2402.09353): train the magnitudes of the "
         "weights apart from their directions.",
     )
-    use_rslora: Annotated[bool, Effect(needs={**NEEDS_ADAPTER, "adalora": None})] = Field(
+    use_rslora: Annotated[bool, Effect(needs=LORA)] = Field(
         default=False,
         description="rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): multiply the adapter's output "
         "by alpha / sqrt(rank) instead.",
@@ -478,7 +458,7 @@ class Recipe(Section):
     )
     adalora: Annotated[
         AdaLoraSection | None,
-        Effect(needs={"objective": "next_token", "use_dora": False, **NEEDS_ADAPTER}),
+        Effect(needs={"objective": "next_token", "use_dora": False, "lora_target": Not([])}),
     ] = Field(
         default=None,
         description="With this section, AdaLoRA is used instead of LoRA, and `rank` has no effect.",
@@ -496,7 +476,7 @@ class Recipe(Section):
         description="Module paths of each part, for a model of a family that vlmtune does not "
         "know.",
     )
-    output_dir: Annotated[Name, Effect(changes_step=False)] = Field(
+    output_dir: Annotated[Name, FREE] = Field(
         description="The run folder (relative to the working directory)."
     )
     seed: int = Field(
@@ -510,7 +490,7 @@ class Recipe(Section):
     video: VideoSection = VideoSection()
     data: DataSection
     train: TrainSection = TrainSection()
-    eval: Annotated[EvalSection, Effect(changes_step=False)] = EvalSection()
+    eval: Annotated[EvalSection, FREE] = EvalSection()
 
 
 LOWER_IS_BETTER = ("loss", "rank", "unparsed")
