@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vlmtune.errors import VlmtuneError
 from vlmtune.recipe.load import LoadedRecipe, load_recipe
+from vlmtune.sessions.merge import merge as merge
 from vlmtune.sessions.preload import preload
 
 if TYPE_CHECKING:
-    from vlmtune.models.merge_verify import MergeReport
     from vlmtune.preflight.summary import CheckSummary
     from vlmtune.sessions.train import TrainSummary
 
@@ -66,32 +66,6 @@ def check(
     from vlmtune.sessions.check import check as run
 
     return run(loaded, workers=workers, max_samples=max_samples, quiet=quiet)
-
-
-def merge(
-    run: str | Path,
-    output: str | Path,
-    *,
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
-    shard_size: str = "2GB",
-    data: Sequence[str | Path] = (),
-    trust_remote_code: bool = False,
-) -> MergeReport:
-    """Merge a run's adapter into its base model and verify the result, as `vlmtune merge` does.
-
-    Raises `MergeFailed`, whose `report` has the figures, where the merged model's logits are not
-    those of base + adapter; there is no output then.
-    """
-    from vlmtune.sessions.merge import merge as run_merge
-
-    return run_merge(
-        run,
-        output,
-        dtype=dtype,
-        shard_size=shard_size,
-        data=data,
-        trust_remote_code=trust_remote_code,
-    )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -183,7 +182,7 @@ def training_figures(train: CheckedSet, recipe: Recipe, *, packs: bool) -> Train
     batches = micro_batches(
         table,
         numbers,
-        partial(_step_rows, order=order, batch_size=batch_size),
+        partial(step_samples, order=order, batch_size=batch_size),
         num_steps=min(steps, num_steps(1, order.num_per_epoch, batch_size)),
         budget=Budget(recipe.train.micro_batch_tokens, recipe.train.micro_batch_supervised_tokens),
         packs=packs,
@@ -222,7 +221,3 @@ def _order(train: CheckedSet, recipe: Recipe) -> tuple[np.ndarray, Order, float]
     # Of a stream or a choice of rows, any order is as good as another.
     numbers = table.rows(GOOD, NOT_ENCODED, TOO_LONG)
     return numbers, Order.uniform(recipe.seed, len(numbers)), 1 / train.share
-
-
-def _step_rows(step: int, *, order: Order, batch_size: int) -> Sequence[int]:
-    return step_samples(step, order=order, batch_size=batch_size)

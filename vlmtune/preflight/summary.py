@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,21 +38,21 @@ class SetSummary:
     every sample was encoded, rather than measured by the sizes of its pictures.
     """
 
-    rows: int
-    rows_looked_at: int
-    files: Mapping[str, str]
-    samples: int
-    bad: int
-    too_long: int
-    tokens: int
-    supervised_tokens: int
-    image_tokens: int
-    images: int
-    tokens_per_sample: Mapping[str, int]
-    dropped: Mapping[str, int]
-    left_out: Sequence[SkippedSample]
-    changed: Mapping[str, int]
-    encoded_in_full: bool
+    rows: int = 0
+    rows_looked_at: int = 0
+    files: Mapping[str, str] = field(default_factory=dict)
+    samples: int = 0
+    bad: int = 0
+    too_long: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    image_tokens: int = 0
+    images: int = 0
+    tokens_per_sample: Mapping[str, int] = field(default_factory=dict)
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    left_out: Sequence[SkippedSample] = ()
+    changed: Mapping[str, int] = field(default_factory=dict)
+    encoded_in_full: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class CheckSummary:
 def summary_of(report: Report) -> CheckSummary:
     """The report without its tables of rows."""
     sets = {name: _set_summary(checked) for name, checked in report.sets.items()}
-    train = sets.get("data.train")
+    train = sets.get("data.train", SetSummary())
     figures, memory, trained = report.figures, report.memory, report.trained
     return CheckSummary(
         verdict=report.problems.verdict,
@@ -102,13 +102,13 @@ def summary_of(report: Report) -> CheckSummary:
         kinds=report.problems.kinds(),
         num_errors=report.problems.num("error"),
         num_warnings=report.problems.num("warning"),
-        samples=0 if train is None else train.samples,
-        tokens=0 if train is None else train.tokens,
-        supervised_tokens=0 if train is None else train.supervised_tokens,
-        image_tokens=0 if train is None else train.image_tokens,
-        images=0 if train is None else train.images,
-        dropped={} if train is None else train.dropped,
-        changed={} if train is None else train.changed,
+        samples=train.samples,
+        tokens=train.tokens,
+        supervised_tokens=train.supervised_tokens,
+        image_tokens=train.image_tokens,
+        images=train.images,
+        dropped=train.dropped,
+        changed=train.changed,
         sets=sets,
         duplicates=report.duplicates,
         overlap=report.overlaps,

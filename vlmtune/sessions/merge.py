@@ -25,10 +25,10 @@ def merge(
     data: Sequence[str | Path] = (),
     trust_remote_code: bool = False,
 ) -> MergeReport:
-    """Merge the adapter of a run or adapter folder into its base, written to `output`.
+    """Merge the adapter of a run or adapter folder into its base model, as `vlmtune merge` does.
 
-    `output` is complete and verified, or absent. Raises VlmtuneError for what the user can put
-    right, MergeFailed (with its report) where the result is not base + adapter.
+    `output` is complete and verified, or absent: `MergeFailed`, whose `report` has the figures, is
+    raised where the merged model's logits are not those of base + adapter.
     """
     if SHARD_SIZE.fullmatch(shard_size) is None:  # before torch is loaded
         raise VlmtuneError(
