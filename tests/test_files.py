@@ -210,7 +210,7 @@ def test_a_damaged_entry_is_made_anew(
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     assert store.get(KEY) is None
-    assert "is made anew" in caplog.text
+    assert "is made again" in caplog.text
     assert store.put(KEY, "a value of some length")
     assert path.read_bytes() == whole and store.get(KEY) == "a value of some length"
 
@@ -236,7 +236,7 @@ def test_where_nothing_can_be_written_that_is_said_once(
         assert store.get(KEY) is None and not store.put(KEY, "a")
     assert not store.make_room(1)
     (record,) = caplog.records
-    assert "no more texts are kept on disk" in record.getMessage()
+    assert "no more texts are cached on disk" in record.getMessage()
 
 
 def test_where_nothing_can_be_opened_that_is_said_once(
@@ -247,7 +247,7 @@ def test_where_nothing_can_be_opened_that_is_said_once(
     for _ in range(3):
         assert store.get(KEY) is None
     (record,) = caplog.records
-    assert "kept texts cannot be read" in record.getMessage()
+    assert "cached texts cannot be read" in record.getMessage()
 
 
 def test_on_a_full_disk_what_is_kept_is_still_used(
@@ -258,7 +258,7 @@ def test_on_a_full_disk_what_is_kept_is_still_used(
     assert not store.put(key(2), "x" * 2000)
     assert not store.put(key(3), "small")
     assert store.get(key(1)) == "small" and len(entries(tmp_path)) == 1
-    assert caplog.text.count("no more texts are kept") == 1 and "too large" in caplog.text
+    assert caplog.text.count("no more texts are cached") == 1 and "too large" in caplog.text
 
 
 WRITER = """

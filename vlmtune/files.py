@@ -230,14 +230,14 @@ class DiskStore(Generic[Value]):
             self.is_readable = False
             reason = error.strerror or error
             logger.warning(
-                "kept %s cannot be read (%s: %s); they are made anew",
+                "cached %s cannot be read (%s: %s); they are made again",
                 self.what,
                 self.folder,
                 reason,
             )
             return None
         if start != _start(content):
-            logger.warning("%s is damaged, and is made anew", self.place(key))
+            logger.warning("the cache entry %s is damaged; it is made again", self.place(key))
             return None
         return self.decode(content)
 
@@ -268,7 +268,7 @@ class DiskStore(Generic[Value]):
         """Write nothing more, and say why."""
         self.is_writable = False
         reason = error.strerror or error
-        logger.warning("no more %s are kept on disk (%s: %s)", self.what, self.folder, reason)
+        logger.warning("no more %s are cached on disk (%s: %s)", self.what, self.folder, reason)
 
 
 def _start(content: bytes) -> bytes:
@@ -375,7 +375,7 @@ def _map_again(place: Path, key: bytes) -> Table:
     table = load_table(place, key)
     if table is None:
         raise VlmtuneError(
-            "the index has gone since it was opened, or is of another state of the data",
+            "the index was removed or replaced after it was opened",
             file=place,
             do="start again",
         )

@@ -320,8 +320,8 @@ def test_the_content_counts_and_not_what_the_server_calls_it(server, media_polic
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"<!DOCTYPE html><html><p>Please log in", "leads to an HTML page"),
-        (b'{"error": "no such picture"}', "leads to JSON"),
+        (b"<!DOCTYPE html><html><p>Please log in", "returns an HTML page"),
+        (b'{"error": "no such picture"}', "returns JSON"),
         (b"", "the download is empty"),
     ],
 )

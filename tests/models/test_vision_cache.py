@@ -146,7 +146,7 @@ def test_a_disk_that_takes_nothing_is_said_once(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     store = store_in(tmp_path / "file")
     assert not any(store.put(key_of(n), features(n)) for n in range(3))
-    assert caplog.text.count("no more features are kept on disk") == 1
+    assert caplog.text.count("no more features are cached on disk") == 1
     assert "Not a directory" in caplog.text
 
 

@@ -188,7 +188,7 @@ def test_a_folder_without_a_runs_records_is_not_renamed(tmp_path: Path, missing:
     for name in ("recipe.resolved.yaml", "environment.json"):
         (folder / name).write_text("{}")
     (folder / missing).rename(folder / "photo.jpg")
-    with pytest.raises(VlmtuneError, match="not of a run.*another output_dir"):
+    with pytest.raises(VlmtuneError, match="no run wrote it.*another output_dir"):
         choose_start(folder, "never")
     assert set_aside(folder) is None and not drop_records(folder)
     (folder / "photo.jpg").rename(folder / missing)

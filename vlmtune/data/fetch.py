@@ -353,7 +353,7 @@ def fetch(
         raise VlmtuneError(
             f"the folder of downloads cannot be used ({error.strerror})",
             file=folder,
-            do="name another with data.cache_dir",
+            do="set data.cache_dir to another folder",
         ) from error
 
 
@@ -416,7 +416,7 @@ def _check_content(stream: BinaryIO, url: str) -> None:
     kind = content_kind(head)
     if kind in _NO_MEDIA:
         raise VlmtuneError(
-            f"the URL leads to {kind}, not to a picture",
+            f"the URL returns {kind}, not a picture",
             got=format_url(url),
             do="give the address of the picture itself",
         )

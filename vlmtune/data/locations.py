@@ -155,7 +155,7 @@ def split_url(url: str) -> SplitResult:
             expected="http or https",
         )
     if not host:
-        raise VlmtuneError("the URL names no host", got=format_url(url))
+        raise VlmtuneError("the URL has no host", got=format_url(url))
     return parts
 
 

@@ -123,7 +123,7 @@ def read_result(folder: Path, name: str) -> Result:
         missing = PREDICTION_KEYS - row.keys()
         if missing:
             raise VlmtuneError(
-                "the line is no answer of an evaluation",
+                "the line is not a prediction of an evaluation",
                 file=path,
                 line=number,
                 got=f"no {', '.join(sorted(missing))}",

@@ -74,7 +74,7 @@ def updated(best: Best | None, *, metric: str, step: int, values: Mapping[str, f
     """The best after an evaluation at `step`. Raises VlmtuneError where it has no such metric."""
     if metric not in values:
         raise VlmtuneError(
-            "eval.best_metric is no figure of the evaluation on data.eval",
+            "the evaluation on data.eval has no metric called as eval.best_metric says",
             got=metric,
             expected=" or ".join(values),
         )
@@ -230,7 +230,7 @@ def _damage_told(path: Path) -> Iterator[None]:
             "the checkpoint is damaged",
             file=path,
             got=text.splitlines()[0][:200] if text else type(error).__name__,
-            do="go on from another one with --resume DIR, or start over with --resume never",
+            do="resume from another one with --resume DIR, or start over with --resume never",
         ) from error
 
 

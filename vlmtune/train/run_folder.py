@@ -72,7 +72,9 @@ def choose_start(folder: Path, resume: str | None) -> Checkpoint | None:
     is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if not is_free and not is_run(folder):
         raise VlmtuneError(
-            "not an empty folder, and not of a run" if folder.is_dir() else "a file, not a folder",
+            "the folder is not empty, and no run wrote it"
+            if folder.is_dir()
+            else "a file, not a folder",
             file=folder,
             expected="a new or empty folder, or one of a run",
             do="set another output_dir",
@@ -86,7 +88,7 @@ def choose_start(folder: Path, resume: str | None) -> Checkpoint | None:
         resume is not None and Path(resume).resolve().parent == (folder / "checkpoints").resolve()
     )
     if holds_work(folder) and (resume is None or not (found or is_own)):
-        go_on = "go on with --resume auto, " if found else ""
+        go_on = "continue with --resume auto, " if found else ""
         raise VlmtuneError(
             "the output folder is occupied",
             file=folder,
@@ -117,7 +119,7 @@ def check_same_run(folder: Path, fingerprint: Mapping[str, Any]) -> None:
             check_fingerprint(read_state(path).fingerprint, fingerprint, path=path)
         except VlmtuneError as error:
             raise VlmtuneError(
-                "the output folder holds another run than the checkpoint is of",
+                "the checkpoint belongs to another run than the output folder holds",
                 file=folder,
                 got=error.got,
                 do="set another output_dir",
@@ -335,7 +337,7 @@ class SkipLog:
                 f"the last: {last.reason}",
                 at=last,
                 expected=f"at most {self._limit} (data.max_bad_fraction)",
-                do="mend the data (data.on_bad_sample: error lists the bad rows) or raise "
+                do="fix the data (data.on_bad_sample: error lists the bad rows) or raise "
                 "data.max_bad_fraction",
             )
 
