@@ -77,18 +77,23 @@ PARTS = {
             "vqa",
             "--metrics",
             "exact_match",
-            "--max-new-tokens",
-            "8",
-            "--batch-size",
-            "256",
+            "eval.max_new_tokens=8",
+            "eval.batch_size=256",
         ),
     ),
     "retrieval": Part(
         ROOT / "configs" / "captions_lora.yaml",
         200,
         ROOT / "data" / "sample" / "captions_eval.jsonl",
-        ("--task", "retrieval", "--scorer", "likelihood", "--no-subtract-prior"),
-        {"minus_prior": ("--task", "retrieval", "--scorer", "likelihood", "--subtract-prior")},
+        ("--task", "retrieval", "eval.scorer=likelihood", "eval.subtract_prior=false"),
+        {
+            "minus_prior": (
+                "--task",
+                "retrieval",
+                "eval.scorer=likelihood",
+                "eval.subtract_prior=true",
+            )
+        },
     ),
 }
 

@@ -21,7 +21,7 @@ FIGURES = {
     "retrieval": {
         "text_to_picture_r1": "R@1, picture for a text",
         "picture_to_text_r1": "R@1, text for a picture",
-        "picture_to_text_r1_minus_prior": "R@1, text for a picture, `--subtract-prior`",
+        "picture_to_text_r1_minus_prior": "R@1, text for a picture, `eval.subtract_prior=true`",
     },
 }
 
@@ -209,8 +209,8 @@ def tables(results: Sequence[Result], about: Mapping[str, Any]) -> str:
         sections.append(
             f"## Retrieval: labels of data/sample\n\n{lengths(results, 'retrieval')}; seeds "
             f"{seeds}. Chance is 1.6 % for a text and 3.2 % for a picture (63 pictures, two "
-            "labels each). Scores are likelihoods; `--subtract-prior` subtracts the likelihood of "
-            "the text without a picture.\n\n" + score_table(results, "retrieval", {})
+            "labels each). Scores are likelihoods; `eval.subtract_prior=true` subtracts the "
+            "likelihood of the text without a picture.\n\n" + score_table(results, "retrieval", {})
         )
     if any(r.part == "memory" for r in results):
         baseline = about["baseline_memory_bytes"]

@@ -90,7 +90,7 @@ def test_every_command_takes_the_common_options(name: str) -> None:
         (["qqq"], "No such command 'qqq'"),
         (["recipe", "show"], "Missing argument 'RECIPE'"),
         (["recipe", "show", "r.yaml", "--jsn"], "No such option"),
-        (["eval", "somewhere"], "Missing option '--data'"),
+        (["eval", "somewhere"], "do: name a file with --data"),
         ([], "Usage: "),
     ],
 )

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from vlmtune.cli.app import app
 
-SHORT = ("--max-new-tokens", "4")
+SHORT = ("eval.max_new_tokens=4",)
 
 
 def run(*arguments: object, typed: str | None = None) -> tuple[int, str, str]:
@@ -64,10 +64,14 @@ def test_the_end_of_input_ends_the_conversation(tiny_vlm: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--json"], "--json answers one question"),
+        (["--json"], "--json needs a question"),
         (["  "], "the question is empty"),
         (["--image", "missing.png", "What?"], "missing.png: no such picture file"),
         (["What?"], "missing-model"),
+        (["What?", "And?"], "expected: TARGET, or TARGET QUESTION"),
+        (["What?", "eval.max_new_token=4"], "did you mean 'eval.max_new_tokens'?"),
+        (["What?", "eval.decoding.method=beam"], "eval.decoding.method has no effect"),
+        (["What?", "quantization_bit=5"], "expected: one of 4, 8, 16"),
     ],
 )
 def test_wrong_input_ends_with_2(

@@ -39,7 +39,7 @@ def test_one_sample_and_one_step_are_told_in_the_singular(
         ["data", "stats", recipe, *overrides],
         ["data", "convert", data, "--output", tmp_path / "out" / "b.jsonl"],
         ["train", recipe, *overrides],
-        ["eval", tmp_path / "run", "--data", data, "--max-new-tokens", 2],
+        ["eval", tmp_path / "run", "--data", data, "eval.max_new_tokens=2"],
         ["merge", tmp_path / "run", "--output", tmp_path / "merged"],
     ):
         text = said(*command)

@@ -13,7 +13,7 @@ def test_json_holds_the_figures_and_nothing_else_is_on_stdout(
     tiny_vlm: Path, data: Path, tmp_path: Path
 ) -> None:
     code, stdout, stderr = run(
-        tiny_vlm, "--data", data, "--output", tmp_path, "--max-new-tokens", 3, "--json"
+        tiny_vlm, "--data", data, "--output", tmp_path, "eval.max_new_tokens=3", "--json"
     )
     assert code == 0
     result = json.loads(stdout)
@@ -66,7 +66,7 @@ def test_a_model_is_not_written_into(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     before = sorted(tiny_vlm.iterdir())
-    code, _, _ = run(tiny_vlm, "--data", data, "--max-samples", 1, "--max-new-tokens", 1)
+    code, _, _ = run(tiny_vlm, "--data", data, "--max-samples", 1, "eval.max_new_tokens=1")
     assert code == 0
     assert sorted(tiny_vlm.iterdir()) == before
     assert next((tmp_path / "eval").iterdir()).name.startswith("tiny-vlm-questions-")
@@ -87,7 +87,7 @@ ROW = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "c
             "questions.jsonl:1: ",
         ),
         (ROW, ["--task", "vqaa"], "did you mean 'vqa'"),
-        (ROW, ["--quantization-bit", "5"], "expected: 4, 8 or 16"),
+        (ROW, ["quantization_bit=5"], "expected: one of 4, 8, 16"),
         (ROW, ["--max-samples", "0"], "--max-samples"),
         (ROW, ["--dtype", "float8"], "--dtype"),
         (ROW, ["--output", "questions.jsonl"], "cannot be written"),

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.cli.evaluating import run_eval, write_questions, write_run, write_with_pictures
+from vlmtune.cli.eval_tables import print_comparison, print_result
 from vlmtune.evaluation.compare import Comparison, Difference
-from vlmtune.sessions.eval_tables import print_comparison, print_result
-from vlmtune.sessions.evaluate import folders_of, names_of
+from vlmtune.evaluation.metrics.base import Interval
+from vlmtune.sessions.eval_targets import folders_of, names_of
+from vlmtune.sessions.evaluate import ComparisonResult, ComparisonSummary, EvalResult
 
 
 def doctored(folder: Path, source: Path, answers: dict[str, str]) -> Path:
@@ -64,7 +66,7 @@ def test_finished_evaluations_are_taken_as_they_are(finished: Path, tmp_path: Pa
         worse, better, finished, "--output", tmp_path / "out", "--metrics", "exact_match"
     )
     assert code == 0, stderr
-    for text in ("against worse", "better", "McNemar", "wrong to right: "):
+    for text in ("compared with worse", "better", "McNemar", "wrong to right: "):
         assert text in stdout
     changes = [
         json.loads(line) for line in (tmp_path / "out" / "changes.jsonl").read_text().splitlines()
@@ -96,7 +98,7 @@ def test_a_comparison_that_was_stopped_goes_on(
     assert (folder / "comparison.json").is_file()
     # Other settings: nothing of it is taken.
     (folder / "comparison.json").unlink()
-    assert run_eval(*command, "--max-new-tokens", 2)[0] == 0
+    assert run_eval(*command, "eval.max_new_tokens=2")[0] == 0
     assert answers.stat().st_mtime_ns != before
 
 
@@ -142,7 +144,7 @@ def test_runs_with_other_settings_are_evaluated_alike_and_that_is_said(
     assert [one["max_new_tokens"] for one in json.loads(stdout)["targets"]] == [3, 3]
     assert f"{other} is evaluated as the first run's recipe says" in stderr
     assert "eval.max_new_tokens" in stderr
-    _, _, stderr = run_eval(*command, "--output", tmp_path / "b", "--max-new-tokens", 2)
+    _, _, stderr = run_eval(*command, "--output", tmp_path / "b", "eval.max_new_tokens=2")
     assert "recipe says" not in stderr
 
 
@@ -172,7 +174,7 @@ def test_a_report_of_other_samples_than_the_data_is_refused_before_a_model_is_lo
 ) -> None:
     code, _, stderr = run_eval(finished, "./missing", "--data", data, "--max-samples", 2)
     assert code == 2
-    assert "4 samples, 2 of them in --data" in stderr
+    assert f"not of the same samples; got: 0 of --data are not in {finished}" in stderr
 
 
 def test_reports_that_were_made_otherwise_are_compared_with_a_warning(
@@ -213,7 +215,9 @@ def test_a_report_of_other_references_than_the_data_is_refused_before_a_model_is
     changed = write_with_pictures(tmp_path / "changed.jsonl", text, data.parent)
     code, _, stderr = run_eval(finished, tiny_vlm, "--data", changed, "--output", tmp_path / "out")
     assert code == 2
-    assert f"another answer than --data has; got: sample '{rows[2]['id']}'" in stderr
+    assert (
+        f"sample '{rows[2]['id']}'; got: another answer in {finished} than in {changed}" in stderr
+    )
     assert "answered" not in stderr
 
 
@@ -233,31 +237,32 @@ def test_a_report_alone_has_nothing_to_be_compared_with(finished: Path) -> None:
     code, _, stderr = run_eval(finished)
     assert code == 2
     assert "name a second target" in stderr
-    code, _, stderr = run_eval(
-        finished, doctored(finished.parent / "b", finished, {}), "--prompt=x"
-    )
+    code, _, stderr = run_eval(finished, doctored(finished.parent / "b", finished, {}), "prompt=x")
     assert code == 2
-    assert "--prompt, --image-dir and --format have no effect without --data" in stderr
+    assert "have no effect without --data" in stderr
     code, _, stderr = run_eval(finished, "./missing")
     assert code == 2
     assert "--data" in stderr
 
 
-def test_brackets_are_no_style_and_every_figure_is_in_the_table(
-    capsys: pytest.CaptureFixture[str],
+def test_brackets_are_no_style_and_every_metric_is_in_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = Difference(0.5, 1.0, 0.5, 0.0, 1.0, 2)
     comparisons = [
         Comparison("[/b]", "x[red]y", {"yes_no_accuracy": found}, {}),
         Comparison("c", "x[red]y", {"yes_no_accuracy": found, "yes_no_precision": found}, {}),
     ]
-    print_comparison(comparisons, [])
+    changes = tmp_path / "changes.jsonl"
+    changes.write_text("")
+    summary = ComparisonSummary("x[red]y", "vqa", 2, comparisons, 0, changes)
+    print_comparison(ComparisonResult([], summary))
     table = capsys.readouterr().out
-    for text in ("against x[red]y", " [/b] ", "yes_no_precision"):
+    for text in ("compared with x[red]y", " [/b] ", "yes_no_precision"):
         assert text in table
-    interval = {"value": 1.0, "low": 0.0, "high": 1.0, "count": 2}
+    interval = Interval(1.0, 0.0, 1.0, 2)
     slices = {"[/b]": {"exact_match": interval}, ":cat:": {"exact_match": interval}}
-    print_result({"task": "vqa", "num_samples": 2, "metrics": {}, "slices": slices})
+    print_result(EvalResult("t", "vqa", 2, {}, slices, Path("predictions.jsonl")))
     assert "[/b]" in (table := capsys.readouterr().out)
     assert ":cat:" in table
 

@@ -1,4 +1,4 @@
-"""Options over the run's recipe, blind guessers, the guard, and wrong input."""
+"""Settings over the run's recipe, blind guessers, the guard, and wrong input."""
 
 from __future__ import annotations
 
@@ -25,17 +25,16 @@ def predictions(result: dict[str, Any]) -> list[str]:
     return [json.loads(line)["prediction"] for line in lines]
 
 
-def test_options_go_over_the_runs_recipe(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
+def test_settings_go_over_the_runs_recipe(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
     section = "{max_new_tokens: 3, decoding: {method: beam, num_beams: 3}, metrics: [exact_match]}"
     run = write_run(tmp_path / "run", tiny_vlm, data, section)
     own = evaluated(run, "--data", data)
     assert own["max_new_tokens"] == 3
     assert own["decoding"] == {"method": "beam", "num_beams": 3, "stop": []}
     assert set(own["metrics"]) == {"exact_match"}
-    options = ["--decoding", "sample", "--temperature", 2, "--top-k", 5, "--stop", "a", "--stop=b"]
-    given = evaluated(
-        run, "--data", data, *options, "--max-new-tokens", 4, "--metrics", "anls,token_f1"
-    )
+    sample = ["method=sample", "temperature=2", "top_k=5", "stop=[a, b]"]
+    settings = [*(f"eval.decoding.{key}" for key in sample), "eval.max_new_tokens=4"]
+    given = evaluated(run, "--data", data, *settings, "--metrics", "anls,token_f1")
     assert given["max_new_tokens"] == 4
     assert given["decoding"] == {
         "method": "sample",
@@ -51,10 +50,10 @@ def test_options_go_over_the_runs_recipe(tiny_vlm: Path, data: Path, tmp_path: P
 
 def test_another_seed_draws_other_answers(tiny_vlm: Path, data: Path, tmp_path: Path) -> None:
     def drawn(seed: int) -> list[str]:
-        sample = ["--decoding", "sample", "--temperature", 4]
+        sample = ["eval.decoding.method=sample", "eval.decoding.temperature=4"]
         output = tmp_path / "out"
         return predictions(
-            evaluated(tiny_vlm, "--data", data, *sample, "--seed", seed, "--output", output)
+            evaluated(tiny_vlm, "--data", data, *sample, f"seed={seed}", "--output", output)
         )
 
     assert drawn(1) == drawn(1)
@@ -111,7 +110,7 @@ def captions(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_retrieval_is_a_task_with_figures_of_its_own(
     tiny_vlm: Path, captions: Path, tmp_path: Path, scorer: str
 ) -> None:
-    command = [tiny_vlm, "--data", captions, "--task", "retrieval", "--scorer", scorer]
+    command = [tiny_vlm, "--data", captions, "--task", "retrieval", f"eval.scorer={scorer}"]
     code, stdout, stderr = run_eval(*command, "--output", tmp_path / "out")
     assert code == 0, stderr
     assert "picture_to_text_median_rank" in stdout
@@ -160,12 +159,12 @@ def pointing_out(data: Path, tmp_path: Path) -> Path:
 def test_pictures_outside_the_datas_folder_are_used_only_where_that_is_allowed(
     tiny_vlm: Path, pointing_out: Path, tmp_path: Path
 ) -> None:
-    command = [tiny_vlm, "--data", pointing_out, "--max-new-tokens", 1]
+    command = [tiny_vlm, "--data", pointing_out, "eval.max_new_tokens=1"]
     code, _, stderr = run_eval(*command, "--output", tmp_path / "refused")
     assert code == 2
     assert f"{pointing_out}:1: the picture is outside" in stderr
-    assert "--allow-outside-paths" in stderr
-    allowed = evaluated(*command, "--allow-outside-paths", "--output", tmp_path / "allowed")
+    assert "data.allow_outside_paths=true" in stderr
+    allowed = evaluated(*command, "data.allow_outside_paths=true", "--output", tmp_path / "allowed")
     assert allowed["num_samples"] == 1
 
 
@@ -181,7 +180,7 @@ def test_a_runs_recipe_says_what_its_evaluation_may_read(
     assert evaluated(run, "--data", pointing_out)["num_samples"] == 1
 
 
-def test_urls_are_fetched_only_with_the_option(
+def test_urls_are_fetched_only_where_that_is_allowed(
     tiny_vlm: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -190,8 +189,8 @@ def test_urls_are_fetched_only_with_the_option(
     file.write_text(re.sub(r"images/[^\"]+", "http://me:secret@127.0.0.1:9/a.png", row) + "\n")
     code, _, stderr = run_eval(tiny_vlm, "--data", file)
     assert code == 2
-    assert f"{file}:1: pictures are not fetched" in stderr and "--allow-urls" in stderr
-    code, _, stderr = run_eval(tiny_vlm, "--data", file, "--allow-urls")
+    assert f"{file}:1: pictures are not fetched" in stderr and "data.allow_urls=true" in stderr
+    code, _, stderr = run_eval(tiny_vlm, "--data", file, "data.allow_urls=true")
     assert code == 2
     assert "not public; got: http://127.0.0.1:9/a.png" in stderr and "secret" not in stderr
 
@@ -257,35 +256,54 @@ def test_a_guard_whose_data_is_gone_is_an_error_before_anything_is_answered(
     ("arguments", "expected"),
     [
         (["--metrics", "exact_mach"], "did you mean 'exact_match'"),
-        (["--task", "caption", "--metrics", ""], "wrong value for --metrics"),
-        (["--temperature", "0.5"], "--temperature has no effect with --decoding greedy"),
-        (["--decoding", "beam", "--top-p", "0.5"], "--top-p has no effect with --decoding beam"),
-        (["--num-beams", "3"], "add --decoding beam"),
-        (["--decoding", "beam", "--num-beams", "1"], "wrong value for --num-beams"),
-        (["--decoding", "sample", "--temperature", "0"], "wrong value for --temperature"),
-        (["--stop", ""], "wrong value for --stop"),
-        (["--decoding", "nucleus"], "--decoding"),
-        (["--scorer", "embedding"], "--scorer has no effect with --task vqa"),
-        (["--task", "retrieval", "--stop", "x"], "--stop has no effect"),
+        (["--task", "caption", "--metrics", ""], "bad value of eval.metrics"),
+        (["eval.metrcs=[anls]"], "unknown key 'eval.metrcs'; did you mean 'eval.metrics'?"),
+        (["formt=table"], "unknown key 'data.eval.formt'; did you mean 'data.eval.format'?"),
+        (["train.epochs=2"], "command line: train.epochs has no effect on this command"),
+        (["eval.guard.max_drop=1"], "eval.guard.max_drop has no effect on this command"),
+        (["eval={task: vqaa}"], "unknown value of eval.task"),
+        (["data.eval=questions.jsonl"], "data.eval has no effect on this command"),
+        (["--task", "vqa", "eval.task=caption"], "--task and eval.task are the same setting"),
+        (["--no-guard", "eval.guard=null"], "--no-guard and eval.guard are the same setting"),
+        (["--max-samples", "2", "eval.max_samples=3"], "give one of the two"),
+        (["--max-new-tokens", "4"], "No such option"),
         (
-            ["--task", "retrieval", "--scorer", "embedding", "--no-subtract-prior"],
-            "--subtract-prior has no effect with --scorer embedding",
+            ["eval.decoding.temperature=0.5"],
+            "command line: eval.decoding.temperature has no effect because eval.decoding.method is "
+            "greedy; do: remove eval.decoding.temperature, or set eval.decoding.method: sample",
         ),
         (
-            ["--task", "retrieval", "--embedding-prompt", "One word:"],
-            "add --scorer embedding, or leave --embedding-prompt out",
+            ["eval.decoding={method: beam, top_p: 0.5}"],
+            "eval.decoding.top_p has no effect because eval.decoding.method is beam",
+        ),
+        (["eval.decoding.num_beams=3"], "or set eval.decoding.method: beam"),
+        (["eval.decoding.method=beam", "eval.decoding.num_beams=1"], "expected: an integer, at"),
+        (["eval.decoding.method=sample", "eval.decoding.temperature=0"], "a number, above 0"),
+        (["eval.decoding.stop=['']"], "bad value of eval.decoding.stop[0]"),
+        (["eval.decoding.method=nucleus"], "expected: one of greedy, sample, beam"),
+        (["eval.scorer=embedding"], "eval.scorer has no effect because eval.task is vqa"),
+        (["--task", "retrieval", "eval.decoding.stop=[x]"], "eval.decoding.stop has no effect"),
+        (
+            ["--task", "retrieval", "eval.scorer=embedding", "eval.subtract_prior=false"],
+            "eval.subtract_prior has no effect because eval.scorer is embedding",
         ),
         (
-            ["--task", "choice", "--metrics", "choice_likelihood", "--max-new-tokens", "4"],
-            "--max-new-tokens has no effect with --metrics choice_likelihood",
+            ["--task", "retrieval", "eval.embedding_prompt='One word:'"],
+            "or set eval.scorer: embedding",
+        ),
+        (
+            ["--task", "choice", "--metrics", "choice_likelihood", "eval.max_new_tokens=4"],
+            "eval.max_new_tokens has no effect because eval.metrics is [choice_likelihood]",
         ),
         (["--metrics", "choice_likelihood"], "unknown metric"),
-        (["--format", "tabel"], "did you mean 'table'"),
-        (["--prompt", "What?"], "`prompt` has no effect in the format messages"),
+        (["format=tabel"], "did you mean 'table'"),
+        (["prompt=What?"], "`prompt` has no effect in the format messages"),
         (["--task", "retrieval", "--metrics", "text_to_picture_r2"], "text_to_picture_r1"),
         (["--task", "retrieval", "--blind"], "--blind has no effect"),
         (["--blind"], "--blind needs the training data"),
         (["--blind", "--train", "gone.jsonl"], "no such data file"),
+        (["image_dir=nowhere"], "no such folder of pictures"),
+        (["--data", "gone.jsonl"], "command line: no such data file"),
         (["--train", "questions.jsonl"], "--train has no effect without --blind"),
         (["--output", "occupied"], "the output folder is occupied"),
         (["--output", "."], "the output folder is occupied"),

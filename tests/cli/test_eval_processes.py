@@ -22,7 +22,7 @@ ENVIRONMENT = os.environ | {
     "ACCELERATE_USE_CPU": "true",
     "PYTHONPATH": str(ROOT),
 }
-SAMPLE = ["--decoding", "sample", "--temperature", "3", "--dtype", "float32"]
+SAMPLE = ["eval.decoding.method=sample", "eval.decoding.temperature=3", "--dtype", "float32"]
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -62,7 +62,7 @@ def uninterrupted(tiny_vlm: Path, questions: Path, tmp_path_factory) -> Path:
 def killed(tiny_vlm: Path, questions: Path, tmp_path_factory) -> Path:
     """The working directory of an evaluation that got kill -9 after a few answers."""
     folder = tmp_path_factory.mktemp("killed")
-    arguments = [tiny_vlm, "--data", questions, *SAMPLE, "--batch-size", 1, "--quiet"]
+    arguments = [tiny_vlm, "--data", questions, *SAMPLE, "eval.batch_size=1", "--quiet"]
     process = subprocess.Popen(
         [sys.executable, "-m", "vlmtune", "eval", *map(str, arguments)],
         env=ENVIRONMENT,
@@ -116,7 +116,7 @@ def test_a_killed_evaluation_goes_on_with_the_same_command(
 
 def test_other_settings_take_no_kept_answer(tiny_vlm: Path, questions: Path, place: Path) -> None:
     (folder,) = (place / "eval").iterdir()
-    other = [tiny_vlm, "--data", questions, *SAMPLE, "--seed", 1, "--max-samples", 4]
+    other = [tiny_vlm, "--data", questions, *SAMPLE, "seed=1", "--max-samples", 4]
     code, _, stderr = run_eval(*other, "--output", folder)
     assert code == 0, stderr
     assert "answers of an earlier start with other settings (samples, seed)" in stderr

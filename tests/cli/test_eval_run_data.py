@@ -13,7 +13,7 @@ import pytest
 
 from tests.cli.evaluating import run_eval, write_run
 
-SHORT = ["--max-new-tokens", 1]
+SHORT = ["eval.max_new_tokens=1"]
 HEADER = ["image", "question", "answer", "Frage", "kurz"]
 
 
@@ -71,20 +71,20 @@ def test_the_columns_of_a_runs_table_are_those_of_its_evaluation(
     assert "read as" not in stderr
 
 
-def test_options_go_over_the_runs_keys_and_serve_a_model_without_a_run(
+def test_settings_go_over_the_runs_keys_and_serve_a_model_without_a_run(
     tiny_vlm: Path, table: Path, tmp_path: Path
 ) -> None:
     run = csv_run(tmp_path / "run", tiny_vlm, GERMAN)
-    named = ["--columns", "question=question", "--columns", "answer=kurz"]
+    named = ["columns.question=question", "columns.answer=kurz"]
     for target in (run, tiny_vlm):
         rows, stderr = asked(
             target, "--data", table, *named, output=tmp_path / f"out-{target.name}"
         )
         assert [(row["question"], row["answer"]) for row in rows] == [("What is it?", "ja")]
         assert "read as" not in stderr
-    code, _, stderr = run_eval(run, "--data", table, "--columns", "quest=kurz")
+    code, _, stderr = run_eval(run, "--data", table, "columns.quest=kurz")
     assert code == 2
-    assert "ROLE=NAME" in stderr
+    assert "unknown key 'data.eval.columns.quest'" in stderr
 
 
 def test_a_folder_of_classes_is_asked_the_runs_prompt(
@@ -142,8 +142,8 @@ def test_a_file_that_the_runs_keys_do_not_fit_is_an_error_that_says_whose_they_a
     assert code == 2
     assert re.search(r"other.csv:\d: there is no column Frage", stderr)
     assert "read with keys of the run's own data; got: columns" in stderr
-    assert "--columns ROLE=NAME" in stderr
-    named = ["--columns", "answer=answer"]
+    assert "columns.ROLE=NAME" in stderr
+    named = ["columns.answer=answer"]
     assert asked(run, "--data", other, *named, output=tmp_path / "out")[0][0]["answer"] == "A"
 
 

@@ -65,6 +65,18 @@ def test_a_light_command_imports_little(arguments: list[str], bound: int) -> Non
     assert_light(modules_after(arguments), bound)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "./model", "--data", "gone.jsonl"],
+        ["eval", "./model", "--data", RECIPE, "eval.metrics=[exact_mach]"],
+        ["chat", "./model", "question", "eval.max_new_token=4"],
+    ],
+)
+def test_wrong_settings_and_missing_files_are_found_without_torch(arguments: list[str]) -> None:
+    assert not modules_after(arguments) & {"torch", "transformers"}
+
+
 @pytest.mark.parametrize("first", ["import numpy", "import vlmtune.recipe.load"])
 def test_one_import_too_many_is_seen(first: str) -> None:
     arguments, bound = LIGHT_COMMANDS[0]

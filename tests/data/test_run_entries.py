@@ -29,7 +29,7 @@ def test_another_file_of_the_kind_is_read_with_the_keys_of_the_first_set_that_ha
     train = [entry("/d/train.csv", columns=GERMAN, prompt="Was?", weight=2.0)]
     found = chosen("test.tsv", eval=[], train=train)
     assert found.entry == entry("test.tsv", columns=GERMAN, prompt="Was?")
-    assert found.told == (
+    assert found.note == (
         "test.tsv: read like data.train of r: "
         "columns {question: Frage, answer: Antwort}, prompt 'Was?'"
     )
@@ -53,7 +53,7 @@ def test_a_file_of_the_run_is_read_with_every_key_of_its_own_entry(tmp_path: Pat
     assert found.entry.image_dir == "/known"
     # What is about one file alone is not said of another, and the guard's is not likened to.
     found = chosen("test.json", train=train[1:], guard=guarded)
-    assert (found.entry, found.told) == (entry("test.json"), "")
+    assert (found.entry, found.note) == (entry("test.json"), "")
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_kinds_are_told_by_name_as_the_runs_files_may_be_gone(file: str, train: 
     other = chosen("test.tar", train=[train])
     assert other.entry == entry("test.tar")
     assert other.is_doubtful
-    assert other.told.endswith("of r, which are for files of another kind")
+    assert other.note.endswith("of r, which are for files of another kind")
 
 
 def test_a_plain_eval_set_makes_a_file_plain_and_that_is_said() -> None:
@@ -80,8 +80,8 @@ def test_a_plain_eval_set_makes_a_file_plain_and_that_is_said() -> None:
     found = chosen("test.csv", eval=[entry("/d/eval.csv")], train=train)
     assert found.entry == entry("test.csv")
     assert found.is_doubtful
-    assert "without columns of r, which do not apply: the file is read like data.eval" in found.told
-    assert chosen("test.csv", train=[entry("/d/train.csv")]).told == ""
+    assert "without columns of r, which do not apply: the file is read like data.eval" in found.note
+    assert chosen("test.csv", train=[entry("/d/train.csv")]).note == ""
 
 
 def test_entries_with_different_keys_are_refused_unless_one_has_none() -> None:
@@ -90,10 +90,10 @@ def test_entries_with_different_keys_are_refused_unless_one_has_none() -> None:
         chosen("test.csv", train=several)
     assert "r reads files of this kind in several ways" in str(caught.value)
     assert "Frage" in str(caught.value) and "réponse" in str(caught.value)
-    assert "--columns" in str(caught.value)
+    assert "columns.ROLE=NAME" in str(caught.value)
     found = chosen("test.csv", train=[*several, entry("/d/c.csv")])
     assert (found.entry, found.is_doubtful) == (entry("test.csv"), True)
-    assert "Frage" in found.told
+    assert "Frage" in found.note
     alike = [entry("/d/a.csv", columns=GERMAN, weight=3.0), entry("/d/b.csv", columns=GERMAN)]
     assert chosen("test.csv", train=[*alike, entry("/d/c.jsonl")]).entry.columns == GERMAN
     splits = [entry("/d/set", split="train"), entry("/d/set", split="more")]

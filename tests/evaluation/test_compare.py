@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -95,9 +95,9 @@ def test_a_target_is_compared_with_the_first(tmp_path: Path) -> None:
     first = result(tmp_path, "base", ["red", "red", "blue", "blue", "red"])
     other = result(tmp_path, "tuned", ["red", "blue", "red", "red", "Red."])
     (comparison,), changes = compare([first, other], metrics=["exact_match"])
-    difference = comparison.differences["exact_match"]
+    difference = comparison.metrics["exact_match"]
     assert (difference.first, difference.value) == (0.6, 0.8)
-    test = comparison.tests["exact_match"]
+    test = comparison.mcnemar["exact_match"]
     assert (test.right_to_wrong, test.wrong_to_right) == (1, 2)
     assert [change.row["id"] for change in changes] == ["1", "2", "3"]
     row = changes[0].as_row()
@@ -105,7 +105,7 @@ def test_a_target_is_compared_with_the_first(tmp_path: Path) -> None:
     assert row["scores"] == {"base": 1.0, "tuned": 0.0}
     assert row["changes"] == {"tuned": "right_to_wrong"}
     assert changes[1].changes == {"tuned": "wrong_to_right"}
-    plain = comparison.as_dict()
+    plain = asdict(comparison)
     assert (plain["target"], plain["against"]) == ("tuned", "base")
     json.dumps(plain)
 
@@ -114,7 +114,7 @@ def test_each_target_is_compared_with_the_first_not_with_the_one_before(tmp_path
     names = {"base": ["red", "red"], "worse": ["blue", "blue"], "same": ["red", "red"]}
     results = [result(tmp_path, name, texts) for name, texts in names.items()]
     comparisons, changes = compare(results)
-    assert [c.differences["exact_match"].difference for c in comparisons] == [-1.0, 0.0]
+    assert [c.metrics["exact_match"].difference for c in comparisons] == [-1.0, 0.0]
     assert all(change.changes == {"worse": "right_to_wrong"} for change in changes)
 
 
@@ -127,7 +127,7 @@ def test_scores_between_right_and_wrong_have_no_mcnemar(tmp_path: Path) -> None:
         write_report(report, tmp_path / name)
     results = [read_result(tmp_path / name, name) for name in "ab"]
     (comparison,), changes = compare(results, metrics=metrics)
-    assert comparison.tests == {}
+    assert comparison.mcnemar == {}
     assert changes[0].changes == {"b": "better"}
 
 
@@ -141,9 +141,9 @@ def test_choices_by_likelihood_are_compared_by_the_scores_in_the_rows(tmp_path: 
         write_report(report, tmp_path / name)
     results = [read_result(tmp_path / name, name) for name in "ab"]
     (comparison,), _ = compare(results, metrics=["choice_likelihood"])
-    difference = comparison.differences["choice_likelihood"]
+    difference = comparison.metrics["choice_likelihood"]
     assert difference.difference == pytest.approx(-1 / 3)
-    assert comparison.tests["choice_likelihood"].right_to_wrong == 1
+    assert comparison.mcnemar["choice_likelihood"].right_to_wrong == 1
     without = score_answers(conversations, texts, task="choice")
     write_report(without, tmp_path / "c")
     with pytest.raises(VlmtuneError, match="has no choice_likelihood"):
@@ -157,9 +157,9 @@ def test_a_test_has_the_name_of_the_figure_that_it_is_about(tmp_path: Path) -> N
         write_report(score_answers(conversations, texts, task="choice"), tmp_path / name)
     results = [read_result(tmp_path / name, name) for name in "ab"]
     (comparison,), _ = compare(results)
-    assert set(comparison.differences) == {"choice_accuracy", "choice_unparsed"}
-    assert list(comparison.tests) == ["choice_accuracy"]
-    assert comparison.tests["choice_accuracy"].right_to_wrong == 1
+    assert set(comparison.metrics) == {"choice_accuracy", "choice_unparsed"}
+    assert list(comparison.mcnemar) == ["choice_accuracy"]
+    assert comparison.mcnemar["choice_accuracy"].right_to_wrong == 1
 
 
 def test_a_score_that_is_not_what_the_figure_averages_is_not_tested(tmp_path: Path) -> None:
@@ -169,8 +169,8 @@ def test_a_score_that_is_not_what_the_figure_averages_is_not_tested(tmp_path: Pa
         for name, texts in {"a": ["red", "red"], "b": ["red", "blue"]}.items()
     ]
     (comparison,), _ = compare(results, metrics=["bleu"])
-    assert comparison.differences["bleu_1"].first == 1.0
-    assert comparison.tests == {}
+    assert comparison.metrics["bleu_1"].first == 1.0
+    assert comparison.mcnemar == {}
 
 
 def query(direction: str, number: int, r1: float) -> dict[str, object]:
@@ -189,11 +189,11 @@ def test_retrieval_is_compared_in_each_direction(tmp_path: Path) -> None:
         (tmp_path / name / "predictions.jsonl").write_text(lines)
         (tmp_path / name / "metrics.json").write_text('{"task": "retrieval", "metrics": {}}')
     (comparison,), changes = compare([read_result(tmp_path / name, name) for name in "ab"])
-    assert comparison.differences["picture_to_text_r1"].difference == 0.5
-    assert comparison.differences["text_to_picture_r1"].difference == -0.25
-    assert comparison.differences["text_to_picture_r5"].difference == 0.0
-    assert comparison.tests["picture_to_text_r1"].wrong_to_right == 1
-    assert "text_to_picture_r1" not in comparison.tests  # a tie is half right
+    assert comparison.metrics["picture_to_text_r1"].difference == 0.5
+    assert comparison.metrics["text_to_picture_r1"].difference == -0.25
+    assert comparison.metrics["text_to_picture_r5"].difference == 0.0
+    assert comparison.mcnemar["picture_to_text_r1"].wrong_to_right == 1
+    assert "text_to_picture_r1" not in comparison.mcnemar  # a tie is half right
     assert [change.changes["b"] for change in changes] == ["wrong_to_right", "worse"]
 
 

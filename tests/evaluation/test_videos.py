@@ -56,9 +56,9 @@ def test_the_command_answers_about_videos_and_takes_none_for_blank(tiny_vlm, tmp
     ]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = (tiny_vlm, "--data", data, "--max-new-tokens", 2, "--output", tmp_path / "out")
+    options = (tiny_vlm, "--data", data, "eval.max_new_tokens=2", "--output", tmp_path / "out")
     code, stdout, stderr = run_eval(*options, "--json")
     assert code == 0, stderr
     assert json.loads(stdout)["num_samples"] == 2
     code, _, stderr = run_eval(*options, "--blind", "--train", data)
-    assert code == 2 and "blank pictures, which are not made of videos" in stderr
+    assert code == 2 and "only a picture can be made blank" in stderr

@@ -140,7 +140,7 @@ def test_retrieval_is_measured_with_and_without_the_texts_own_likelihood(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(*arguments: str) -> dict[str, Any]:
-        how = {"--subtract-prior": 0.4, "--no-subtract-prior": 0.8}
+        how = {"eval.subtract_prior=true": 0.4, "eval.subtract_prior=false": 0.8}
         value = next(how[name] for name in arguments if name in how)
         figures = {"picture_to_text_r1": {"value": value}, "text_to_picture_r1": {"value": 0.7}}
         return {"metrics": figures, "num_samples": 126}

@@ -26,7 +26,8 @@ from vlmtune.models.embedding import EmbeddingForward
 from vlmtune.models.load import load_vlm
 from vlmtune.models.merge import merge
 from vlmtune.recipe.load import load_recipe
-from vlmtune.sessions.eval_options import choose_section, prompt_of_folders
+from vlmtune.recipe.schema import EvalSection
+from vlmtune.sessions.eval_targets import with_recorded_prompt
 from vlmtune.train.build import build_encoder
 from vlmtune.train.contrastive import Contrastive, info_nce
 from vlmtune.train.feed import FeedSettings, StepBatch, StepBuilder, StepDataset
@@ -390,6 +391,6 @@ def test_the_prompt_goes_with_the_adapter_and_the_merged_model(make_recipe, tmp_
     run = recipe.parent / "run"
     merge(run, tmp_path / "merged")
     for folder in (run / "adapter", tmp_path / "merged"):
-        assert prompt_of_folders([str(folder)]) == PROMPT
-    assert prompt_of_folders([str(tmp_path)]) is None
-    assert choose_section({}, {"task": "retrieval"}, {}, prompt=PROMPT).embedding_prompt == PROMPT
+        section = with_recorded_prompt(EvalSection(), ["a model of the hub", str(folder)])
+        assert section == EvalSection(embedding_prompt=PROMPT)
+    assert with_recorded_prompt(EvalSection(), [str(tmp_path)]) == EvalSection()

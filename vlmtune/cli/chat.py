@@ -14,12 +14,10 @@ from vlmtune.cli.common import (
     DebugOption,
     DtypeOption,
     JsonOption,
-    QuantizationOption,
     QuietOption,
-    TargetArgument,
-    TrustOption,
     command,
     print_json,
+    split_settings,
 )
 from vlmtune.errors import VlmtuneError
 
@@ -34,38 +32,46 @@ SLASH_COMMANDS = {
 }
 
 
+RECIPE_KEYS = ("eval.max_new_tokens", "quantization_bit", "trust_remote_code")
+"""The recipe's keys that have an effect on a conversation."""
+
+
 @command
 def chat_command(
-    target: TargetArgument,
-    question: Annotated[
-        str | None,
+    arguments: Annotated[
+        list[str],
         typer.Argument(
-            metavar="[QUESTION]",
-            help="Answered once. Without it: a conversation, a question a line.",
+            metavar="TARGET [QUESTION] [KEY.SUB=VALUE…]",
+            help="A run folder, an adapter folder, or a model (folder or hub id). QUESTION is "
+            "answered once; without it a conversation starts, one question per line. Keys of the "
+            "recipe that can be set: " + ", ".join(RECIPE_KEYS) + ".",
             show_default=False,
         ),
-    ] = None,
+    ],
     image: Annotated[
         list[Path] | None,
-        typer.Option("--image", metavar="PICTURE", help="Give it again for more pictures."),
+        typer.Option("--image", metavar="PICTURE", help="Repeat it for more pictures."),
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")
-    ] = 256,
     dtype: DtypeOption = "auto",
-    quantization_bit: QuantizationOption = None,
-    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Ask a run, an adapter or a model about pictures."""
+    from vlmtune.recipe.load import load_settings
     from vlmtune.sessions.preload import preload
-    from vlmtune.sessions.target import answering_encoder, max_image_pixels, open_for_answers
 
+    words, settings = split_settings(arguments)
+    if not 1 <= len(words) <= 2:
+        raise VlmtuneError(
+            "wrong number of arguments", got=" ".join(words), expected="TARGET, or TARGET QUESTION"
+        )
+    target, question = words[0], words[1] if len(words) == 2 else None
+    values = {"eval": {"max_new_tokens": 256}}
+    recipe, given = load_settings(settings, taken=RECIPE_KEYS, values=values)
     if json and question is None:
         raise VlmtuneError(
-            "--json answers one question", got="no question", do="give the question on the command"
+            "--json needs a question to answer", got="none", do="give the question after TARGET"
         )
     if question is not None and not question.strip():
         raise VlmtuneError("the question is empty", do="ask something, or leave it out to talk")
@@ -73,14 +79,18 @@ def chat_command(
 
     preload("vlmtune.evaluation.dialogue", "vlmtune.models.open")
     from vlmtune.evaluation.dialogue import Dialogue
+    from vlmtune.sessions.target import answering_encoder, max_image_pixels, open_for_answers
 
     opened = open_for_answers(
-        target, dtype=dtype, quantization_bit=quantization_bit, trust_remote_code=trust_remote_code
+        target,
+        dtype=dtype,
+        quantization_bit=recipe.quantization_bit if "quantization_bit" in given else None,
+        trust_remote_code=recipe.trust_remote_code,
     )
     dialogue = Dialogue(
         opened.vlm,
         encoder=answering_encoder(opened),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=recipe.eval.max_new_tokens,
         max_image_pixels=max_image_pixels(opened),
     )
     for path in image or []:

@@ -25,27 +25,10 @@ import typer
 
 from vlmtune.errors import CheckFailed, SampleError, VlmtuneError
 
-TargetArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="TARGET",
-        help="A run folder, an adapter folder, or a model (folder or hub id).",
-        show_default=False,
-    ),
-]
 DtypeOption = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option(
         "--dtype", help="auto: bfloat16 if the device computes in it natively, else float32."
-    ),
-]
-QuantizationOption = Annotated[
-    int | None,
-    typer.Option(
-        "--quantization-bit",
-        metavar="4|8|16",
-        help="Bits of the base model's weights. Default: as in training.",
-        show_default=False,
     ),
 ]
 TrustOption = Annotated[

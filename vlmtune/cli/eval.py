@@ -1,13 +1,10 @@
-"""`vlmtune eval TARGET … --data FILE`: answer every question of a file and score the answers.
-
-options -> Request (eval_request.py): a run's recipe under the options (eval_section.py), data
-        -> eval_target.py, a target at a time; eval_compare.py for several
-"""
+"""`vlmtune eval TARGET … --data FILE`: answer every question of a file and score the answers."""
 
 from __future__ import annotations
 
+import json as jsonlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -15,15 +12,14 @@ from vlmtune.cli.common import (
     DebugOption,
     DtypeOption,
     JsonOption,
-    QuantizationOption,
     QuietOption,
-    TrustOption,
     command,
+    is_main_process,
     print_json,
     setup_logging,
+    split_settings,
 )
-from vlmtune.cli.data_input import ColumnsOption, FormatOption, ImageDirOption, PromptOption
-from vlmtune.errors import CheckFailed
+from vlmtune.errors import CheckFailed, VlmtuneError
 
 
 def _option(name: str, help: str, **settings: Any) -> Any:
@@ -32,94 +28,50 @@ def _option(name: str, help: str, **settings: Any) -> Any:
 
 @command
 def eval_command(
-    targets: Annotated[
+    arguments: Annotated[
         list[str],
         typer.Argument(
-            metavar="TARGET…",
+            metavar="TARGET… [KEY.SUB=VALUE…]",
             help="Run folders, adapter folders, models (folder or hub id), or folders of finished "
-            "evaluations. Several are compared with the first.",
+            "evaluations; several are compared with the first. Then keys of the recipe to set "
+            "(eval.max_new_tokens=32, eval.decoding.method=beam, quantization_bit=4); those that "
+            "are not set have the run's values. Bare keys of a data entry (columns.image=photo, "
+            "format=table) say how --data is read; otherwise it is read as the run's own data.",
             show_default=False,
         ),
     ],
     data: Annotated[
         list[Path] | None,
-        _option(
-            "--data",
-            "What to evaluate on; give it again for more files. Read with the columns, prompt, "
-            "image_dir and format of the run's own data, unless the next four options say how.",
-            metavar="FILE",
-        ),
+        _option("--data", "What to evaluate on; repeat it for more files.", metavar="FILE"),
     ] = None,
-    columns: ColumnsOption = None,
-    prompt: PromptOption = None,
-    image_dir: ImageDirOption = None,
-    format: FormatOption = None,
     task: Annotated[
         str | None,
         _option(
             "--task",
-            "vqa, caption, choice, classification, grounding or retrieval. Default: the run's, "
-            "else vqa.",
+            "vqa, caption, choice, classification, grounding or retrieval. Short for eval.task.",
         ),
     ] = None,
     metrics: Annotated[
-        str | None, _option("--metrics", "Names, with commas. Default: the task's own.")
-    ] = None,
-    scorer: Annotated[
-        Literal["likelihood", "embedding"] | None,
-        _option("--scorer", "Retrieval: how a text and a picture are scored."),
-    ] = None,
-    subtract_prior: Annotated[
-        bool | None,
-        _option(
-            "--subtract-prior/--no-subtract-prior",
-            "Retrieval by likelihood: whether log p(text) without a picture is subtracted where "
-            "a picture's texts are ranked. Default: the run's, else not.",
-        ),
-    ] = None,
-    embedding_prompt: Annotated[
         str | None,
-        _option("--embedding-prompt", "Retrieval by embedding: what follows a picture or a text."),
-    ] = None,
-    decoding: Annotated[
-        Literal["greedy", "sample", "beam"] | None,
-        _option("--decoding", "How answers are generated. Default: the run's, else greedy."),
-    ] = None,
-    temperature: Annotated[
-        float | None, _option("--temperature", "With sample: divides the logits.")
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        _option("--top-p", "With sample: likeliest tokens of this probability together."),
-    ] = None,
-    top_k: Annotated[
-        int | None, _option("--top-k", "With sample: so many likeliest tokens; 0: all.")
-    ] = None,
-    num_beams: Annotated[int | None, _option("--num-beams", "With beam: number of beams.")] = None,
-    stop: Annotated[
-        list[str] | None,
-        _option("--stop", "An answer ends before this text; give it again for more."),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        _option("--max-new-tokens", "Longest answer, in tokens. Default: the run's.", min=1),
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        _option("--batch-size", "Questions answered at once. Default: the run's.", min=1),
+        _option("--metrics", "Names, separated by commas. Short for eval.metrics."),
     ] = None,
     max_samples: Annotated[
-        int | None, _option("--max-samples", "Only the first so many samples.", min=1)
+        int | None,
+        _option("--max-samples", "Evaluate only the first N samples.", metavar="N", min=1),
     ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            "--seed", min=0, max=2**32 - 1, help="Of sampled answers and of the bootstrap."
+    output: Annotated[
+        Path | None,
+        _option(
+            "--output",
+            "Folder for the report. Default: RUN/eval/DATA-TIME for a run, eval/TARGET-DATA-TIME "
+            "here for anything else, eval/compare-DATA-TIME for several targets. The same command "
+            "continues an evaluation that was stopped.",
+            metavar="DIR",
         ),
-    ] = 0,
+    ] = None,
     blind: Annotated[
         bool,
-        typer.Option("--blind", help="Also what guessers score that never see the picture."),
+        typer.Option("--blind", help="Also score guessers that never see the picture."),
     ] = False,
     train: Annotated[
         list[Path] | None,
@@ -130,93 +82,64 @@ def eval_command(
         ),
     ] = None,
     no_guard: Annotated[
-        bool, typer.Option("--no-guard", help="Leave out the run's eval.guard.")
+        bool, typer.Option("--no-guard", help="Skip the run's eval.guard (eval.guard=null).")
     ] = False,
-    allow_outside_paths: Annotated[
-        bool,
-        typer.Option(
-            "--allow-outside-paths",
-            help="Pictures may be outside the folder of --data. Default: the run's.",
-        ),
-    ] = False,
-    allow_urls: Annotated[
-        bool,
-        typer.Option(
-            "--allow-urls", help="Pictures may be fetched from http(s) URLs. Default: the run's."
-        ),
-    ] = False,
-    output: Annotated[
-        Path | None,
-        _option(
-            "--output",
-            "Folder for the report. Default: RUN/eval/DATA-TIME for a run, eval/TARGET-DATA-TIME "
-            "here for anything else, eval/compare-DATA-TIME for several targets. An evaluation "
-            "that was stopped goes on with the same command.",
-            metavar="DIR",
-        ),
-    ] = None,
     dtype: DtypeOption = "auto",
-    quantization_bit: QuantizationOption = None,
-    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Measure runs, adapters or models on a data file; compare several."""
-    from vlmtune.sessions.data_input import DataOptions
-    from vlmtune.sessions.eval_options import EvalOptions
-    from vlmtune.sessions.eval_tables import guard_line
-    from vlmtune.sessions.processes import is_main_process, joined_processes
-    from vlmtune.sessions.target import check_bit
+    from vlmtune.evaluation.results import is_finished
+    from vlmtune.sessions.evaluate import EvalOptions, EvalResult, evaluate
 
     quiet = quiet or not is_main_process()
     setup_logging(quiet)
-    check_bit(quantization_bit)
-    given = {
-        "task": task,
-        "metrics": None if metrics is None else [name.strip() for name in metrics.split(",")],
-        "scorer": scorer,
-        "subtract_prior": subtract_prior,
-        "embedding_prompt": embedding_prompt,
-        "method": decoding,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "num_beams": num_beams,
-        "stop": stop,
-        "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
+    targets, settings = split_settings(arguments)
+    names = None if metrics is None else [name.strip() for name in metrics.split(",")]
+    shorthands = {
+        "--task": ("eval.task", task),
+        "--metrics": ("eval.metrics", names),
+        "--max-samples": ("eval.max_samples", max_samples),
     }
-    request = EvalOptions(
+    for option, (key, value) in shorthands.items():
+        if value is not None:
+            settings.append(_setting(option, key, jsonlib.dumps(value), settings))
+    if no_guard:
+        settings.append(_setting("--no-guard", "eval.guard", "null", settings))
+    options = EvalOptions(
         targets=targets,
-        data=data or [],
-        reading=DataOptions([str(file) for file in data or []], format, columns, image_dir, prompt),
-        options={key: value for key, value in given.items() if value is not None},
-        max_samples=max_samples,
+        data=data or (),
+        settings=settings,
         blind=blind,
-        train=train or [],
+        train=train or (),
         output=output,
-        allow_outside_paths=allow_outside_paths,
-        allow_urls=allow_urls,
+        dtype=dtype,
+        quiet=quiet,
     )
-    with joined_processes() as processes:
-        plan = request.plan(
-            processes,
-            seed=seed,
-            with_guard=not no_guard,
-            dtype=dtype,
-            quantization_bit=quantization_bit,
-            trust_remote_code=trust_remote_code,
-            quiet=quiet,
-        )
-        result = request.run(plan, as_json=json)
-    if processes.is_main and json:
-        print_json(result)
-    evaluated = result.get("targets", [result])
+    result = evaluate(options)
+    if is_main_process():
+        from vlmtune.cli.eval_tables import print_comparison, print_result
+
+        if json:
+            print_json(result)
+        elif isinstance(result, EvalResult):
+            print_result(result)
+        else:
+            print_comparison(result)
     fallen = [
-        f"{one['target']}: {guard_line(one['guard'])}"
-        for one in evaluated
-        if one["target"] not in request.finished and one.get("guard", {}).get("has_fallen")
+        f"{one.target}: {one.guard}"
+        for one in ([result] if isinstance(result, EvalResult) else result.targets)
+        if one.guard is not None and one.guard.has_fallen and not is_finished(Path(one.target))
     ]
     if fallen:
         raise CheckFailed("; ".join(fallen))
+
+
+def _setting(option: str, key: str, value: str, settings: list[str]) -> str:
+    """The setting that `option` is short for. Raises VlmtuneError where it is set twice."""
+    for setting in settings:
+        if setting.startswith(f"{key}="):
+            message = f"{option} and {key} are the same setting"
+            raise VlmtuneError(message, got=setting, do="give one of the two")
+    return f"{key}={value}"

@@ -318,8 +318,8 @@ def check_url(url: str, media_policy: MediaPolicy) -> SplitResult:
         raise VlmtuneError(
             "pictures are not fetched from the network",
             got=format_url(url),
-            do="set data.allow_urls: true (vlmtune eval: --allow-urls), or download the picture "
-            "and give its path",
+            do="set data.allow_urls: true (on the command line: data.allow_urls=true), or download "
+            "the picture and give its path",
         )
     parts = split_url(url)
     if not media_policy.allow_private_addresses:

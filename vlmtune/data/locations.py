@@ -46,7 +46,7 @@ def find_file(ref: str, *, base_dir: Path, allow_outside: bool, what: str = "pic
             got=printable(ref) + via,
             expected=f"a file below {base_dir}",
             do="name its folder as the entry's image_dir, or allow it with "
-            "data.allow_outside_paths: true (vlmtune eval: --allow-outside-paths)",
+            "data.allow_outside_paths: true (on the command line: data.allow_outside_paths=true)",
         )
     _check_kind(status, path, what)
     if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):

@@ -1,4 +1,4 @@
-"""How a file is read beside a run: as the run's own data are.
+"""How a file that a run is evaluated on is read: as the run's own data are.
 
 a file that is one of the run's   its entry, with every key
 another file                      the keys (columns, prompt, …) of the run's entries of the same
@@ -22,7 +22,7 @@ from vlmtune.recipe.schema import Recipe
 
 logger = logging.getLogger("vlmtune")
 
-WITH_OPTIONS = "with --columns ROLE=NAME, --prompt, --image-dir or --format"
+WITH_SETTINGS = "with columns.ROLE=NAME, prompt=TEXT, image_dir=DIR or format=NAME"
 SHARED_KEYS = ("format", "columns", "image_dir", "prompt")
 """Keys that say as much of another file of the kind; the others are about one file."""
 
@@ -45,10 +45,11 @@ class RunData:
 
 @dataclass(frozen=True)
 class RunEntry:
-    """`told`: what is to be said of it; `is_doubtful`: it may not be what the user means."""
+    """`note` says whose keys the file is read with, or is empty; `is_doubtful`: the entry may not
+    be what the user means."""
 
     entry: DataEntry
-    told: str
+    note: str
     is_doubtful: bool = False
 
 
@@ -82,7 +83,7 @@ def entry_as_in_run(file: str | Path, data: RunData) -> RunEntry:
         every = [_shared_keys(entry) for entries in data.sets.values() for entry in entries]
         return _plain(file, every, data, "are for files of another kind")
     chosen = _agreed(found[name], file, name, data)
-    if chosen.told:
+    if chosen.note:
         return chosen
     others = [keys for other in data.sets if other != name for keys in found[other]]
     return _plain(file, others, data, f"do not apply: the file is read like {name}")
@@ -92,8 +93,8 @@ def entries_as_in_run(files: Sequence[str | Path], data: RunData) -> list[DataEn
     """An entry for each of `files`; whose keys are used is logged. Raises as `entry_as_in_run`."""
     chosen = [entry_as_in_run(file, data) for file in files]
     for one in chosen:
-        if one.told:
-            logger.log(logging.WARNING if one.is_doubtful else logging.INFO, one.told)
+        if one.note:
+            logger.log(logging.WARNING if one.is_doubtful else logging.INFO, one.note)
     return [one.entry for one in chosen]
 
 
@@ -101,8 +102,8 @@ def _agreed(keys: Sequence[dict[str, Any]], file: str, name: str, data: RunData)
     """With the keys that are the same in all; where they differ and one has none, without."""
     different = [one for at, one in enumerate(keys) if one not in keys[:at]]
     if len(different) == 1:
-        told = f"{file}: read like {name} of {data.run}: {_as_text(keys[0])}" if keys[0] else ""
-        return RunEntry(DataEntry(path=file, **keys[0]), told)
+        note = f"{file}: read like {name} of {data.run}: {_as_text(keys[0])}" if keys[0] else ""
+        return RunEntry(DataEntry(path=file, **keys[0]), note)
     ways = " or ".join(_as_text(one) if one else "no keys" for one in different)
     if {} not in different:
         raise VlmtuneError(
@@ -110,20 +111,20 @@ def _agreed(keys: Sequence[dict[str, Any]], file: str, name: str, data: RunData)
             file=file,
             got=f"in {name}: {ways}",
             expected="one way",
-            do=f"say how to read the file, {WITH_OPTIONS}",
+            do=f"say how to read the file, {WITH_SETTINGS}",
         )
-    told = (
+    note = (
         f"{file}: read without keys, because {name} of {data.run} has several ways: {ways}; if "
-        f"that is wrong, say how to read it, {WITH_OPTIONS}"
+        f"that is wrong, say how to read it, {WITH_SETTINGS}"
     )
-    return RunEntry(DataEntry(path=file), told, is_doubtful=True)
+    return RunEntry(DataEntry(path=file), note, is_doubtful=True)
 
 
 def _plain(file: str, left: Sequence[Mapping[str, Any]], data: RunData, why: str) -> RunEntry:
     """Without keys; of the run's, `left` are not used."""
     names = [key for key in SHARED_KEYS if any(key in keys for keys in left)]
-    told = f"{file}: read without {', '.join(names)} of {data.run}, which {why}" if names else ""
-    return RunEntry(DataEntry(path=file), told, is_doubtful=True)
+    note = f"{file}: read without {', '.join(names)} of {data.run}, which {why}" if names else ""
+    return RunEntry(DataEntry(path=file), note, is_doubtful=True)
 
 
 def _shared_keys(entry: DataEntry) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -60,21 +60,13 @@ class McNemar:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`target` against `first`, by figure. `tests` holds those figures that are the mean of scores
-    that are all 0 or 1."""
+    """`target` against the first, by metric. `mcnemar` has those metrics that are the mean of
+    scores that are all 0 or 1."""
 
     target: str
-    first: str
-    differences: dict[str, Difference]
-    tests: dict[str, McNemar]
-
-    def as_dict(self) -> dict[str, object]:
-        return {
-            "target": self.target,
-            "against": self.first,
-            "metrics": {name: asdict(d) for name, d in self.differences.items()},
-            "mcnemar": {name: asdict(test) for name, test in self.tests.items()},
-        }
+    against: str
+    metrics: dict[str, Difference]
+    mcnemar: dict[str, McNemar]
 
 
 @dataclass(frozen=True)

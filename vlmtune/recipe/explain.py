@@ -130,8 +130,11 @@ def _below(info: FieldInfo) -> type[BaseModel] | None:
 
 def is_mapping_at(path: Sequence[str | int]) -> bool:
     """Whether the value at `path` is a free mapping (`train.part_learning_rates`)."""
-    known = dict(walk_keys())
-    info = known.get(".".join(map(str, path)))
+    section: type[BaseModel] | None = Recipe
+    info = None
+    for part in path:
+        info = None if section is None else section.model_fields.get(str(part))
+        section = None if info is None else _below(info)
     return info is not None and _mapping_arguments(info.annotation) is not None
 
 

@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,7 @@ def load_recipe(
     Raises `ErrorGroup` with every error, in the order of lines; or `VlmtuneError` where the file
     cannot be read.
     """
-    if isinstance(overrides, Mapping):
-        overrides = [f"{key}={yaml.dump_line(value)}" for key, value in overrides.items()]
+    overrides = _as_texts(overrides)
     path = source if isinstance(source, Path) else NO_FILE
     text = _read(source) if isinstance(source, Path) else yaml.dump_yaml(dict(source))
     document, errors = yaml.parse_yaml(text, file=str(path))
@@ -83,7 +83,7 @@ def load_recipe(
     settings = _settings(document, str(path))
     before = copy.deepcopy(settings.values)
     for override in overrides:
-        errors += _apply_override(override, settings)
+        errors += _apply_override(override, settings, Place(_override_name(override), None))
     idle = _take_out_idle(settings, before)
     errors += resolve_paths(settings, folder=path.parent)
     files = [str(path), *map(_override_name, overrides)]
@@ -91,6 +91,41 @@ def load_recipe(
     if idle:
         logger.info("keys of %s without effect: %s", path.name, _keys_and_reasons(idle))
     return LoadedRecipe(recipe, path, text, settings.places)
+
+
+def load_settings(
+    overrides: Sequence[str] | Mapping[str, object],
+    *,
+    taken: Sequence[str],
+    values: dict[str, Any],
+) -> tuple[Recipe, frozenset[str]]:
+    """The recipe of a command that is given none: `values` under `overrides`; and the keys set.
+
+    `taken` are patterns of the keys that the command uses. To set another one is an error, and so
+    is to set a key that has no effect with the rest. Values that belong to another value of a key
+    that is set, as metrics to another task, are left out. `model`, `output_dir` and `data.train`
+    may be missing. Paths are relative to the working directory.
+
+    Raises `ErrorGroup` with every error.
+    """
+    place = Place("command line", None)
+    settings = Settings(values, {(): place})
+    before = copy.deepcopy(values)
+    errors = [e for text in _as_texts(overrides) for e in _apply_override(text, settings, place)]
+    given = [yaml.dotted(path) for path in settings.places if _is_leaf(path, values)]
+    for key in given:
+        if not any(fnmatchcase(key, pattern) for pattern in taken):
+            message = f"{key} has no effect on this command"
+            errors.append(VlmtuneError(message, at=place, expected="one of " + ", ".join(taken)))
+    for key in idle_keys(values, before=before).keys() - idle_keys(values).keys() - set(given):
+        remove_key(values, key)
+    errors += resolve_paths(settings, folder=Path())
+    holders = {"model": values, "output_dir": values, "train": values.setdefault("data", {})}
+    for key, holder in holders.items():
+        if isinstance(holder, dict):
+            holder.setdefault(key, "not given")
+    recipe = _checked(settings, errors, [place.file], given)
+    return recipe, frozenset(given)
 
 
 def load_resolved(path: Path) -> Recipe:
@@ -147,15 +182,21 @@ def _keys_and_reasons(idle: Mapping[str, Idle]) -> str:
     return "; ".join(f"{', '.join(of_reason)} ({reason})" for reason, of_reason in keys.items())
 
 
-def _checked(settings: Settings, errors: list[VlmtuneError], files: list[str]) -> Recipe:
-    """The validated recipe, or all errors, sorted by the order of `files` and the line."""
+def _checked(
+    settings: Settings,
+    errors: list[VlmtuneError],
+    files: list[str],
+    given: Sequence[str] | None = None,
+) -> Recipe:
+    """The validated recipe, or all errors, sorted by the order of `files` and the line. The keys
+    that must have an effect are those `given` (None: all)."""
     recipe, bad = None, set[yaml.Path]()
     try:
         recipe = _parse(settings.values)
     except ValidationError as error:
         explained, bad = explain_errors(error, settings)
         errors = [*errors, *explained]
-    errors = [*errors, *_broken_rules(settings, recipe, bad)]
+    errors = [*errors, *_broken_rules(settings, recipe, bad, given)]
     if recipe is None or errors:
         raise ErrorGroup(sorted(errors, key=lambda e: (files.index(str(e.file)), e.line or 0)))
     return recipe
@@ -166,10 +207,13 @@ def _parse(values: Mapping[str, Any]) -> Recipe:
 
 
 def _broken_rules(
-    settings: Settings, recipe: Recipe | None, bad: set[yaml.Path]
+    settings: Settings,
+    recipe: Recipe | None,
+    bad: set[yaml.Path],
+    given: Sequence[str] | None,
 ) -> Iterator[VlmtuneError]:
     """The conflicts between keys; without a `recipe`, those between keys that are not `bad`."""
-    found = idle_conflicts(settings.values)
+    found = idle_conflicts(settings.values, given)
     recipe = recipe or _recipe_without(bad, settings.values)
     if recipe is not None:
         found += conflicts(recipe)
@@ -232,13 +276,27 @@ def _settings(document: yaml.Document, file: str) -> Settings:
     return Settings(document.value, places)
 
 
+def _as_texts(overrides: Sequence[str] | Mapping[str, object]) -> Sequence[str]:
+    if isinstance(overrides, Mapping):
+        return [f"{key}={yaml.dump_line(value)}" for key, value in overrides.items()]
+    return overrides
+
+
 def _override_name(override: str) -> str:
     return f"override {override!r}"
 
 
-def _apply_override(override: str, settings: Settings) -> list[VlmtuneError]:
+def _is_leaf(path: yaml.Path, values: object) -> bool:
+    """Whether `path` names a key that holds no further keys, and no place in a list."""
+    for part in path:
+        if isinstance(part, int) or not isinstance(values, dict):
+            return False
+        values = values.get(part)
+    return not isinstance(values, dict)
+
+
+def _apply_override(override: str, settings: Settings, place: Place) -> list[VlmtuneError]:
     """Set one key in `settings`; errors instead where there is no such key or no such value."""
-    place = Place(_override_name(override), None)
     key, equals, text = override.partition("=")
     if not equals or not key:
         return [VlmtuneError("not an override", file=place.file, expected="key.sub=value")]

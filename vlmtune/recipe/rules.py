@@ -108,10 +108,10 @@ def idle_keys(
     return idle
 
 
-def idle_conflicts(values: Mapping[str, Any]) -> list[Conflict]:
-    """The keys of `values` that have no effect, as conflicts with what leaves them without. Two
-    keys of which each leaves the other without effect are one conflict."""
-    idle = idle_keys(values)
+def idle_conflicts(values: Mapping[str, Any], given: Iterable[str] | None = None) -> list[Conflict]:
+    """The `given` keys (None: all of `values`) that have no effect, as conflicts with what leaves
+    them without. Two keys of which each leaves the other without effect are one conflict."""
+    idle = idle_keys(values, given)
     found: dict[object, Conflict] = {}
     for key, why in idle.items():
         if any(why.cause == other.owner and other.cause == why.owner for other in idle.values()):

@@ -1,81 +1,292 @@
-"""Targets evaluated: opened, asked, scored, beside the blind guessers and the guard, written.
+"""`evaluate`: runs, adapters and models answer the questions of data files, and are scored.
 
-OUTPUT/targets.json       what is compared, to know an interrupted comparison again
-OUTPUT/NAME/              each target's report
-OUTPUT/comparison.json    differences with intervals, McNemar's test
-OUTPUT/changes.jsonl      the samples whose score changed, with every target's answer
+EvalOptions -> settings over the first run's recipe, the data read, everything checked that needs
+               no model: EvalPlan
+            -> eval_targets.py: each target opened, asked, scored, and its report written
+            -> EvalResult, or ComparisonResult where there are several targets
+
+Imports no torch at its start: a wrong setting or a missing file is an error at once.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import glob
-import json
 import logging
 import os
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from vlmtune.errors import ErrorGroup, VlmtuneError, nearest
+from vlmtune.sessions.preload import preload
 
-from vlmtune.data.dataset import load_conversations, media_policy_of
-from vlmtune.data.encode import Encoder
-from vlmtune.data.types import Conversation
-from vlmtune.errors import VlmtuneError
-from vlmtune.evaluation import guard as guarding
-from vlmtune.evaluation.answer_log import (
-    AnswerLog,
-    answer_settings,
-    decoding_in_effect,
-    kept_settings,
-    references_digest,
-    remove_answer_log,
-    settings_digest,
+if TYPE_CHECKING:
+    from vlmtune.data.types import Conversation
+    from vlmtune.evaluation.compare import Comparison
+    from vlmtune.evaluation.guard import GuardVerdict
+    from vlmtune.evaluation.metrics.base import Interval
+    from vlmtune.evaluation.results import Result
+    from vlmtune.recipe.data_section import DataEntry
+    from vlmtune.recipe.schema import EvalSection, Recipe
+
+logger = logging.getLogger("vlmtune")
+
+ENTRY_KEYS = ("format", "columns", "image_dir", "prompt", "annotations", "split", "subset")
+"""Keys of a data entry that may be set by these names alone; they are about all of `data`."""
+COMPARED_KEYS = ("metrics", "max_new_tokens", "scorer", "subtract_prior", "embedding_prompt")
+MEDIA_KEYS = (
+    "allow_outside_paths",
+    "allow_urls",
+    "allow_private_addresses",
+    "max_download_bytes",
+    "url_timeout_seconds",
+    "cache_dir",
 )
-from vlmtune.evaluation.compare import compare
-from vlmtune.evaluation.guard import GuardVerdict, blanked
-from vlmtune.evaluation.references import fixed_subset
-from vlmtune.evaluation.results import (
-    EvalReport,
-    Result,
-    is_finished,
-    read_result,
-    write_report,
+RECIPE_KEYS = (
+    *(f"eval.{key}" for key in ("task", "max_samples", "batch_size", "guard", *COMPARED_KEYS)),
+    "eval.decoding.*",
+    *(f"data.eval.{key}*" for key in ENTRY_KEYS),
+    *(f"data.{key}" for key in MEDIA_KEYS),
+    "seed",
+    "quantization_bit",
+    "trust_remote_code",
 )
-from vlmtune.evaluation.runner import evaluate, num_to_do, score_answers
-from vlmtune.files import write_file
-from vlmtune.models.load import pixel_budget
-from vlmtune.models.open import OpenTarget, result_of_run
-from vlmtune.recipe.schema import EvalSection, Recipe
-from vlmtune.sessions.console import progress
-from vlmtune.sessions.eval_tables import print_comparison, print_result
-from vlmtune.sessions.processes import Processes
-from vlmtune.sessions.target import answering_encoder, open_for_answers
-from vlmtune.train.build import build_encoder, usable
+"""The recipe's keys that have an effect on an evaluation."""
+OF_THE_RUN = {"data": {*MEDIA_KEYS}, "eval": {*COMPARED_KEYS, "task", "batch_size", "decoding"}}
+"""The keys that have the value of the first run's recipe where they are not set."""
 
-OURS = ("metrics.json", "predictions.jsonl", "comparison.json", "targets.json")
-"""What marks a folder as one that `vlmtune eval` wrote."""
+REPORT_FILES = ("metrics.json", "predictions.jsonl", "comparison.json", "targets.json")
+"""Files that mark a folder as one that an evaluation wrote."""
+OTHER_FILES = ("recipe.resolved.yaml", "config.json", "adapter_config.json")
+"""Files that mark a folder as one that holds something else too."""
 
-NOT_FOR_REPORTS = ("recipe.resolved.yaml", "config.json", "adapter_config.json")
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What is asked. `settings` are texts `key.sub=value` with the keys of a recipe, or with the
+    bare keys of a data entry (`columns.image=photo`), which then say how `data` is read. `train`
+    is the data that the guesser of `blind` takes its answers from, by default the run's."""
+
+    targets: Sequence[str]
+    data: Sequence[str | Path] = ()
+    settings: Sequence[str] = ()
+    blind: bool = False
+    train: Sequence[str | Path] = ()
+    output: Path | None = None
+    dtype: str = "auto"
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    """What every target is asked, checked. `section` is the `eval` section for all of them, `given`
+    the keys that were set, `recipes` those of the targets that are runs, `finished` the targets
+    that are reports already, `guesses` the majority answers, with `blind`."""
+
+    options: EvalOptions
+    recipe: Recipe
+    section: EvalSection
+    given: frozenset[str]
+    recipes: Mapping[str, Recipe]
+    finished: Mapping[str, Result]
+    conversations: Sequence[Conversation]
+    guesses: Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Metrics with their intervals, of all samples and of each question type."""
+
+    metrics: Mapping[str, Interval]
+    slices: Mapping[str, Mapping[str, Interval]]
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """A target's report: what its `metrics.json` holds, and the path of its predictions. None:
+    does not apply, or is not known of a report that was made elsewhere."""
+
+    target: str
+    task: str
+    num_samples: int
+    metrics: Mapping[str, Interval]
+    slices: Mapping[str, Mapping[str, Interval]]
+    predictions: Path
+    kind: str | None = None
+    model_commit: str | None = None
+    data: Sequence[str] | None = None
+    dtype: str | None = None
+    pixel_budget: Sequence[int] | None = None
+    seed: int | None = None
+    max_new_tokens: int | None = None
+    decoding: Mapping[str, Any] | None = None
+    scorer: str | None = None
+    subtract_prior: bool | None = None
+    blind: Mapping[str, Figures] | None = None
+    guard: GuardVerdict | None = None
+    settings: str | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class ComparisonSummary:
+    """Every target but the first against the first; `changes` is a file with a line for each of
+    the `num_changed` samples that a target scores otherwise than the first."""
+
+    against: str
+    task: str
+    num_samples: int
+    comparisons: Sequence[Comparison]
+    num_changed: int
+    changes: Path
+
+
+@dataclass(frozen=True)
+class ComparisonResult:
+    """Several targets; `comparison` is None on all processes but the main one."""
+
+    targets: Sequence[EvalResult]
+    comparison: ComparisonSummary | None
+
+
+def evaluate(options: EvalOptions) -> EvalResult | ComparisonResult:
+    """Evaluate every target, write the reports, and compare several targets with the first.
+
+    Raises VlmtuneError for whatever is wrong with the options, before a model is loaded. Contains
+    collectives.
+    """
+    plan = plan_evaluation(options)
+    preload("vlmtune.sessions.eval_targets")
+    from vlmtune.sessions.eval_targets import run
+
+    return run(plan)
+
+
+def plan_evaluation(options: EvalOptions) -> EvalPlan:
+    """Everything but the models, loaded and checked. Raises VlmtuneError for what is wrong."""
+    from vlmtune.evaluation.metrics.registry import metrics_for
+    from vlmtune.evaluation.references import check_references
+    from vlmtune.evaluation.results import is_finished, read_result
+    from vlmtune.recipe.load import load_resolved
+
+    folders = {target: Path(target).expanduser() for target in options.targets}
+    finished = {t: read_result(folder, t) for t, folder in folders.items() if is_finished(folder)}
+    _check_targets(options, finished)
+    recipes = {
+        target: load_resolved(file)
+        for target, folder in folders.items()
+        if (file := folder / "recipe.resolved.yaml").is_file()
+    }
+    recipe, section, given = choose_settings(options, recipes, finished)
+    metrics_for(section.task, section.metrics)
+    if options.output is not None:
+        check_output(options.output)
+    conversations: list[Conversation] = []
+    if options.data:
+        conversations = _load_conversations(options, recipe, recipes, given)
+        conversations = conversations[: section.max_samples]
+    if conversations and section.task != "retrieval":
+        check_references(conversations, task=section.task, metrics=section.metrics)
+    guesses = _guess(options, section.task, conversations, recipes)
+    if "eval.guard" not in given:
+        _check_guards(recipes)
+    return EvalPlan(options, recipe, section, given, recipes, finished, conversations, guesses)
+
+
+def choose_settings(
+    options: EvalOptions, recipes: Mapping[str, Recipe], finished: Mapping[str, Result]
+) -> tuple[Recipe, EvalSection, frozenset[str]]:
+    """The recipe and its `eval` section for all targets: the first run's, or else the defaults,
+    under the settings; and the keys that were set.
+
+    Raises VlmtuneError for settings that are wrong or without effect, and for targets of different
+    tasks.
+    """
+    from vlmtune.recipe.load import load_settings
+
+    first = next(iter(recipes.values()), None)
+    values: dict[str, Any] = {"seed": 0, "data": {}, "eval": {}}
+    if first is not None:
+        values |= first.model_dump(mode="json", include=OF_THE_RUN)
+    tasks: dict[str, str] = {target: recipe.eval.task for target, recipe in recipes.items()}
+    tasks |= {target: report.task for target, report in finished.items()}
+    if tasks:
+        values["eval"]["task"] = next(iter(tasks.values()))
+    files = [str(file) for file in (*options.data, *options.train)]
+    settings = [_with_full_key(setting) for setting in options.settings]
+    if options.data:
+        values["data"]["eval"] = {"path": files.pop(0)}
+    elif any(setting.startswith(("data.eval.", "eval.max_samples=")) for setting in settings):
+        raise VlmtuneError(
+            f"{', '.join(ENTRY_KEYS)} and eval.max_samples have no effect without --data",
+            do="name the file with --data",
+        )
+    values["data"]["train"] = files or None
+    recipe, given = load_settings(settings, taken=RECIPE_KEYS, values=values)
+    section = recipe.eval
+    if "eval.task" in given:
+        tasks |= dict.fromkeys(recipes, section.task)
+    if len({section.task, *tasks.values()}) > 1:
+        raise VlmtuneError(
+            "the targets have different tasks",
+            got=", ".join(f"{task} ({target})" for target, task in tasks.items()),
+            expected="one task for all",
+            do="name it with --task",
+        )
+    _warn_of_other_settings(recipes, section, given)
+    return recipe, section, given
+
+
+def _with_full_key(setting: str) -> str:
+    """The setting with the bare key of a data entry, or what is most like one, written in full."""
+    from vlmtune.recipe.schema import Recipe
+
+    word = re.split(r"[.=]", setting)[0]
+    known = [*Recipe.model_fields, *ENTRY_KEYS]
+    is_of_entry = (word if word in known else nearest(word, known)) in ENTRY_KEYS
+    return f"data.eval.{setting}" if is_of_entry else setting
+
+
+def _warn_of_other_settings(
+    recipes: Mapping[str, Recipe], section: EvalSection, given: frozenset[str]
+) -> None:
+    """Say where a run among several is evaluated otherwise than its own recipe says."""
+    for target, recipe in recipes.items():
+        other = [
+            f"eval.{name}"
+            for name in (*COMPARED_KEYS, "decoding")
+            if not any(key.startswith(f"eval.{name}") for key in given)
+            and recipe.eval.task == section.task
+            and getattr(recipe.eval, name) != getattr(section, name)
+        ]
+        if other:
+            logger.warning(
+                "%s is evaluated as the first run's recipe says: its own %s differ",
+                target,
+                ", ".join(other),
+            )
+
+
+def absolute_path(target: str) -> Path:
+    """The target as an absolute path, however it was written; equal where a target is the same.
+    Links keep their own name. For a hub id the path means nothing but that."""
+    return Path(os.path.abspath(Path(target).expanduser()))
 
 
 def check_output(folder: Path) -> None:
     """Raise VlmtuneError where `--output` is a folder of something else."""
     if not folder.exists():
         return
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None
-    if names is None:
+    if not folder.is_dir():
         raise VlmtuneError(
             "the output folder cannot be written: it is a file",
             file=folder,
             do="give another folder with --output",
         )
-    is_ours = any(name in OURS for name in names) or any(folder.glob("answers-*.part.*"))
-    if names and (not is_ours or any(name in NOT_FOR_REPORTS for name in names)):
+    names = sorted(path.name for path in folder.iterdir())
+    is_ours = any(name in REPORT_FILES for name in names) or any(folder.glob("answers-*.part.*"))
+    if names and (not is_ours or any(name in OTHER_FILES for name in names)):
         raise VlmtuneError(
             "the output folder is occupied",
             file=folder,
@@ -85,454 +296,138 @@ def check_output(folder: Path) -> None:
         )
 
 
-def make_folder(folder: Path) -> None:
-    """Make the folder and see that it can be written. Raises VlmtuneError where it cannot."""
-    probe = folder / f".probe-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
+def _check_targets(options: EvalOptions, finished: Mapping[str, Result]) -> None:
+    if not options.targets:
+        raise VlmtuneError("no target is named", expected="a run, an adapter or a model")
+    paths = [absolute_path(target) for target in options.targets]
+    twice = [t for t, path in zip(options.targets, paths) if paths.count(path) > 1]
+    if twice:
+        raise VlmtuneError("a target is named twice", got=twice[-1], expected="each once")
+    running = [target for target in options.targets if target not in finished]
+    if len(options.targets) == 1 and not running:
         raise VlmtuneError(
-            f"the output folder cannot be written: {error.strerror}",
-            file=folder,
-            do="give another folder with --output",
-        ) from error
-
-
-def default_parent(target: str, kind: str, data: Path) -> tuple[Path, str]:
-    """The folder of a target's reports and how their names start. A model or adapter folder is for
-    loading and serving; reports do not belong in it."""
-    if kind == "run":
-        return Path(target).expanduser() / "eval", data.stem
-    return Path("eval"), f"{short_name(target)}-{data.stem}"
-
-
-def short_name(target: str) -> str:
-    """The last component of a target, with `.` and `..` resolved; links keep their own name."""
-    return place_of(target).name or "root"
-
-
-def place_of(target: str) -> Path:
-    """The target as an absolute path, however it was written; equal where a target is the same.
-    For a hub id the path means nothing but that."""
-    return Path(os.path.abspath(Path(target).expanduser()))
-
-
-def unfinished_or_new(
-    parent: Path, stem: str, settings: Mapping[str, Any], started_at: str
-) -> Path:
-    """The newest folder in which an evaluation with these settings was stopped, or a new one."""
-
-    for folder in sorted(parent.glob(f"{glob.escape(stem)}-*"), reverse=True):
-        if any(kept == settings for kept in kept_settings(folder)):
-            return folder
-    return new_folder(parent / f"{stem}-{started_at}")
-
-
-def new_folder(folder: Path) -> Path:
-    """`folder`, or where it is taken the first free `folder-N`."""
-    number, free = 1, folder
-    while free.exists():
-        number += 1
-        free = folder.with_name(f"{folder.name}-{number}")
-    return free
-
-
-logger = logging.getLogger("vlmtune")
-
-
-@dataclass(frozen=True)
-class EvalPlan:
-    """What is asked of every target. `guesses` are the majority answers, with `--blind`."""
-
-    conversations: Sequence[Conversation]
-    data: Sequence[Path]
-    section: EvalSection
-    seed: int
-    guesses: Sequence[str] | None
-    with_guard: bool
-    dtype: str
-    quantization_bit: int | None
-    trust_remote_code: bool
-    quiet: bool
-    processes: Processes
-
-
-@dataclass(frozen=True)
-class EvalSession:
-    """An opened target and how it is asked."""
-
-    target: str
-    opened: OpenTarget
-    plan: EvalPlan
-
-    def settings(
-        self, conversations: Sequence[Conversation], section: EvalSection, encoder: Encoder
-    ) -> dict[str, Any]:
-
-        opened = self.opened
-        folder = Path(self.target).expanduser()
-        trained_bit = 16 if opened.recipe is None else opened.recipe.quantization_bit
-        return answer_settings(
-            opened.vlm,
-            conversations,
-            folders=[
-                result_of_run(folder) if opened.kind == "run" else folder,
-                Path(opened.vlm.source).expanduser(),
-            ],
-            quantization_bit=self.plan.quantization_bit or trained_bit,
-            encoder=encoder,
-            section=section,
-            seed=self.plan.seed,
+            "the target is the report of an evaluation",
+            file=options.targets[0],
+            do="name a second target to compare it with, or a run, an adapter or a model",
         )
+    if running and not options.data:
+        raise VlmtuneError(
+            f"there is no data to evaluate {running[0]} on", do="name a file with --data"
+        )
+    if options.train and not options.blind:
+        raise VlmtuneError("--train has no effect without --blind", do="add --blind")
+    if options.blind and not running:
+        raise VlmtuneError("--blind has no effect: every target is a report already")
 
-    def report(
-        self,
-        conversations: Sequence[Conversation],
-        section: EvalSection,
-        encoder: Encoder,
-        folder: Path,
-        *,
-        what: str = "",
-        shown: Sequence[Conversation] | None = None,
-    ) -> EvalReport:
-        """Answers and scores; `shown` are the conversations as the model sees them, where these
-        are not the ones to score; `what` goes before the progress. A collective."""
 
-        processes = self.plan.processes
-        rank, world_size = processes.rank, processes.world_size
-        told = f"{what}pictures scored" if section.task == "retrieval" else f"{what}answered"
-        num_mine = num_to_do(conversations, section.task, rank=rank, world_size=world_size)
-        with contextlib.ExitStack() as stack:
-            kept = None
-            if section.task != "retrieval":
-                settings = self.settings(shown or conversations, section, encoder)
-                kept = stack.enter_context(AnswerLog(folder, settings, rank=rank))
-                if processes.is_main:
-                    _log_kept_answers(kept, len(conversations), folder)
-            quiet = self.plan.quiet or not processes.is_main
-            on_progress = stack.enter_context(progress(told, num_mine, quiet=quiet))
-            return evaluate(
-                self.opened.vlm,
-                conversations,
-                shown=shown,
-                encoder=encoder,
-                section=section,
-                seed=self.plan.seed,
-                on_progress=on_progress,
-                rank=rank,
-                world_size=world_size,
-                gather=processes.gather,
-                kept=kept,
+def _load_conversations(
+    options: EvalOptions, recipe: Recipe, recipes: Mapping[str, Recipe], given: frozenset[str]
+) -> list[Conversation]:
+    """Those of `options.data`: read as the settings say, or else as the data of the runs are."""
+    from vlmtune.data.dataset import load_conversations, media_policy_of
+    from vlmtune.data.run_entries import WITH_SETTINGS, keys_of
+
+    as_set = any(key.startswith("data.eval.") for key in given)
+    if as_set and recipe.data.eval:
+        (entry,) = recipe.data.eval
+        entries = [entry.model_copy(update={"path": str(file)}) for file in options.data]
+    else:
+        entries = _entries_of_runs(options.data, recipes)
+    try:
+        return load_conversations(entries, media_policy=media_policy_of(recipe.data))[0]
+    except VlmtuneError as error:
+        hints = [
+            VlmtuneError(
+                "this file is read with keys of the run's own data",
+                file=entry.path,
+                got=", ".join(keys_of(entry)),
+                do=f"where they do not fit it, say how it is read, {WITH_SETTINGS}",
             )
-
-    def digest(self, settings: Mapping[str, Any]) -> str:
-        """A short name for whatever decides the report."""
-
-        section = self.plan.section.model_dump(exclude={"batch_size", "guard"})
-        also = {
-            "section": section,
-            "references": references_digest(self.plan.conversations),
-            "seed": self.plan.seed,
-            "blind": self.plan.guesses,
-            "guard": self.plan.with_guard,
-        }
-        return settings_digest({**settings, **also})
-
-    def about(self) -> dict[str, Any]:
-        """What was evaluated, on what, and how."""
-
-        vlm, plan = self.opened.vlm, self.plan
-        about = {
-            "target": self.target,
-            "kind": self.opened.kind,
-            "model_commit": vlm.commit,
-            "data": [str(file.absolute()) for file in plan.data],
-            "dtype": str(vlm.model.dtype).removeprefix("torch."),
-            "pixel_budget": pixel_budget(vlm.processor),  # reports compare only at the same one
-            "seed": plan.seed,
-        }
-        if plan.section.task == "retrieval":
-            about["scorer"] = plan.section.scorer
-            if plan.section.scorer == "likelihood":
-                about["subtract_prior"] = plan.section.subtract_prior
-            return about
-        return about | {
-            "max_new_tokens": plan.section.max_new_tokens,
-            "decoding": decoding_in_effect(plan.section.decoding),
-        }
-
-
-def _log_kept_answers(kept: AnswerLog, total: int, folder: Path) -> None:
-    if kept.texts:
-        logger.info("%d of %d answers are kept from an earlier start", len(kept.texts), total)
-    if kept.dropped:
-        logger.warning(
-            "%s holds answers of an earlier start with other settings (%s); they are made anew",
-            folder,
-            ", ".join(sorted(kept.dropped)),
-        )
-
-
-def evaluate_blind(
-    asked: EvalSession, guesses: Sequence[str], folder: Path
-) -> tuple[dict[str, dict[str, object]], EvalReport]:
-    """The figures of guessers that never see a picture, and the report of the one that is the
-    model with blank pictures. A collective."""
-
-    plan = asked.plan
-    guessed = score_answers(
-        plan.conversations,
-        guesses,
-        task=plan.section.task,
-        metrics=plan.section.metrics,
-        seed=plan.seed,
-    )
-    shown = [blanked(conversation) for conversation in plan.conversations]
-    blank = asked.report(
-        plan.conversations,
-        plan.section,
-        answering_encoder(asked.opened),
-        folder,
-        what="blank pictures: ",
-        shown=shown,
-    )
-    summaries = {
-        "majority_answer": guessed.summary(),
-        "blank_pictures": blank.summary(),
-    }
-    figures = {
-        name: {key: summary[key] for key in ("metrics", "slices")}
-        for name, summary in summaries.items()
-    }
-    return figures, blank
-
-
-def evaluate_guard(asked: EvalSession, folder: Path) -> tuple[GuardVerdict, EvalReport] | None:
-    """Whether a run fell on its recipe's guard; None where there is none. A collective."""
-
-    recipe = asked.opened.recipe
-    if recipe is None or recipe.eval.guard is None:
-        return None
-    before = guarding.read_figures(Path(asked.target).expanduser() / guarding.BEFORE)
-    if before is None:
-        logger.warning("the guard was not checked: it was not measured before training")
-        return None
-    encoder = build_encoder(recipe, asked.opened.vlm)  # takes and leaves out what training did
-    report = asked.report(
-        _guard_conversations(recipe, encoder),
-        guarding.guard_section(recipe.eval).model_copy(
-            update={"batch_size": asked.plan.section.batch_size}
-        ),
-        encoder,
-        folder,
-        what="guard: ",
-    )
-    after = {name: interval.value for name, interval in report.metrics.items()}
-    name = guarding.guarded_metric(after, recipe.eval.guard.metric)
-    guarding.guarded_metric(before, name)
-    verdict = guarding.guard_verdict(
-        before[name], after[name], metric=name, max_drop=recipe.eval.guard.max_drop
-    )
-    return verdict, report
-
-
-def _guard_conversations(recipe: Recipe, encoder: Encoder) -> list[Conversation]:
-    """The samples on which the guard was measured in training."""
-
-    guard, policy = recipe.eval.guard, recipe.data.on_bad_sample
-    assert guard is not None
-    found, _ = load_conversations(
-        guard.data, on_bad_sample=policy, media_policy=media_policy_of(recipe.data)
-    )
-    chosen = fixed_subset(found, guard.max_samples, seed=recipe.seed)
-    return usable(chosen, encoder=encoder, skip=policy == "skip")
-
-
-ChooseFolder = Callable[[str, Mapping[str, Any]], Path]
-"""A target's kind and its answers' settings to the folder for its report."""
-
-
-def evaluate_target(
-    target: str, plan: EvalPlan, place: Path | ChooseFolder, *, reuse: bool = False
-) -> dict[str, Any]:
-    """Evaluate one target and write its report into `place`; what `--json` holds of it. With
-    `reuse`, a report that the folder holds of the same evaluation is taken. Contains collectives.
-    """
-
-    opened = open_for_answers(
-        target,
-        dtype=plan.dtype,
-        quantization_bit=plan.quantization_bit,
-        trust_remote_code=plan.trust_remote_code,
-        device=plan.processes.device,
-    )
-    asked = EvalSession(target, opened, plan)
-    encoder = answering_encoder(opened)
-    settings = asked.settings(plan.conversations, plan.section, encoder)
-    main = plan.processes.is_main
-    chosen = None
-    if main:
-        chosen = place if isinstance(place, Path) else place(opened.kind, settings)
-    folder: Path = plan.processes.from_main(chosen)
-    make_folder(folder)
-    predictions = {"predictions": str((folder / "predictions.jsonl").absolute())}
-    digest = asked.digest(settings)
-    if reuse:
-        found = _report_of(digest, folder) if main else {}
-        found = plan.processes.from_main(found)
-        if found:
-            logger.info("the report in %s is of this evaluation", folder)
-            return found | predictions
-    began = time.monotonic()
-    report = asked.report(plan.conversations, plan.section, encoder, folder)
-    about = asked.about() | {"settings": digest, "seconds": time.monotonic() - began}
-    reports = {folder: (report, about)}
-    if plan.guesses is not None:
-        about["blind"], blank = evaluate_blind(asked, plan.guesses, folder / "blank")
-        reports[folder / "blank"] = blank, {"target": target, "pictures": "blank"}
-    if plan.with_guard and (guarded := evaluate_guard(asked, folder / "guard")) is not None:
-        verdict, on_guard = guarded
-        about["guard"] = verdict.as_dict()
-        reports[folder / "guard"] = on_guard, {"target": target, "kind": "run"}
-    if main:
-        # Only now: a kill before the last answer leaves every answer to go on with.
-        for place, (written, what) in reports.items():
-            write_report(written, place, about=what)
-        for place in reports:
-            remove_answer_log(place)
-    return about | report.summary() | predictions
-
-
-def _report_of(digest: str, folder: Path) -> dict[str, Any]:
-    """What the finished report in `folder` says, empty where there is none of this digest."""
-
-    if not is_finished(folder):
-        return {}
-    summary = read_result(folder, folder.name).summary
-    return summary if summary.get("settings") == digest else {}
-
-
-def free_memory() -> None:
-    """Give back the memory of a model that nothing refers to any more."""
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-HOW = ("pixel_budget", "scorer", "subtract_prior", "max_new_tokens", "decoding")
-"""What a report says of how its target was asked."""
-
-
-def names_of(targets: Sequence[str]) -> dict[str, str]:
-    """What each target is called: its last path component, or all of it where two share one."""
-    short = [short_name(target) for target in targets]
-    return {
-        target: name if short.count(name) == 1 else target.rstrip("/")
-        for target, name in zip(targets, short)
-    }
-
-
-def folders_of(names: Iterable[str]) -> dict[str, str]:
-    """A folder name for each of `names`, all different and without a slash."""
-    folders: dict[str, str] = {}
-    for name in names:
-        stem = free = name.replace("/", "_")
-        number = 1
-        while free in folders.values():
-            number += 1
-            free = f"{stem}-{number}"
-        folders[name] = free
-    return folders
-
-
-def compare_targets(
-    targets: Sequence[str],
-    plan: EvalPlan,
-    finished: Mapping[str, Path],
-    output: Path | None,
-    *,
-    as_json: bool,
-) -> dict[str, Any]:
-    """Evaluate what is not in `finished`, compare everything with the first target, write, and
-    print unless `as_json`. What `--json` holds, the comparison on the main process alone. Contains
-    collectives."""
-
-    names = names_of(targets)
-    places = folders_of(names.values())
-    what = {"targets": list(targets), "data": [str(file.absolute()) for file in plan.data]}
-    main = plan.processes.is_main
-    chosen = (output or _unfinished_or_new(what, plan)) if main else None
-    folder: Path = plan.processes.from_main(chosen)
-    make_folder(folder)
-    if main:
-        write_file(folder / "targets.json", _as_text(what))
-    results, folders = [], {}
-    for target in targets:
-        place = finished.get(target, folder / places[names[target]])
-        folders[names[target]] = place
-        if target in finished:
-            summary = read_result(place, target).summary
-            predictions = place.absolute() / "predictions.jsonl"
-            results.append(summary | {"target": target, "predictions": str(predictions)})
-            continue
-        logger.info("%s:", target)
-        results.append(evaluate_target(target, plan, place, reuse=True))
-        free_memory()
-    if not main:
-        return {"targets": results, "comparison": None}
-    read = [read_result(place, name) for name, place in folders.items()]
-    _tell_differences(read)
-    comparisons, changes = compare(read, metrics=plan.section.metrics, seed=plan.seed)
-    summary = {
-        "against": read[0].name,
-        "task": read[0].task,
-        "num_samples": len(read[0].rows),
-        "comparisons": [comparison.as_dict() for comparison in comparisons],
-        "num_changed": len(changes),
-    }
-    write_file(folder / "comparison.json", json.dumps(summary, indent=2) + "\n")
-    lines = [json.dumps(change.as_row(), ensure_ascii=False) + "\n" for change in changes]
-    write_file(folder / "changes.jsonl", "".join(lines))
-    if not as_json:
-        for result in results:
-            print(result["target"])
-            print_result(result)
-        print_comparison(comparisons, changes)
-        print(f"comparison: {folder}")
-    changes_file = str((folder / "changes.jsonl").absolute())
-    return {"targets": results, "comparison": summary | {"changes": changes_file}}
-
-
-def _tell_differences(results: Sequence[Result]) -> None:
-    """Say where reports were made otherwise than the first: then not only the models differ."""
-    first = results[0]
-    for other in results[1:]:
-        common = first.summary.keys() & other.summary.keys()
-        differing = [
-            f"{name} {other.summary[name]} (not {first.summary[name]})"
-            for name in HOW
-            if name in common and first.summary[name] != other.summary[name]
+            for entry in entries
+            if not as_set and keys_of(entry)
         ]
-        if differing:
+        if not hints:
+            raise
+        raise ErrorGroup([error, *hints]) from error
+
+
+def _entries_of_runs(
+    files: Sequence[str | Path], recipes: Mapping[str, Recipe], *, training: bool = False
+) -> list[DataEntry]:
+    """`files` as the first run's own data are read; with `training`, as its `data.train` first."""
+    from vlmtune.data.dataset import as_entries
+    from vlmtune.data.run_entries import entries_as_in_run, entry_as_in_run, run_data
+
+    if not recipes:
+        return as_entries(files)
+    first, *others = (run_data(run, recipe, training=training) for run, recipe in recipes.items())
+    entries = entries_as_in_run(files, first)
+    for other in others:
+        try:
+            own = [entry_as_in_run(file, other).entry for file in files]
+        except VlmtuneError:
+            own = []
+        if own != entries:
             logger.warning(
-                "%s was not evaluated as %s was: %s", other.name, first.name, ", ".join(differing)
+                "the data are read as %s reads them; %s reads its own otherwise",
+                first.run,
+                other.run,
             )
+    return entries
 
 
-def _unfinished_or_new(what: Mapping[str, Any], plan: EvalPlan) -> Path:
-    """The newest folder in which this comparison was stopped, or a new one."""
-    stem = f"compare-{plan.data[0].stem}" if plan.data else "compare"
-    for folder in sorted(Path("eval").glob(f"{glob.escape(stem)}-*"), reverse=True):
-        told = folder / "targets.json"
-        if (folder / "comparison.json").exists() or not told.is_file():
-            continue
-        if told.read_text(encoding="utf-8") == _as_text(what):
-            return folder
-    return new_folder(Path("eval") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+def _guess(
+    options: EvalOptions,
+    task: str,
+    conversations: Sequence[Conversation],
+    recipes: Mapping[str, Recipe],
+) -> list[str] | None:
+    """The majority answers, with `options.blind`."""
+    if not options.blind:
+        return None
+    if task == "retrieval":
+        raise VlmtuneError(
+            "--blind has no effect: retrieval without pictures is chance",
+            do="leave --blind out; chance is k of the number of texts for R@k",
+        )
+    if any(conversation.videos for conversation in conversations):
+        raise VlmtuneError(
+            "--blind cannot be used with videos: only a picture can be made blank",
+            do="leave --blind out, or leave out the samples with videos",
+        )
+    from vlmtune.data.dataset import load_conversations
+    from vlmtune.evaluation.guard import majority_answers
+
+    entries = _entries_of_runs(options.train, recipes, training=True)
+    if not entries:
+        of_runs = [recipe.data.train for recipe in recipes.values()]
+        if not of_runs:
+            raise VlmtuneError(
+                "--blind needs the training data to guess from",
+                got="no run among the targets, and no --train",
+                do="name the data with --train FILE",
+            )
+        if any(of_run != of_runs[0] for of_run in of_runs):
+            logger.warning(
+                "--blind guesses from the training data of the first run; the others' differ"
+            )
+        entries = list(of_runs[0])
+    training, bad = load_conversations(entries, on_bad_sample="skip", check_media=False)
+    if bad and not training:
+        raise VlmtuneError(
+            "no row of the training data can be used to guess from", got=bad[0].reason
+        )
+    return majority_answers(training, conversations)
 
 
-def _as_text(what: Mapping[str, Any]) -> str:
-    return json.dumps(what, indent=2) + "\n"
+def _check_guards(recipes: Mapping[str, Recipe]) -> None:
+    """The guard's data may be gone since training; that shows before hours of answering."""
+    for target, recipe in recipes.items():
+        for entry in recipe.eval.guard.data if recipe.eval.guard else ():
+            if not Path(entry.path).exists():
+                raise VlmtuneError(
+                    "the data of the run's eval.guard is gone",
+                    file=target,
+                    got=entry.path,
+                    do="bring it back, or leave the guard out with --no-guard",
+                )

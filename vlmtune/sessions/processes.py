@@ -35,7 +35,6 @@ class Processes:
         """Every process's list, one after the other, on every process. A collective."""
         if self.world_size == 1:
             return mine
-
         return list(gather_object(mine))
 
     def from_main(self, value: Value | None) -> Value:
@@ -45,11 +44,6 @@ class Processes:
             broadcast_object_list(values)
         assert values[0] is not None
         return values[0]
-
-
-def is_main_process() -> bool:
-    """Whether this process prints; known before the others are met."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ import logging
 import torch
 
 from vlmtune.data.encode import Encoder, encoder_for
-from vlmtune.errors import VlmtuneError
 from vlmtune.models.load import pixel_budget
 from vlmtune.models.open import OpenTarget, open_target
 from vlmtune.models.precision import inference_dtype
@@ -28,8 +27,6 @@ def open_for_answers(
 
     Raises VlmtuneError where it cannot be opened.
     """
-    check_bit(quantization_bit)
-
     opened = open_target(
         target,
         dtype=inference_dtype(dtype),
@@ -41,21 +38,12 @@ def open_for_answers(
     return opened
 
 
-def check_bit(quantization_bit: int | None) -> None:
-    """Raise VlmtuneError for a width that no base model can have."""
-    if quantization_bit not in (None, 4, 8, 16):
-        raise VlmtuneError(
-            "wrong value for --quantization-bit", got=quantization_bit, expected="4, 8 or 16"
-        )
-
-
 def answering_encoder(opened: OpenTarget) -> Encoder:
     """An encoder that limits nothing but what the model and the picture decoder can take.
 
     Pictures and texts are cut down as in training where the recipe cuts; a sample that training
     would only drop is answered.
     """
-
     recipe = opened.recipe
     if recipe is not None and recipe.data.over_length in ("shrink_images", "trim_text"):
         return encoder_for(recipe, opened.vlm.processor)
@@ -72,7 +60,6 @@ def max_image_pixels(opened: OpenTarget) -> int:
     """The run's limit on a picture's pixels before decoding, or the schema's default."""
     if opened.recipe is not None:
         return opened.recipe.data.max_image_pixels
-
     return int(DataSection.model_fields["max_image_pixels"].default)
 
 
@@ -85,7 +72,6 @@ def _compare_budgets(opened: OpenTarget) -> None:
     """Warn where the processor that was loaded sizes pictures otherwise than in training."""
     if opened.recipe is None:
         return
-
     used = pixel_budget(opened.vlm.processor)
     image = opened.recipe.image
     for index, (key, trained) in enumerate(
