@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.evaluating import run_eval as run
+from vlmtune.sessions.evaluate import EvalOptions, EvalResult, evaluate
 
 
 def test_json_holds_the_figures_and_nothing_else_is_on_stdout(
@@ -29,6 +31,36 @@ def test_json_holds_the_figures_and_nothing_else_is_on_stdout(
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written["metrics"] == result["metrics"]
     assert "answered 4 of 4" in stderr
+
+
+def test_the_result_has_the_names_and_values_that_json_prints(
+    tiny_vlm: Path, data: Path, tmp_path: Path
+) -> None:
+    settings = ["eval.max_new_tokens=3", "eval.metrics=[anls]", "eval.max_samples=3"]
+    result = evaluate(EvalOptions([str(tiny_vlm)], [data], settings, output=tmp_path, quiet=True))
+    assert isinstance(result, EvalResult)
+    assert (result.num_samples, result.max_new_tokens, result.seed) == (3, 3, 0)
+    code, stdout, _ = run(tiny_vlm, "--data", data, *settings, "--output", tmp_path, "--json")
+    assert code == 0
+    printed = json.loads(stdout)
+    assert printed.keys() == {field.name for field in dataclasses.fields(result)}
+    assert printed["metrics"] == {"anls": dataclasses.asdict(result.metrics["anls"])}
+    assert printed["predictions"] == str(result.predictions)
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written.keys() < printed.keys()
+    assert all(printed[key] == value for key, value in written.items())
+
+
+def test_a_folder_whose_name_looks_like_a_setting_is_a_target(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["lr=0.1", "--data", data]
+    code, _, stderr = run("./model", *command)
+    assert code == 2 and "command line: unknown key 'lr'; did you mean" in stderr
+    (tmp_path / "lr=0.1").mkdir()
+    code, _, stderr = run(*command)
+    assert code == 2 and "lr=0.1: the folder is no run, adapter or model" in stderr
 
 
 def test_a_run_is_evaluated_with_its_settings_into_its_folder(run_folder: Path, data: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,7 +40,7 @@ def chat_command(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            metavar="TARGET [QUESTION] [KEY.SUB=VALUE…]",
+            metavar="TARGET|QUESTION|KEY.SUB=VALUE",
             help="A run folder, an adapter folder, or a model (folder or hub id). QUESTION is "
             "answered once; without it a conversation starts, one question per line. Keys of the "
             "recipe that can be set: " + ", ".join(RECIPE_KEYS) + ".",
@@ -98,7 +97,7 @@ def chat_command(
     if question is None:
         _converse(dialogue, quiet)
         return
-    answer = dialogue.ask(question, on_text=_ignore if json else _stream)
+    answer = dialogue.ask(question, on_text=(lambda text: None) if json else _stream)
     if json:
         print_json({"answer": answer.text})
     else:
@@ -117,18 +116,16 @@ def _stream(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _ignore(text: str) -> None:
-    """The whole answer is printed at the end."""
-
-
 def _converse(dialogue: Dialogue, quiet: bool) -> None:
     """Read questions until the end of input; answers go to stdout, the rest to stderr."""
-    read = _reader()
+    with contextlib.suppress(ImportError):  # Windows has no readline
+        import readline  # noqa: F401 - it gives `input` line editing
+    prompt = "> " if sys.stdin.isatty() else ""
     if not quiet:
         _print_help()
     while True:
         try:
-            line = read().strip()
+            line = input(prompt).strip()
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -163,22 +160,6 @@ def _obey(dialogue: Dialogue, line: str) -> None:
     else:
         _say(f"unknown command {name}")
         _print_help()
-
-
-def _reader() -> Callable[[], str]:
-    """`input` with line editing in a terminal; the bare lines of a pipe otherwise."""
-    if not sys.stdin.isatty():
-
-        def read_line() -> str:
-            line = sys.stdin.readline()
-            if not line:
-                raise EOFError
-            return line
-
-        return read_line
-    with contextlib.suppress(ImportError):  # Windows has no readline
-        import readline  # noqa: F401
-    return lambda: input("> ")
 
 
 def _print_help() -> None:

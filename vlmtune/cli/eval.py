@@ -31,7 +31,7 @@ def eval_command(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            metavar="TARGET… [KEY.SUB=VALUE…]",
+            metavar="TARGET|KEY.SUB=VALUE",
             help="Run folders, adapter folders, models (folder or hub id), or folders of finished "
             "evaluations; several are compared with the first. Then keys of the recipe to set "
             "(eval.max_new_tokens=32, eval.decoding.method=beam, quantization_bit=4); those that "

@@ -54,35 +54,28 @@ def progress(
             task = bar.add_task(what, total=total)
             yield lambda done: bar.update(task, completed=done)
     else:
-        yield _Lines(what, total, clock)
+        yield _print_lines(what, total, clock)
 
 
-class _Lines:
-    def __init__(self, what: str, total: int, clock: Clock) -> None:
-        self._what = what
-        self._total = total
-        self._clock = clock
-        self._first: tuple[int, float] | None = None
-        self._shown = 0
-        self._shown_at = 0.0
+def _print_lines(what: str, total: int, clock: Clock) -> Callable[[int], None]:
+    first: tuple[int, float] | None = None
+    shown, shown_at = 0, 0.0
 
-    def __call__(self, done: int) -> None:
-        now = self._clock()
-        if self._first is None:
-            self._first = (done, now)
-            self._shown = done * 10 // self._total
-            self._shown_at = now
+    def on_progress(done: int) -> None:
+        nonlocal first, shown, shown_at
+        now, tenth = clock(), done * 10 // total
+        if first is None:
+            first, shown, shown_at = (done, now), tenth, now
             return
-        if done * 10 // self._total <= self._shown:
+        if tenth <= shown or (now - shown_at < LINE_SECONDS and done < total):
             return
-        if now - self._shown_at < LINE_SECONDS and done < self._total:
-            return
-        self._shown = done * 10 // self._total
-        self._shown_at = now
-        done_before, began = self._first
-        left = (now - began) / max(1, done - done_before) * (self._total - done)
-        text = f"{self._what} {done} of {self._total}"
+        shown, shown_at = tenth, now
+        done_before, began = first
+        left = (now - began) / max(1, done - done_before) * (total - done)
+        text = f"{what} {done} of {total}"
         print(f"{text}, {format_duration(left)} left" if left else text, file=sys.stderr)
+
+    return on_progress
 
 
 def format_duration(seconds: float) -> str:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import glob
+import itertools
 import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,6 @@ from vlmtune.evaluation.answer_log import (
 )
 from vlmtune.evaluation.compare import check_same_samples, compare
 from vlmtune.evaluation.guard import GuardVerdict, blanked
-from vlmtune.evaluation.metrics.base import Interval
 from vlmtune.evaluation.references import answered_sample, fixed_subset, question_of
 from vlmtune.evaluation.results import (
     EvalReport,
@@ -61,8 +61,8 @@ from vlmtune.sessions.evaluate import (
     ComparisonSummary,
     EvalPlan,
     EvalResult,
-    Figures,
     absolute_path,
+    as_result,
 )
 from vlmtune.sessions.processes import Processes, joined_processes
 from vlmtune.sessions.target import answering_encoder, open_for_answers
@@ -128,7 +128,7 @@ class EvalSession:
                 result_of_run(folder) if opened.kind == "run" else folder,
                 Path(opened.vlm.source).expanduser(),
             ],
-            quantization_bit=_set_bit(self.plan) or trained_bit,
+            quantization_bit=self.plan.quantization_bit or trained_bit,
             encoder=encoder,
             section=section,
             seed=self.plan.recipe.seed,
@@ -181,7 +181,7 @@ class EvalSession:
             "references": references_digest(plan.conversations),
             "seed": plan.recipe.seed,
             "blind": plan.guesses,
-            "guard": "eval.guard" not in plan.given,
+            "guard": plan.with_guard,
         }
         return settings_digest({**settings, **also})
 
@@ -218,7 +218,7 @@ def evaluate_target(
     opened = open_for_answers(
         target,
         dtype=plan.options.dtype,
-        quantization_bit=_set_bit(plan),
+        quantization_bit=plan.quantization_bit,
         trust_remote_code=plan.recipe.trust_remote_code,
         device=processes.device,
     )
@@ -234,7 +234,7 @@ def evaluate_target(
         is_there = is_finished(folder) and read_result(folder, target).summary.get("settings")
         if processes.from_main(is_there == digest if processes.is_main else None):
             logger.info("the report in %s is of this evaluation", folder)
-            return read_report(folder)
+            return as_result(read_result(folder, target).summary, folder)
     began = time.monotonic()
     report = session.report(plan.conversations, plan.section, encoder, folder)
     about = session.about() | {"settings": digest, "seconds": time.monotonic() - began}
@@ -242,7 +242,7 @@ def evaluate_target(
     if plan.guesses is not None:
         about["blind"], blank = _evaluate_blind(session, plan.guesses, folder / "blank")
         reports[folder / "blank"] = blank, {"target": target, "pictures": "blank"}
-    if "eval.guard" not in plan.given:
+    if plan.with_guard:
         guarded = _evaluate_guard(session, folder / "guard")
         if guarded is not None:
             about["guard"] = guarded[0].as_dict()
@@ -253,35 +253,7 @@ def evaluate_target(
             write_report(written, place, about=what)
         for place in reports:
             remove_answer_log(place)
-    return _as_result(about | report.summary(), folder)
-
-
-def read_report(folder: Path) -> EvalResult:
-    """The finished report in `folder`, whose `metrics.json` any evaluation may have written."""
-    return _as_result(read_result(folder, folder.name).summary, folder)
-
-
-def _as_result(summary: Mapping[str, Any], folder: Path) -> EvalResult:
-    def figures(of: Mapping[str, Any]) -> Figures:
-        slices = {kind: intervals(metrics) for kind, metrics in of.get("slices", {}).items()}
-        return Figures(intervals(of["metrics"]), slices)
-
-    def intervals(metrics: Mapping[str, Any]) -> dict[str, Interval]:
-        return {name: Interval(**interval) for name, interval in metrics.items()}
-
-    known = {field.name for field in fields(EvalResult)}
-    values = {key: value for key, value in summary.items() if key in known}
-    if values.get("blind") is not None:
-        values["blind"] = {name: figures(guesser) for name, guesser in values["blind"].items()}
-    if values.get("guard") is not None:
-        values["guard"] = GuardVerdict(**values["guard"])
-    predictions = (folder / "predictions.jsonl").absolute()
-    return EvalResult(**values | vars(figures(summary)) | {"predictions": predictions})
-
-
-def _set_bit(plan: EvalPlan) -> int | None:
-    """The width of the base model's weights that was set; None: each target's own."""
-    return plan.recipe.quantization_bit if "quantization_bit" in plan.given else None
+    return as_result(about | report.summary(), folder)
 
 
 def _as_rows(plan: EvalPlan) -> Result:
@@ -330,10 +302,10 @@ def _evaluate_blind(
         what="blank pictures: ",
         shown=[blanked(conversation) for conversation in plan.conversations],
     )
-    summaries = {"majority_answer": guessed.summary(), "blank_pictures": blank.summary()}
+    guessers = {"majority_answer": guessed.summary(), "blank_pictures": blank.summary()}
     figures = {
         name: {key: summary[key] for key in ("metrics", "slices")}
-        for name, summary in summaries.items()
+        for name, summary in guessers.items()
     }
     return figures, blank
 
@@ -394,8 +366,9 @@ def compare_targets(plan: EvalPlan, processes: Processes) -> ComparisonResult:
     for target in targets:
         name = names[target]
         if target in plan.finished:
-            reports[name] = plan.finished[target].folder
-            results.append(replace(read_report(reports[name]), target=target))
+            report = plan.finished[target]
+            reports[name] = report.folder
+            results.append(as_result(report.summary | {"target": target}, report.folder))
             continue
         logger.info("%s:", target)
         reports[name] = folder / subfolders[name]
@@ -461,13 +434,14 @@ def folders_of(names: Iterable[str]) -> dict[str, str]:
     """A folder name for each of `names`, all different and without a slash."""
     folders: dict[str, str] = {}
     for name in names:
-        stem = free = name.replace("/", "_")
-        number = 1
-        while free in folders.values():
-            number += 1
-            free = f"{stem}-{number}"
-        folders[name] = free
+        folders[name] = _first_free(name.replace("/", "_"), lambda n: n in folders.values())
     return folders
+
+
+def _first_free(name: str, is_taken: Callable[[str], bool]) -> str:
+    """`name`, or where it is taken the first of NAME-2, NAME-3, … that is not."""
+    numbered = (f"{name}-{number}" for number in itertools.count(2))
+    return next(free for free in itertools.chain([name], numbered) if not is_taken(free))
 
 
 def make_folder(folder: Path) -> None:
@@ -522,9 +496,5 @@ def _stopped_or_new(parent: Path, stem: str, is_stopped: Callable[[Path], bool])
     for folder in sorted(parent.glob(f"{glob.escape(stem)}-*"), reverse=True):
         if is_stopped(folder):
             return folder
-    new = free = parent / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    number = 1
-    while free.exists():
-        number += 1
-        free = new.with_name(f"{new.name}-{number}")
-    return free
+    new = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return parent / _first_free(new, lambda name: (parent / name).exists())

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +92,15 @@ class EvalPlan:
     finished: Mapping[str, Result]
     conversations: Sequence[Conversation]
     guesses: Sequence[str] | None
+
+    @property
+    def with_guard(self) -> bool:
+        return "eval.guard" not in self.given
+
+    @property
+    def quantization_bit(self) -> int | None:
+        """The width of the base models' weights; None: each target's own."""
+        return self.recipe.quantization_bit if "quantization_bit" in self.given else None
 
 
 @dataclass(frozen=True)
@@ -266,6 +275,32 @@ def _warn_of_other_settings(
                 target,
                 ", ".join(other),
             )
+
+
+def as_result(summary: Mapping[str, Any], folder: Path) -> EvalResult:
+    """What the `metrics.json` of a report in `folder` holds; any evaluation may have written it."""
+    from vlmtune.evaluation.guard import GuardVerdict
+
+    known = {field.name for field in fields(EvalResult)}
+    values = {key: value for key, value in summary.items() if key in known}
+    if "blind" in values:
+        values["blind"] = {name: _as_figures(guesser) for name, guesser in values["blind"].items()}
+    if "guard" in values:
+        values["guard"] = GuardVerdict(**values["guard"])
+    predictions = (folder / "predictions.jsonl").absolute()
+    return EvalResult(**values | vars(_as_figures(summary)) | {"predictions": predictions})
+
+
+def _as_figures(summary: Mapping[str, Any]) -> Figures:
+    from vlmtune.evaluation.metrics.base import Interval
+
+    def intervals(metrics: Mapping[str, Any]) -> dict[str, Interval]:
+        return {name: Interval(**interval) for name, interval in metrics.items()}
+
+    slices = summary.get("slices", {})
+    return Figures(
+        intervals(summary["metrics"]), {kind: intervals(slices[kind]) for kind in slices}
+    )
 
 
 def absolute_path(target: str) -> Path:
