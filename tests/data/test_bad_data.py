@@ -257,7 +257,7 @@ def test_all_bad_rows_are_reported_at_once_and_the_rest_counted(tmp_path):
     lines = str(caught.value).splitlines()
     assert len(lines) == 21
     assert f"{path}:20: " in lines[19]
-    assert lines[20] == "and 5 more bad samples"
+    assert lines[20] == "and 5 more bad rows"
 
 
 def test_an_array_item_is_named_by_its_number(tmp_path):

@@ -284,7 +284,8 @@ def test_a_stopped_conversion_goes_on_to_the_same_bytes(
     assert output.read_bytes() == (folder / "whole" / "b.jsonl").read_bytes()
     skipped = [p / "b_skipped.jsonl" for p in (output.parent, folder / "whole")]
     assert skipped[0].read_bytes() == skipped[1].read_bytes()
-    assert (done.num_samples, done.bad, done.unused) == (whole.num_samples, whole.bad, whole.unused)
+    assert (done.num_samples, done.unused) == (whole.num_samples, whole.unused)
+    assert (done.bad.count, done.bad.named) == (whole.bad.count, whole.bad.named)
     assert sorted(p.name for p in output.parent.iterdir()) == sorted(
         p.name for p in (folder / "whole").iterdir()
     )

@@ -11,12 +11,12 @@ import PIL.Image
 import pytest
 
 from vlmtune.data.tools.duplicates import (
+    DigestTable,
     PictureDigests,
-    digest_table,
-    digests_of,
     duplicates,
     overlap,
     question_digest,
+    sample_digests,
 )
 from vlmtune.data.types import Conversation, Image, Source, Text, Turn, Video
 from vlmtune.errors import SampleError
@@ -37,7 +37,10 @@ def ask(folder: Path, question: str, *pictures: str, answer: str = "yes") -> Con
 
 
 def table(*conversations: Conversation):
-    return digest_table(conversations, PictureDigests())
+    known, found = PictureDigests(), DigestTable()
+    for conversation in conversations:
+        found.add(sample_digests(conversation, known))
+    return found
 
 
 def test_pictures_are_told_by_content_not_by_name(folder: Path):
@@ -125,7 +128,7 @@ def test_sets_with_nothing_in_common(folder: Path):
 
 def test_a_missing_picture_is_named_with_its_sample(folder: Path):
     with pytest.raises(SampleError) as caught:
-        digests_of(ask(folder, "What?", "gone.png"), PictureDigests())
+        sample_digests(ask(folder, "What?", "gone.png"), PictureDigests())
     assert (caught.value.file, caught.value.line) == ("data.jsonl", 3)
     assert "gone.png" in str(caught.value)
 

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.data.test_duplicates import table
 from vlmtune.data.dataset import load_conversations, open_files
-from vlmtune.data.tools.duplicates import Digests, PictureDigests, digest_table, overlap
+from vlmtune.data.tools.duplicates import Digests, overlap
 from vlmtune.data.tools.split import Groups, Split, choose_eval, split
 from vlmtune.data.types import MediaPolicy
 from vlmtune.errors import ErrorGroup, VlmtuneError
@@ -61,15 +62,14 @@ def ids_of(path: Path) -> list[str]:
 def test_no_picture_is_on_both_sides_and_no_row_is_lost(folder: Path):
     done = split_rows(folder, three_each())
     train, held = (load_conversations([p], media_policy=MediaPolicy(True))[0] for p in done.outputs)
-    known = PictureDigests()
-    assert overlap(digest_table(train, known), digest_table(held, known)).num_pictures == 0
+    assert overlap(table(*train), table(*held)).num_pictures == 0
     assert sorted(c.id for c in [*train, *held]) == sorted(r["id"] for r in three_each())
     assert done.num_samples == (45, 15) == (len(train), len(held))
     assert (done.num_groups, done.largest_group, done.eval_fraction) == ((15, 5), 3, 0.25)
     # A wrong variant: without regard to pictures, some are on both sides.
     mixed = [*train, *held]
     random.Random(0).shuffle(mixed)
-    wrong = overlap(digest_table(mixed[:45], known), digest_table(mixed[45:], known))
+    wrong = overlap(table(*mixed[:45]), table(*mixed[45:]))
     assert wrong.num_pictures > 0
 
 

@@ -18,8 +18,8 @@ from vlmtune.data.types import Source
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.models.load import load_processor
 from vlmtune.preflight.epoch_stats import Disk, check_room, format_bytes
-from vlmtune.preflight.rows import FileRows, RowFailure, RowOutcome
-from vlmtune.preflight.sets import GOOD, NOT_A_ROW, RowTable
+from vlmtune.preflight.rows import RowFailure, RowOutcome
+from vlmtune.preflight.sets import GOOD, NOT_A_ROW, RowTable, sample_numbers
 from vlmtune.recipe.load import load_recipe
 
 
@@ -139,14 +139,9 @@ def test_weights_scale_an_epochs_figures(recipe, data):
     assert any("gives an epoch without samples" in m for m in messages(none, "error"))
 
 
-def test_rows_from_all_over_are_chosen(recipe, data):
-    from vlmtune.data.dataset import as_entries, cache_dir_of, open_files
-    from vlmtune.data.types import LOCAL
-
-    files = open_files(as_entries([data]), cache_dir=cache_dir_of(LOCAL))
-    assert [row.index for row in FileRows(files, 4)()] == [0, 4, 8, 12]
-    assert [row.index for row in FileRows(files)()] == list(range(16))
-    assert len(FileRows(files, 99)) == 16
+def test_rows_from_all_over_are_chosen():
+    assert list(sample_numbers(16, 4)) == [0, 4, 8, 12]
+    assert sample_numbers(16, None) == sample_numbers(16, 99) == range(16)
 
 
 def outcome(name: str | None, line: int, failure: RowFailure | None = None) -> RowOutcome:

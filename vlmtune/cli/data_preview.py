@@ -139,37 +139,34 @@ def choose_rows(
 
     Raises VlmtuneError where an id is not there.
     """
+    from vlmtune.data.dataset import iter_rows, num_rows
     from vlmtune.report.pictures import spread
 
     if ids:
         yield from _with_ids(files, ids)
         return
-    total = sum(len(file.rows) for file in files)
+    total = num_rows(files)
     if seed is None:
         numbers = list(spread(total, count))
     else:
         numbers = sorted(random.Random(seed).sample(range(total), min(count, total)))
-    before = 0
-    for file in files:
-        after = before + len(file.rows)
-        yield from ((file, number - before) for number in numbers if before <= number < after)
-        before = after
+    yield from ((row.file, row.index) for row in iter_rows(files, numbers))
 
 
 def _with_ids(files: Sequence[OpenFile], ids: Sequence[str]) -> Iterator[tuple[OpenFile, int]]:
-    from vlmtune.data.dataset import iterate
+    from vlmtune.data.dataset import iter_rows
 
     wanted = set(ids)
-    for file, index in iterate(files):
+    for row in iter_rows(files):
         if not wanted:
             return
         try:
-            name = file.conversation(index).id
+            name = row.conversation().id
         except SampleError:
             continue
         if name in wanted:
             wanted.remove(name)
-            yield file, index
+            yield row.file, row.index
     if wanted:
         raise VlmtuneError("no sample has this id", got=", ".join(sorted(wanted)))
 

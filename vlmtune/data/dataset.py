@@ -1,14 +1,12 @@
 """Reads data files as conversations: by number, all at once before a model loads, or row by row.
 
-    entries -> sources of rows -> format told from the first rows -> scan of every row, up to a size
-      -> ConversationSet: number -> row -> Conversation
+    entries -> open_files -> sources of rows, the format told from the first rows
+      -> iter_rows: every row in order, not yet parsed
+           -> scan of every row, up to a size -> ConversationSet: number -> row -> Conversation
+           -> `vlmtune check` and `vlmtune data`, each with what it does to a row
 
 A row that the scan finds bad is not part of the set. A larger set is not scanned: its bad rows stay
 in the set and raise when they are read.
-
-entries -> dataset.open_files -> scan: parse, unique ids, pictures exist -> ConversationSet
-
-Ids are compared over all files by 8-byte digests, so that a million rows take some 70 MB at most.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
@@ -62,6 +60,10 @@ class OpenFile:
         """Row `index` (0-based). Raises SampleError with its place where it cannot be used."""
         return parse_row(self.row(index), self.format)
 
+    def fallback_id(self, source: Source) -> str:
+        """What a row is called that has no id."""
+        return f"{self.label}:{source.line}"
+
     def row(self, index: int) -> Row:
         source = self.rows.place(index)
         base_dir = self.rows.base_dir if self.entry.image_dir is None else self.entry.image_dir
@@ -69,10 +71,56 @@ class OpenFile:
             values=dict(self.rows.read(index)),
             source=source,
             base_dir=Path(base_dir),
-            fallback_id=f"{self.label}:{source.line}",
+            fallback_id=self.fallback_id(source),
             entry=self.entry,
             media_policy=self.media_policy,
         )
+
+
+@dataclass(frozen=True)
+class DataRow:
+    """Row `number` of all files (0-based), which is row `index` of `file`; not yet read."""
+
+    number: int
+    file: OpenFile
+    index: int
+    unused: Counter[str] | None = None
+
+    @property
+    def source(self) -> Source:
+        return self.file.rows.place(self.index)
+
+    @property
+    def id(self) -> str:
+        """What it is called where it has no id, or cannot be read."""
+        return self.file.fallback_id(self.source)
+
+    def conversation(self) -> Conversation:
+        """Raises SampleError with its place where it cannot be used."""
+        row = self.file.row(self.index)
+        if self.unused is not None:
+            self.unused.update(unused_keys(row.values, self.file.entry, self.file.format))
+        return parse_row(row, self.file.format)
+
+
+def iter_rows(
+    files: Sequence[OpenFile],
+    numbers: Iterable[int] | None = None,
+    *,
+    unused: Counter[str] | None = None,
+) -> Iterator[DataRow]:
+    """The rows of `files` in order: all, or those with `numbers` (0-based, over all files), which
+    rise. `unused` counts the keys of the rows that are read from which no conversation is made."""
+    at = before = 0
+    for number in range(num_rows(files)) if numbers is None else numbers:
+        while number >= before + len(files[at].rows):
+            before += len(files[at].rows)
+            at += 1
+        yield DataRow(number, files[at], number - before, unused)
+
+
+def num_rows(files: Sequence[OpenFile]) -> int:
+    return sum(len(file.rows) for file in files)
 
 
 @dataclass(frozen=True)
@@ -121,10 +169,9 @@ class ConversationSet(Sequence[Conversation]):
         """The order of the training stream. Raises VlmtuneError where there is no sample, or where
         an entry's weight leaves none of its samples in an epoch."""
         if not len(self):
-            num_rows = sum(len(file.rows) for file in self.files)
             raise VlmtuneError(
                 "data.train: no sample is left to train on",
-                got=f"{plural(num_rows, 'row')}, none of which can be used",
+                got=f"{plural(num_rows(self.files), 'row')}, none of which can be used",
             )
         for entry, count in self._entries():
             if num_slots(count, entry.weight) == 0:
@@ -155,7 +202,7 @@ def open_files(
     """Every file of `entries`, with its format. Raises VlmtuneError for one that is missing,
     empty, listed twice or in no known format."""
     opened = [(entry, rows) for entry in entries for rows in open_rows(entry, cache_dir=cache_dir)]
-    _check_listed_once([rows for _, rows in opened])
+    check_listed_once(rows.file for _, rows in opened)
     stems = [Path(rows.file).stem for _, rows in opened]
     files = []
     for (entry, rows), stem in zip(opened, stems):
@@ -170,25 +217,14 @@ def open_files(
     return files
 
 
-def iterate(files: Sequence[OpenFile]) -> Iterator[tuple[OpenFile, int]]:
-    """Every row of `files` as (file, index)."""
-    for file in files:
-        for index in range(len(file.rows)):
-            yield file, index
-
-
-def _check_listed_once(all_rows: Sequence[Rows]) -> None:
+def check_listed_once(files: Iterable[str]) -> None:
     seen = set()
-    for rows in all_rows:
-        place = Path(rows.file).resolve()
+    for file in files:
+        place = Path(file).resolve()
         if place in seen:
-            raise VlmtuneError("the data file is listed twice", file=rows.file, expected="once")
+            raise VlmtuneError("the data file is listed twice", file=file, expected="once")
         seen.add(place)
 
-
-MAX_ERRORS_SHOWN = 20
-
-NEW_IDS = "change it, or remove the ids; `vlmtune data convert --new-ids` makes new ones"
 
 Files = Sequence[str | Path | DataEntry]
 
@@ -203,14 +239,12 @@ def load_conversations(
     """All conversations of `files`, in order and in memory, and with `skip` the rows that cannot
     be used. For evaluation; training asks `open_conversations`.
 
-    With `error`, raises an ErrorGroup of every bad row (the first 20 in words). A file that
-    cannot be read, or a broken JSON array, is an error either way. `check_media` looks for every
-    picture file; none is decoded here.
+    With `error`, raises an ErrorGroup of every bad row (the first 20 in full, the rest counted). A
+    file that cannot be read, or a broken JSON array, is an error either way. `check_media` looks
+    for every picture file; none is decoded here.
     """
     conversations: list[Conversation] = []
-    opened = open_files(
-        as_entries(files), media_policy=media_policy, cache_dir=cache_dir_of(media_policy)
-    )
+    opened = _open(files, media_policy)
     _, skipped = _scan(opened, on_bad_sample, check_media=check_media, into=conversations)
     return conversations, skipped
 
@@ -223,14 +257,11 @@ def open_conversations(
     A set of up to `SCANNED_OUTRIGHT` rows is checked as `load_conversations` does; of a larger one
     a bad row raises when it is read, and a log line says so.
     """
-    opened = open_files(
-        as_entries(files), media_policy=media_policy, cache_dir=cache_dir_of(media_policy)
-    )
-    num_rows = sum(len(file.rows) for file in opened)
-    if num_rows > SCANNED_OUTRIGHT:
+    opened = _open(files, media_policy)
+    if num_rows(opened) > SCANNED_OUTRIGHT:
         logger.info(
             "%s rows are checked when training reaches them; `vlmtune check` checks all in advance",
-            f"{num_rows:,}",
+            f"{num_rows(opened):,}",
         )
         return ConversationSet(tuple(opened), (None,) * len(opened)), []
     kept, skipped = _scan(opened, on_bad_sample, check_media=True, into=None)
@@ -251,10 +282,14 @@ def media_policy_of(section: DataSection) -> MediaPolicy:
 
 def all_rows(files: Files, *, media_policy: MediaPolicy = LOCAL) -> ConversationSet:
     """Every row of `files` by number, unchecked: a bad one raises SampleError when asked for."""
-    opened = open_files(
-        as_entries(files), media_policy=media_policy, cache_dir=cache_dir_of(media_policy)
-    )
+    opened = _open(files, media_policy)
     return ConversationSet(tuple(opened), (None,) * len(opened))
+
+
+def _open(files: Files, media_policy: MediaPolicy) -> list[OpenFile]:
+    return open_files(
+        as_entries(files), media_policy=media_policy, cache_dir=media_policy.cache_folder
+    )
 
 
 def as_entries(files: Files) -> list[DataEntry]:
@@ -286,18 +321,15 @@ def _scan(
 ) -> tuple[list[list[int]], list[Skipped]]:
     """The good rows of each file and, with `skip`, the bad ones; raises an ErrorGroup otherwise."""
     kept: list[list[int]] = []
-    errors: list[SampleError] = []
+    bad = BadRows()
     skipped: list[Skipped] = []
     places: dict[str, Source] = {}
     for file in files:
         unused: Counter[str] = Counter()
         kept.append([])
-        for index in range(len(file.rows)):
-            source = file.rows.place(index)
+        for row in iter_rows([file], unused=unused):
             try:
-                row = file.row(index)
-                unused.update(unused_keys(row.values, file.entry, file.format))
-                conversation = parse_row(row, file.format)
+                conversation = row.conversation()
                 if into is None:
                     check_trainable(conversation)
                 else:  # answers are told apart by id; training goes by place
@@ -305,17 +337,17 @@ def _scan(
                 if check_media:
                     check_located(conversation)
             except SampleError as error:
-                errors.append(error)
-                skipped.append(Skipped(f"{file.label}:{source.line}", source, str(error)))
+                bad.add(error)
+                skipped.append(Skipped(row.id, row.source, str(error)))
                 continue
-            kept[-1].append(index)
+            kept[-1].append(row.index)
             if into is not None:
                 into.append(conversation)
         if unused:
             names = ", ".join(f"{key} ({count})" for key, count in sorted(unused.items()))
             logger.info("%s: unused keys, with their number of rows: %s", file.rows.file, names)
-    if errors and on_bad_sample == "error":
-        raise _group(errors)
+    if bad.count and on_bad_sample == "error":
+        raise bad.as_error()
     return kept, skipped
 
 
@@ -330,22 +362,18 @@ def check_located(conversation: Conversation) -> None:
 def _check_id(conversation: Conversation, places: dict[str, Source]) -> None:
     first = places.setdefault(conversation.id, conversation.source)
     if first is not conversation.source:
-        raise SampleError(
-            f"the id {shorten(conversation.id, 60)!r} is used twice",
-            at=conversation.source,
-            got=f"the same id at {first.file}:{first.line}",
-            expected="a unique id",
-            do=NEW_IDS,
-        )
+        raise repeated_id(conversation.id, conversation.source, f"at {first.file}:{first.line}")
 
 
-def _group(errors: Sequence[SampleError]) -> ErrorGroup:
-    shown: list[VlmtuneError] = list(errors[:MAX_ERRORS_SHOWN])
-    if len(errors) > MAX_ERRORS_SHOWN:
-        shown.append(
-            VlmtuneError(f"and {plural(len(errors) - MAX_ERRORS_SHOWN, 'more bad sample')}")
-        )
-    return ErrorGroup(shown)
+def repeated_id(name: str, source: Source, where: str) -> SampleError:
+    """The error of the row at `source` whose id another row has, the one that `where` names."""
+    return SampleError(
+        f"the id {shorten(name, 60)!r} is used twice",
+        at=source,
+        got=f"the same id {where}",
+        expected="a unique id",
+        do="change it, or remove the ids; `vlmtune data convert --new-ids` makes new ones",
+    )
 
 
 MAX_NAMED = 20
@@ -357,82 +385,44 @@ class BadRows:
     """The rows that cannot be used: their number, and the errors of the first."""
 
     count: int = 0
-    named: list[str] = field(default_factory=list)
+    errors: list[VlmtuneError] = field(default_factory=list)
 
     def add(self, error: SampleError) -> None:
         self.count += 1
-        if len(self.named) < MAX_NAMED:
-            self.named.append(str(error))
+        if len(self.errors) < MAX_NAMED:
+            self.errors.append(error)
+
+    @property
+    def named(self) -> list[str]:
+        return [str(error) for error in self.errors]
 
     def as_error(self) -> ErrorGroup:
-        """All of them as one error: the first in words, the rest counted."""
-        errors = [VlmtuneError(text) for text in self.named]
-        if self.count > len(self.named):
-            errors.append(
-                VlmtuneError(f"and {plural(self.count - len(self.named), 'more bad row')}")
-            )
-        return ErrorGroup(errors)
+        """All of them as one error: the first in full, the rest counted."""
+        left = self.count - len(self.errors)
+        more = [VlmtuneError(f"and {plural(left, 'more bad row')}")] if left else []
+        return ErrorGroup([*self.errors, *more])
 
 
 @dataclass
-class RowWalk:
-    """`files` in order. `unused` counts, by name, the keys that no conversation is made from.
+class UniqueIds:
+    """Gives the conversations of rows, and sees to it that no two of those used have one id.
 
-    `new_ids`: rows are called by file and line, whatever ids they have.
+    `new_ids`: rows are called by file and line, whatever ids they have. Ids are compared by 8-byte
+    digests: a million take some 70 MB at most.
     """
 
-    files: Sequence[OpenFile]
     new_ids: bool = False
-    unused: Counter[str] = field(default_factory=Counter)
-    _ids: set[int] = field(default_factory=set, repr=False)
+    _taken: set[int] = field(default_factory=set, repr=False)
 
-    def __len__(self) -> int:
-        return sum(len(file.rows) for file in self.files)
-
-    def rows(
-        self, *, start: int = 0, only: Sequence[int] | None = None
-    ) -> Iterator[tuple[Source, Conversation | SampleError]]:
-        """From row `start` (0-based, over all files) on, each with its place; or the rows `only`,
-        whose numbers rise."""
-        numbers = range(start, len(self)) if only is None else only
-        for file, index in _located(self.files, numbers):
-            source = file.rows.place(index)
-            try:
-                yield source, self._conversation(file, index)
-            except SampleError as error:
-                yield source, error
-
-    def place(self, number: int) -> Source:
-        """Where row `number` stands."""
-        [(file, index)] = _located(self.files, [number])
-        return file.rows.place(index)
-
-    def take_id(self, name: str) -> None:
-        """Note the id of a row that is used: from now on it is taken."""
-        self._ids.add(short_digest(name))
-
-    def _conversation(self, file: OpenFile, index: int) -> Conversation:
-        row = file.row(index)
-        self.unused.update(unused_keys(row.values, file.entry, file.format))
-        conversation = parse_row(row, file.format)
+    def conversation(self, row: DataRow) -> Conversation:
+        """Raises SampleError where the row cannot be used, or its id is taken."""
+        conversation = row.conversation()
         if self.new_ids:
-            conversation = replace(conversation, id=row.fallback_id)
-        if short_digest(conversation.id) in self._ids:
-            raise SampleError(
-                f"the id {shorten(conversation.id, 60)!r} is used twice",
-                at=conversation.source,
-                got="the same id in an earlier row",
-                expected="a unique id",
-                do=NEW_IDS,
-            )
+            conversation = replace(conversation, id=row.id)
+        if short_digest(conversation.id) in self._taken:
+            raise repeated_id(conversation.id, conversation.source, "in an earlier row")
         return conversation
 
-
-def _located(files: Sequence[OpenFile], numbers: Sequence[int]) -> Iterator[tuple[OpenFile, int]]:
-    """The file and the row in it of each of `numbers`, which rise."""
-    at = before = 0
-    for number in numbers:
-        while number >= before + len(files[at].rows):
-            before += len(files[at].rows)
-            at += 1
-        yield files[at], number - before
+    def take(self, name: str) -> None:
+        """Note the id of a row that is used."""
+        self._taken.add(short_digest(name))

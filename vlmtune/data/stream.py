@@ -24,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlmtune.data.dataset import check_listed_once
 from vlmtune.data.formats.base import Row
 from vlmtune.data.formats.registry import (
     NUM_LOOKED_AT,
@@ -218,8 +219,11 @@ class Stream:
     def start(self) -> StreamCursor:
         return StreamCursor(0, (StreamPosition(),) * len(self.entries))
 
-    def every_row(self) -> Iterator[StreamRow]:
-        """Each row once, in the order of the files."""
+    def every_row(self, limit: int | None = None) -> Iterator[StreamRow]:
+        """Each row once, in the order of the files; or the first `limit`."""
+        return islice(self._every_row(), limit)
+
+    def _every_row(self) -> Iterator[StreamRow]:
         for files in self.entries:
             for file in files:
                 for raw in file.shard.rows(0):
@@ -272,7 +276,7 @@ def open_stream(
     Raises VlmtuneError for a file that is missing, empty, listed twice or cannot be streamed.
     """
     opened = [(entry, open_shards(entry, cache_dir=cache_dir)) for entry in entries]
-    _check_listed_once([shard.file for _, shards in opened for shard in shards])
+    check_listed_once(shard.file for _, shards in opened for shard in shards)
     stems = Counter(_stem(shard.file) for _, shards in opened for shard in shards)
     streamed = []
     for entry, shards in opened:
@@ -360,15 +364,6 @@ def _format_of(entry: DataEntry, shards: Sequence[Shard]) -> FormatName:
         names = ", ".join(sorted(map(str, unused)))
         logger.info("%s: unused keys in the first rows: %s", entry.path, names)
     return name
-
-
-def _check_listed_once(files: Sequence[str]) -> None:
-    seen = set()
-    for file in files:
-        place = Path(file).resolve()
-        if place in seen:
-            raise VlmtuneError("the data file is listed twice", file=file, expected="once")
-        seen.add(place)
 
 
 def _stem(file: str) -> str:

@@ -12,22 +12,20 @@ from __future__ import annotations
 
 import os
 import re
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import accumulate, islice
+from itertools import islice
 from typing import Literal
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from vlmtune.data.dataset import OpenFile, check_located
+from vlmtune.data.dataset import check_located
 from vlmtune.data.encode import Encoder, OverLength
 from vlmtune.data.formats.base import check_trainable
 from vlmtune.data.measure import Measure, Measurer
 from vlmtune.data.media import verify_image
-from vlmtune.data.stream import Stream
-from vlmtune.data.tools.duplicates import Digests, PictureDigests, digests_of
+from vlmtune.data.tools.duplicates import Digests, PictureDigests, sample_digests
 from vlmtune.data.types import Conversation, Source
 from vlmtune.errors import SampleError, VlmtuneError, at, shorten
 from vlmtune.train.feed import LazySample, is_lost_worker, start_worker, with_traceback
@@ -100,25 +98,6 @@ ROWS_PER_WORKER = 400
 """Starting a worker takes longer than checking this many rows."""
 
 Stage = Literal["row", "media", "encode"]
-
-
-@dataclass(frozen=True)
-class NumberedRow:
-    """A row of an open file."""
-
-    file: OpenFile
-    index: int
-
-    @property
-    def source(self) -> Source:
-        return self.file.rows.place(self.index)
-
-    @property
-    def id(self) -> str:
-        return f"{self.file.label}:{self.source.line}"
-
-    def conversation(self) -> Conversation:
-        return self.file.conversation(self.index)
 
 
 @dataclass(frozen=True)
@@ -196,7 +175,7 @@ class RowChecker:
             return replace(outcome, failure=RowFailure("media", error))
         try:
             measure = self._measure(conversation)
-            digests = digests_of(conversation, self._digests)
+            digests = sample_digests(conversation, self._digests)
         except SampleError as error:
             is_too_long = isinstance(error, OverLength)
             return replace(outcome, failure=RowFailure("encode", error, is_too_long))
@@ -250,40 +229,6 @@ class ChunkSet(IterableDataset[ChunkOutcome | VlmtuneError]):
                 measurer = checker.measurer
                 yield ChunkOutcome(outcomes, bool(measurer and measurer.num_wrong))
             number += 1
-
-
-@dataclass(frozen=True)
-class FileRows:
-    """The rows of open files, in order; `limit` of them from all over where it is given."""
-
-    files: Sequence[OpenFile]
-    limit: int | None = None
-
-    @property
-    def total(self) -> int:
-        return sum(len(file.rows) for file in self.files)
-
-    def __call__(self) -> Iterator[LazySample]:
-        ends = list(accumulate(len(file.rows) for file in self.files))
-        total, wanted = self.total, len(self)
-        for number in range(wanted):
-            row = number * total // wanted
-            at = bisect_right(ends, row)
-            yield NumberedRow(self.files[at], row - (ends[at - 1] if at else 0))
-
-    def __len__(self) -> int:
-        return self.total if self.limit is None else min(self.total, self.limit)
-
-
-@dataclass(frozen=True)
-class StreamedRows:
-    """Every row of a stream, read from front to back; the first `limit` where it is given."""
-
-    stream: Stream
-    limit: int | None = None
-
-    def __call__(self) -> Iterator[LazySample]:
-        return islice(self.stream.every_row(), self.limit)
 
 
 def check_rows(

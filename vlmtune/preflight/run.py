@@ -17,9 +17,7 @@ from transformers import ProcessorMixin
 
 from vlmtune.data.dataset import cache_dir_of, media_policy_of
 from vlmtune.data.encode import Encoder
-from vlmtune.data.stream import Stream
 from vlmtune.data.tools.duplicates import Overlap, overlap
-from vlmtune.data.types import Conversation
 from vlmtune.errors import VlmtuneError, plural
 from vlmtune.evaluation.guard import guard_section, guarded_metric
 from vlmtune.evaluation.references import check_references, check_some_left
@@ -33,7 +31,7 @@ from vlmtune.preflight.epoch_stats import TrainingFigures, training_figures
 from vlmtune.preflight.memory import Memory, optimizer_bytes
 from vlmtune.preflight.model import MetaModel, Trained, check_weight_files, open_on_meta, trained_by
 from vlmtune.preflight.problems import Problems, Severity
-from vlmtune.preflight.rows import FileRows, RowSettings
+from vlmtune.preflight.rows import RowSettings
 from vlmtune.preflight.sets import (
     GOOD,
     CheckedSet,
@@ -42,11 +40,11 @@ from vlmtune.preflight.sets import (
     add_duplicates,
     add_failures,
     add_limit,
+    errors_of_entries,
     evaluated_rows,
     look_at,
     look_at_repeated_ids,
     open_set,
-    opened_one_by_one,
 )
 from vlmtune.recipe.data_section import DataEntry
 from vlmtune.recipe.explain import Place
@@ -106,7 +104,7 @@ def check_scorable(
     scored, or where a figure that the recipe names is not measured on them."""
     left = chosen & set(checked.table.rows(GOOD).tolist())
     check_some_left(checked.name, num_left=len(left), num_given=len(chosen) or len(checked.table))
-    conversations = _conversations(checked, chosen)
+    conversations = checked.conversations(chosen)
     guard = recipe.eval.guard
     is_guard = checked.name == "eval.guard.data"
     section = guard_section(recipe.eval) if is_guard else recipe.eval
@@ -119,12 +117,6 @@ def check_scorable(
         guarded_metric(dict.fromkeys(names), guard.metric)
     elif encoder is not None:
         check_best_metric(recipe, conversations, encoder=encoder, figures=names)
-
-
-def _conversations(checked: CheckedSet, chosen: Set[int]) -> list[Conversation]:
-    limit = len(checked.table) if checked.is_partial else None
-    rows = FileRows(checked.files, limit)()
-    return [row.conversation() for number, row in enumerate(rows) if number in chosen]
 
 
 def add_overlap(train: CheckedSet, held_out: CheckedSet, problems: Problems) -> Overlap:
@@ -298,11 +290,10 @@ class Preflight:
             with_prompt=not is_train,
             pair_prompt=None if name == "eval.guard.data" else embedding_prompt_of(recipe),
         )
-        opened: FileRows | Stream
         try:
             opened = open_set(entries, recipe, streamed=streamed)
         except VlmtuneError as error:
-            for each in opened_one_by_one(entries, recipe, streamed=streamed) or [error]:
+            for each in errors_of_entries(entries, recipe, streamed=streamed) or [error]:
                 problems.add_error(each)
             return None
         try:

@@ -9,36 +9,36 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import numpy as np
 
 from vlmtune.data.dataset import (
-    NEW_IDS,
     SCANNED_OUTRIGHT,
     OpenFile,
-    cache_dir_of,
+    iter_rows,
     media_policy_of,
+    num_rows,
     open_files,
+    repeated_id,
 )
 from vlmtune.data.stream import Stream, open_stream
 from vlmtune.data.tools.duplicates import DigestTable, duplicates
-from vlmtune.data.types import Source
-from vlmtune.errors import SampleError, VlmtuneError, plural, shorten
+from vlmtune.data.types import Conversation, Source
+from vlmtune.errors import SampleError, VlmtuneError, plural
 from vlmtune.evaluation.references import fixed_subset
 from vlmtune.files import short_digest
 from vlmtune.preflight.problems import KEPT_PER_KIND, Problems, Severity, kind_of
 from vlmtune.preflight.rows import (
-    FileRows,
     Inexact,
     RowFailure,
     RowOutcome,
     RowSettings,
     Stage,
-    StreamedRows,
     check_rows,
     useful_workers,
 )
@@ -224,11 +224,26 @@ class CheckedSet:
         """The share of the rows that were looked at."""
         return len(self.table) / self.num_rows if self.num_rows else 1.0
 
+    def conversations(self, chosen: Set[int]) -> list[Conversation]:
+        """Those of some rows of the table, read again. Raises SampleError for one that is bad."""
+        numbers = sample_numbers(self.num_rows, len(self.table))
+        rows = iter_rows(self.files, [numbers[at] for at in sorted(chosen)])
+        return [row.conversation() for row in rows]
 
-def open_set(entries: Sequence[DataEntry], recipe: Recipe, *, streamed: bool) -> FileRows | Stream:
+
+def sample_numbers(total: int, wanted: int | None) -> Sequence[int]:
+    """The numbers of `wanted` of `total` rows, from all over them; of all where fewer or None."""
+    if wanted is None or wanted >= total:
+        return range(total)
+    return [number * total // wanted for number in range(wanted)]
+
+
+def open_set(
+    entries: Sequence[DataEntry], recipe: Recipe, *, streamed: bool
+) -> list[OpenFile] | Stream:
     """The files of some entries, or their stream. Raises VlmtuneError as training does."""
     media_policy = media_policy_of(recipe.data)
-    cache_dir = cache_dir_of(media_policy)
+    cache_dir = media_policy.cache_folder
     if streamed:
         return open_stream(
             entries,
@@ -237,12 +252,12 @@ def open_set(entries: Sequence[DataEntry], recipe: Recipe, *, streamed: bool) ->
             media_policy=media_policy,
             cache_dir=cache_dir,
         )
-    return FileRows(open_files(entries, media_policy=media_policy, cache_dir=cache_dir))
+    return open_files(entries, media_policy=media_policy, cache_dir=cache_dir)
 
 
 def look_at(
     name: SetName,
-    opened: FileRows | Stream,
+    opened: list[OpenFile] | Stream,
     settings: RowSettings,
     *,
     num_workers: int | None,
@@ -253,15 +268,15 @@ def look_at(
     cannot be read on."""
     rows: Callable[[], Iterable[LazySample]]
     if isinstance(opened, Stream):
-        rows, num_rows = StreamedRows(opened, max_samples), 0
-        workers = useful_workers(SCANNED_OUTRIGHT, asked=num_workers)
+        files, total, expected = [], 0, 0
+        rows = partial(opened.every_row, max_samples)
     else:
-        rows = FileRows(opened.files, max_samples)
-        num_rows = rows.total
-        workers = useful_workers(len(rows), asked=num_workers)
+        files, total = opened, num_rows(opened)
+        numbers = sample_numbers(total, max_samples)
+        rows, expected = partial(iter_rows, files, numbers), len(numbers)
+    workers = useful_workers(expected or SCANNED_OUTRIGHT, asked=num_workers)
     while True:
         table = RowTable()
-        expected = 0 if isinstance(rows, StreamedRows) else len(rows)
         try:
             with show_progress(f"checking {name}", expected) as progressed:
                 progressed(0)
@@ -274,8 +289,7 @@ def look_at(
             settings = settings.exactly()
             continue
         break
-    files = [] if isinstance(opened, Stream) else list(opened.files)
-    return CheckedSet(name, files, table, num_rows or len(table), settings.by_size)
+    return CheckedSet(name, files, table, total or len(table), settings.by_size)
 
 
 def look_at_repeated_ids(checked: CheckedSet, problems: Problems) -> None:
@@ -296,19 +310,12 @@ def look_at_repeated_ids(checked: CheckedSet, problems: Problems) -> None:
             line=source.line,
         )
         return
-    rows = FileRows(checked.files)
-    ids = _ids_at(rows, {number for number, _ in taken})
-    for number, first in taken:
+    rows = iter_rows(checked.files, [number for number, _ in taken])
+    for (number, first), row in zip(taken, rows, strict=True):
         source, other = table.source(number), table.source(first)
-        error = SampleError(
-            f"the id {shorten(ids[number], 60)!r} is used twice",
-            at=source,
-            got=f"the same id at {other.file}:{other.line}",
-            expected="a unique id",
-            do=NEW_IDS,
-        )
-        label = next(f.label for f in checked.files if f.rows.file == source.file)
-        table.take_out(Failed(number, f"{label}:{source.line}", source, NOT_A_ROW, error))
+        where = f"at {other.file}:{other.line}"
+        error = repeated_id(row.conversation().id, source, where)
+        table.take_out(Failed(number, row.id, source, NOT_A_ROW, error))
 
 
 def add_failures(
@@ -385,12 +392,7 @@ def _add_too_long(checked: CheckedSet, problems: Problems) -> None:
         )
 
 
-def _ids_at(rows: FileRows, numbers: set[int]) -> dict[int, str]:
-    """The ids of some rows of a set, read again: the table has their digests."""
-    return {number: row.conversation().id for number, row in enumerate(rows()) if number in numbers}
-
-
-def opened_one_by_one(
+def errors_of_entries(
     entries: Sequence[DataEntry], recipe: Recipe, *, streamed: bool
 ) -> list[VlmtuneError]:
     """The errors of the entries that cannot be opened, each on its own."""

@@ -22,15 +22,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlmtune.data.dataset import BadRows, OpenFile, RowWalk, all_rows, media_policy_of
+from vlmtune.data.dataset import (
+    BadRows,
+    OpenFile,
+    UniqueIds,
+    all_rows,
+    iter_rows,
+    media_policy_of,
+    num_rows,
+)
 from vlmtune.data.encode import Encoder, OverLength, encoder_for
 from vlmtune.data.measure import Measure, Measurer
 from vlmtune.data.tools.duplicates import (
     DigestTable,
     Duplicates,
     PictureDigests,
-    digests_of,
     duplicates,
+    sample_digests,
 )
 from vlmtune.data.types import Conversation, Sample, Source
 from vlmtune.errors import SampleError, VlmtuneError, plural
@@ -243,7 +251,7 @@ class SetStatistics:
 
     num_rows: int
     num_looked_at: int
-    walk: RowWalk = field(repr=False)
+    files: Sequence[OpenFile] = field(repr=False)
     counts: dict[str, array[int]] = field(default_factory=dict)
     rows: array[int] = field(default_factory=lambda: array("q"))
     table: DigestTable = field(default_factory=DigestTable)
@@ -261,7 +269,7 @@ class SetStatistics:
 
     def place(self, sample: int) -> Source:
         """The file and line of sample `sample` (0-based)."""
-        return self.walk.place(self.rows[sample])
+        return next(iter_rows(self.files, [self.rows[sample]])).source
 
     def figures(self) -> dict[str, Figures]:
         """The figures by name; empty if there are no samples."""
@@ -321,25 +329,23 @@ def set_statistics(
 
     Rows that cannot be used are counted in `bad`. `on_row` gets the number of rows done.
     """
-    walk, known = RowWalk(files), PictureDigests()
-    total = len(walk)
+    ids, known, total = UniqueIds(), PictureDigests(), num_rows(files)
     numbers = range(total) if max_samples is None else spread(total, max_samples)
-    found = SetStatistics(num_rows=total, num_looked_at=len(numbers), walk=walk)
+    found = SetStatistics(num_rows=total, num_looked_at=len(numbers), files=files)
     on_row(0)
-    for done, (number, (_, item)) in enumerate(zip(numbers, walk.rows(only=numbers)), start=1):
+    for done, row in enumerate(iter_rows(files, numbers), start=1):
         try:
-            if isinstance(item, SampleError):
-                raise item
-            digests = digests_of(item, known)
-            measure = None if measurer is None else _measured(item, measurer, pair_prompt)
+            conversation = ids.conversation(row)
+            digests = sample_digests(conversation, known)
+            measure = None if measurer is None else _measured(conversation, measurer, pair_prompt)
         except OverLength:
             found.num_dropped += 1
         except SampleError as error:
             found.bad.add(error)
         else:
-            walk.take_id(item.id)
+            ids.take(conversation.id)
             found.table.add(digests)
-            found.add(number, item, measure)
+            found.add(row.number, conversation, measure)
         on_row(done)
     return found
 

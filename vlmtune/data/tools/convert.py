@@ -15,14 +15,15 @@ import fcntl
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from vlmtune.data.dataset import BadRows, OnBadSample, OpenFile, RowWalk
+from vlmtune.data.dataset import BadRows, OnBadSample, OpenFile, UniqueIds, iter_rows, num_rows
 from vlmtune.data.tools.message_rows import MediaFiles, line_of, row_of, writing
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.files import file_state, finish_file, json_digest, write_file
@@ -91,7 +92,8 @@ def convert(
         print_of = _fingerprint(files, output, options)
         state = _start(names, print_of, (lines, skipped), overwrite=overwrite)
         run = _Run(
-            walk=RowWalk(files, new_ids),
+            files=files,
+            ids=UniqueIds(new_ids),
             state=state,
             places=MediaFiles(output, copy_images, num_outside=state.num_outside),
             names=names,
@@ -112,7 +114,7 @@ def convert(
         num_started_at=started_at,
         num_pictures_written=run.places.num_written,
         num_outside=run.places.num_outside,
-        unused=dict(run.walk.unused),
+        unused=dict(run.unused),
         bad=state.bad,
         skipped=names.skipped if state.bad.count else None,
     )
@@ -145,12 +147,14 @@ class _Names:
 
 @dataclass
 class _Run:
-    walk: RowWalk
+    files: Sequence[OpenFile]
+    ids: UniqueIds
     state: _State
     places: MediaFiles
     names: _Names
     lines: FileIO
     skipped: FileIO
+    unused: Counter[str] = field(default_factory=Counter)
     saved_at: float = field(default_factory=time.monotonic)
 
     def go_back(self) -> None:
@@ -161,26 +165,30 @@ class _Run:
         ):
             partial.truncate(length)
             partial.seek(length)
-        self.walk.unused.update(self.state.unused)
+        self.unused.update(self.state.unused)
         if self.state.num_samples:
             with self.names.partial.open("rb") as stream:
                 for line in stream:
-                    self.walk.take_id(json.loads(line)["id"])
+                    self.ids.take(json.loads(line)["id"])
 
     def go_on(self, on_row: Callable[[int], None]) -> None:
         state = self.state
         on_row(state.num_rows)
-        for source, found in self.walk.rows(start=state.num_rows):
+        left = range(state.num_rows, num_rows(self.files))
+        for row in iter_rows(self.files, left, unused=self.unused):
             try:
-                if isinstance(found, SampleError):
-                    raise found
-                line = line_of(row_of(found, self.places))
+                conversation = self.ids.conversation(row)
+                line = line_of(row_of(conversation, self.places))
             except SampleError as error:
                 state.bad.add(error)
-                refused = {"file": source.file, "line": source.line, "reason": str(error)}
+                refused = {
+                    "file": row.source.file,
+                    "line": row.source.line,
+                    "reason": str(error),
+                }
                 state.skipped_bytes += self._write(self.skipped, line_of(refused))
             else:
-                self.walk.take_id(found.id)
+                self.ids.take(conversation.id)
                 state.num_samples += 1
                 state.output_bytes += self._write(self.lines, line)
             state.num_rows += 1
@@ -193,9 +201,10 @@ class _Run:
         with writing(self.names.state):
             for stream in (self.lines, self.skipped):
                 os.fsync(stream.fileno())
-            self.state.unused = dict(self.walk.unused)
+            self.state.unused = dict(self.unused)
             self.state.num_outside = self.places.num_outside
-            write_file(self.names.state, json.dumps(asdict(self.state)))
+            bad = {"count": self.state.bad.count, "named": self.state.bad.named}
+            write_file(self.names.state, json.dumps({**vars(self.state), "bad": bad}))
         self.saved_at = time.monotonic()
 
     def finish(self) -> None:
@@ -273,7 +282,8 @@ def _start(
             got="other inputs or options than when it was stopped",
             do="finish it with the same inputs and options, or start over with --overwrite",
         )
-    state = _State(**{**values, "bad": BadRows(**values["bad"])})
+    bad = BadRows(values["bad"]["count"], [VlmtuneError(text) for text in values["bad"]["named"]])
+    state = _State(**{**values, "bad": bad})
     lengths = (state.output_bytes, state.skipped_bytes)
     if any(os.fstat(s.fileno()).st_size < length for s, length in zip(streams, lengths)):
         return _State(fingerprint)

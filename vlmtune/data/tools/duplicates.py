@@ -9,7 +9,6 @@ A million samples take some 40 MB: nothing but the digests is kept.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -111,7 +110,7 @@ class Overlap:
     examples: tuple[int, ...]
 
 
-def digests_of(conversation: Conversation, known: PictureDigests) -> Digests:
+def sample_digests(conversation: Conversation, known: PictureDigests) -> Digests:
     """The sample's digests. Raises SampleError, with its place, where a picture cannot be read."""
     pictures: list[int] = []
     held: tuple[Media, ...] = (*conversation.images, *conversation.videos)
@@ -134,14 +133,6 @@ def question_digest(conversation: Conversation) -> int:
         " ".join(turn.text.casefold().split()) for turn in conversation.turns if turn.role == "user"
     ]
     return short_digest("\n".join(asked))
-
-
-def digest_table(conversations: Iterable[Conversation], known: PictureDigests) -> DigestTable:
-    """The digests of all of them. Raises SampleError at the first picture that cannot be read."""
-    table = DigestTable()
-    for conversation in conversations:
-        table.add(digests_of(conversation, known))
-    return table
 
 
 def duplicates(table: DigestTable) -> Duplicates:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -19,13 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmtune.data.dataset import BadRows, OnBadSample, OpenFile, RowWalk
-from vlmtune.data.tools.duplicates import Digests, PictureDigests, digests_of
+from vlmtune.data.dataset import BadRows, OnBadSample, OpenFile, UniqueIds, iter_rows
+from vlmtune.data.tools.duplicates import Digests, PictureDigests, sample_digests
 from vlmtune.data.tools.message_rows import MediaFiles, line_of, row_of, writing
 from vlmtune.errors import SampleError, VlmtuneError, plural
 from vlmtune.files import whole_file
 
 _TRAIN, _EVAL, _BAD = range(3)
+_CHANGED = "the data changed while it was read"
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def split(
     outputs = (folder / "train.jsonl", folder / "eval.jsonl")
     _check_outputs(outputs, files, overwrite=overwrite)
     bad, groups = BadRows(), Groups()
-    usable = _read(RowWalk(files, new_ids), groups, bad, on_row)
+    usable = _read(files, new_ids, groups, bad, on_row)
     if bad.count and (on_bad_sample == "error" or not groups.owners):
         raise bad.as_error()
     of_row, names = groups.resolve()
@@ -143,7 +145,7 @@ def split(
     sides = np.full(len(usable), _BAD, np.int8)
     sides[np.frombuffer(usable, bool)] = np.where(chosen[of_row], _EVAL, _TRAIN)
     places = [MediaFiles(output, copy_images) for output in outputs]
-    counts, unused = _write(RowWalk(files, new_ids), sides, places, on_row)
+    counts, unused = _write(files, new_ids, sides, places, on_row)
     return Split(
         outputs=outputs,
         num_samples=(counts[_TRAIN], counts[_EVAL]),
@@ -155,47 +157,58 @@ def split(
     )
 
 
-def _read(walk: RowWalk, groups: Groups, bad: BadRows, on_row: Callable[[int], None]) -> bytearray:
+def _read(
+    files: Sequence[OpenFile],
+    new_ids: bool,
+    groups: Groups,
+    bad: BadRows,
+    on_row: Callable[[int], None],
+) -> bytearray:
     """Fill `groups` with the usable rows; a byte for each row, 1 where it is usable."""
-    known, usable = PictureDigests(), bytearray()
+    ids, known, usable = UniqueIds(new_ids), PictureDigests(), bytearray()
     on_row(0)
-    for _, found in walk.rows():
+    for row in iter_rows(files):
         try:
-            if isinstance(found, SampleError):
-                raise found
-            groups.add(digests_of(found, known))
+            conversation = ids.conversation(row)
+            groups.add(sample_digests(conversation, known))
         except SampleError as error:
             bad.add(error)
             usable.append(False)
         else:
-            walk.take_id(found.id)
+            ids.take(conversation.id)
             usable.append(True)
         on_row(len(usable))
     return usable
 
 
 def _write(
-    walk: RowWalk,
+    files: Sequence[OpenFile],
+    new_ids: bool,
     sides: np.ndarray,
     places: Sequence[MediaFiles],
     on_row: Callable[[int], None],
 ) -> tuple[list[int], dict[str, int]]:
     """The number of samples of each side, and the keys that were not used."""
-    counts = [0, 0]
+    counts, ids = [0, 0], UniqueIds(new_ids)
+    unused: Counter[str] = Counter()
     with ExitStack() as stack:
         streams = []
         for place in places:
             stack.enter_context(writing(place.output))
             streams.append(stack.enter_context(whole_file(place.output)))
-        for number, (_, found) in enumerate(walk.rows()):
-            side = int(sides[number])
-            if side != _BAD:
-                if isinstance(found, SampleError):
-                    raise VlmtuneError("the data changed while it was read", got=str(found))
-                streams[side].write(line_of(row_of(found, places[side])))
-                counts[side] += 1
-            on_row(len(sides) + number + 1)
-    return counts, dict(walk.unused)
+        for row in iter_rows(files, unused=unused):
+            side = int(sides[row.number])
+            try:
+                conversation = ids.conversation(row)
+            except SampleError as error:
+                if side != _BAD:
+                    raise VlmtuneError(_CHANGED, got=str(error)) from error
+            else:
+                if side != _BAD:
+                    streams[side].write(line_of(row_of(conversation, places[side])))
+                    counts[side] += 1
+            on_row(len(sides) + row.number + 1)
+    return counts, dict(unused)
 
 
 def _check_outputs(outputs: Sequence[Path], files: Sequence[OpenFile], *, overwrite: bool) -> None:
