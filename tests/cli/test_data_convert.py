@@ -60,7 +60,7 @@ def test_what_was_written_is_printed(folder: Path):
     assert code == 0
     assert stdout.splitlines() == [
         f"{folder / 'b.jsonl'}: 2 samples of 2 rows",
-        "keys not kept, with their rows: mood (1)",
+        "keys that are not in the output, with the number of rows: mood (1)",
     ]
     assert "format messages (detected)" in stderr and "converted 2 of 2" in stderr
 
@@ -68,7 +68,7 @@ def test_what_was_written_is_printed(folder: Path):
 def test_json_is_one_object_and_quiet_is_quiet(folder: Path):
     source = write_rows(folder / "a.jsonl", [ask(0), ask(1, "gone.png")])
     output = folder / "out" / "b.jsonl"
-    options = ("--json", "--quiet", "--on-bad-sample", "skip", "--copy-images")
+    options = ("--json", "--quiet", "data.on_bad_sample=skip", "--copy-images")
     code, stdout, stderr = run(source, "--output", output, *options)
     assert code == 0
     result = json.loads(stdout)
@@ -83,7 +83,7 @@ def test_json_is_one_object_and_quiet_is_quiet(folder: Path):
 def test_pictures_elsewhere_are_said(folder: Path):
     source = write_rows(folder / "a.jsonl", [ask(0)])
     _, stdout, _ = run(source, "--output", folder / "out" / "b.jsonl")
-    assert "1 references lead out" in stdout and "allow_outside_paths" in stdout
+    assert "1 path leads out" in stdout and "allow_outside_paths" in stdout
 
 
 def test_weights_that_are_not_kept_are_said(folder: Path):
@@ -94,7 +94,10 @@ def test_weights_that_are_not_kept_are_said(folder: Path):
         "model: a/b\noutput_dir: out\ndata: {train: [a.jsonl, {path: c.jsonl, weight: 2.5}]}\n"
     )
     _, stdout, _ = run(recipe, "--output", folder / "b.jsonl")
-    assert f"weights not kept, each row is written once: {folder / 'c.jsonl'} (2.5)" in stdout
+    assert (
+        f"weights are not in the output, each row is written once: {folder / 'c.jsonl'} (2.5)"
+        in stdout
+    )
     assert "a.jsonl" not in stdout
 
 
@@ -115,14 +118,13 @@ def test_several_files_become_one(folder: Path):
     assert [c.id for c in loaded] == ["row-0", "row-1"]
 
 
-def test_columns_and_the_prompt_are_taken_from_the_options(folder: Path):
+def test_columns_and_the_prompt_are_taken_from_the_settings(folder: Path):
     (folder / "in").mkdir()
     rows = [{"bild": "red.png", "text_de": "rot"}]
     source = write_rows(folder / "in" / "t.jsonl", rows)
-    options = ("--columns", "image=bild", "--columns", "caption=text_de", "--prompt", "Was?")
-    code, _, stderr = run(
-        source, "--output", folder / "b.jsonl", "--image-dir", folder, "--format", "table", *options
-    )
+    columns = ("columns.image=bild", "columns.caption=text_de")
+    settings = (*columns, "prompt=Was?", f"image_dir={folder}", "format=table")
+    code, _, stderr = run(settings[0], source, "--output", folder / "b.jsonl", *settings[1:])
     assert code == 0, stderr
     [conversation], _ = load_conversations([folder / "b.jsonl"])
     assert [turn.text for turn in conversation.turns] == ["Was?", "rot"]
@@ -132,15 +134,18 @@ def test_columns_and_the_prompt_are_taken_from_the_options(folder: Path):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (("--format", "sharegtp"), "did you mean 'sharegpt'?"),
-        (("--columns", "picture=a"), "ROLE=NAME"),
-        (("--columns", "image"), "ROLE=NAME"),
-        (("--columns", "image=a", "--columns", "image=b"), "twice"),
-        (("--image-dir", "nowhere"), "nowhere"),
-        (("--of", "eval"), "only a recipe has two sets"),
+        (("format=sharegtp",), "did you mean 'sharegpt'?"),
+        (("formt=sharegpt",), "unknown key 'formt'; did you mean 'format'?"),
+        (("data.on_bad_sampel=skip",), "did you mean 'data.on_bad_sample'?"),
+        (("columns.imge=a",), "did you mean 'image'?"),
+        (("columns=image",), "expected: a mapping"),
+        (("image_dir=nowhere",), "no such folder of pictures"),
+        (("data.train=hub:a/b",), "data.train is set"),
+        (("data.max_bad_fraction=1",), "no effect because data.on_bad_sample is error"),
+        (("--of", "eval"), "data.eval is not given"),
     ],
 )
-def test_options_that_cannot_be_are_named(folder: Path, options: tuple[str, ...], expected: str):
+def test_settings_that_cannot_be_are_named(folder: Path, options: tuple[str, ...], expected: str):
     source = write_rows(folder / "a.jsonl", [ask(0)])
     code, _, stderr = run(source, "--output", folder / "b.jsonl", *options)
     assert code == 2
@@ -163,11 +168,13 @@ def test_a_recipe_gives_its_own_data(folder: Path):
     assert ids == ["row-0", "row-1"]
 
 
-def test_a_recipe_is_set_by_keys_not_by_options(folder: Path):
+def test_a_recipe_takes_its_own_keys_and_no_other_files(folder: Path):
     write_rows(folder / "a.jsonl", [ask(0), ask(1, "gone.png")])
     recipe = write_recipe(folder, "{train: a.jsonl}")
-    code, _, stderr = run(recipe, "--format", "messages", "--output", folder / "b.jsonl")
-    assert code == 2 and "--format has no effect with a recipe" in stderr
+    code, _, stderr = run(recipe, "format=messages", "--output", folder / "b.jsonl")
+    assert code == 2 and "no effect with a recipe; got: format=messages" in stderr
+    code, _, stderr = run(recipe, folder / "a.jsonl", "--output", folder / "b.jsonl")
+    assert code == 2 and "a recipe is given together with other files" in stderr
     code, _, _ = run(recipe, "data.on_bad_sample=skip", "--output", folder / "b.jsonl")
     assert code == 0
     code, _, stderr = run(recipe, "--of", "eval", "--output", folder / "c.jsonl")
@@ -214,7 +221,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(folder: Path):
     os.kill(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
-    assert "goes on where this one was" in stderr and "Traceback" not in stderr
+    assert "run the same command again" in stderr and "Traceback" not in stderr
     code, stdout, _ = run(source, "--output", output, "--json")
     assert code == 0
     assert 0 < json.loads(stdout)["went_on_from_row"] < 3000

@@ -90,13 +90,22 @@ def test_a_recipe_brings_its_model_and_settings(root: Path):
     assert code == 2 and "max_tokens" in stderr and "train.jsonl:1" in stderr
 
 
+def test_files_take_the_settings_of_a_recipe(common: tuple[object, ...]):
+    code, _, stderr = run(*common, "data.max_tokens=8")
+    assert code == 2 and "max_tokens" in stderr and "eval.jsonl:1" in stderr
+    _, whole, _ = run(*common, "--ids", "eval-001")
+    _, halved, _ = run(*common, "--ids", "eval-001", "image.max_pixels=1024")
+    assert "picture 1: 64 x 64 -> 64 x 64, 16 tokens" in whole
+    assert "picture 1: 64 x 64 -> 32 x 32, 4 tokens" in halved
+
+
 def test_bad_rows_stop_it_or_are_named(tmp_path: Path, tiny_vlm: Path):
     path = tmp_path / "a.jsonl"
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
     path.write_text(json.dumps({"id": "x"}) + "\n" + json.dumps({"messages": turns}) + "\n")
     code, _, stderr = run(path, "--model", tiny_vlm, "--quiet")
     assert code == 2 and f"{path}:1: " in stderr
-    code, stdout, stderr = run(path, "--model", tiny_vlm, "--quiet", "--on-bad-sample", "skip")
+    code, stdout, stderr = run(path, "--model", tiny_vlm, "--quiet", "data.on_bad_sample=skip")
     assert code == 0 and f"left out: {path}:1: " in stderr and "⟦Yo<|im_end|>⟧" in stdout
 
 

@@ -30,7 +30,7 @@ def data(tmp_path: Path, sample_data: Path) -> Path:
 
 def test_both_sides_are_written_and_can_be_loaded(data: Path, sample_data: Path, tmp_path: Path):
     code, stdout, stderr = run(
-        data, "--image-dir", sample_data, "--output", tmp_path / "out", "--copy-images"
+        data, f"image_dir={sample_data}", "--output", tmp_path / "out", "--copy-images"
     )
     assert code == 0, stderr
     sides = [
@@ -39,11 +39,11 @@ def test_both_sides_are_written_and_can_be_loaded(data: Path, sample_data: Path,
     assert sum(map(len, sides)) == 80
     pictures = [{c.images[0].ref.split("/")[1] for c in side} for side in sides]
     assert pictures[0] and pictures[1] and not pictures[0] & pictures[1]
-    assert f"{100 * len(sides[1]) / 80:.2f} % for evaluation (10 % asked)" in stdout
+    assert f"{100 * len(sides[1]) / 80:.2f} % for evaluation (10 % requested)" in stdout
 
 
 def test_json_holds_the_achieved_fraction(data: Path, sample_data: Path, tmp_path: Path):
-    common = (data, "--image-dir", sample_data, "--json", "--quiet", "--eval-fraction", "0.3")
+    common = (data, f"image_dir={sample_data}", "--json", "--quiet", "--eval-fraction", "0.3")
     code, stdout, stderr = run(*common, "--output", tmp_path / "out")
     assert (code, stderr) == (0, "")
     result = json.loads(stdout)
@@ -64,15 +64,15 @@ def test_a_fraction_out_of_range_is_named(data: Path, tmp_path: Path, fraction: 
 
 def test_bad_rows_end_with_2_and_no_output(data: Path, sample_data: Path, tmp_path: Path):
     data.write_text(data.read_text() + '{"id": "bad"}\n')
-    common = (data, "--image-dir", sample_data, "--output", tmp_path / "out", "--quiet")
+    common = (data, f"image_dir={sample_data}", "--output", tmp_path / "out", "--quiet")
     code, stdout, stderr = run(*common)
     assert (code, stdout) == (2, "") and f"{data}:81: " in stderr
     assert not (tmp_path / "out" / "train.jsonl").exists()
-    code, _, stderr = run(*common, "--on-bad-sample", "skip")
+    code, _, stderr = run(*common, "data.on_bad_sample=skip")
     assert code == 0 and stderr.startswith("left out: ")
 
 
 def test_only_one_picture_cannot_be_split(data: Path, sample_data: Path, tmp_path: Path):
     data.write_text("\n".join(data.read_text().splitlines()[:2]) + "\n")
-    code, _, stderr = run(data, "--image-dir", sample_data, "--output", tmp_path / "out")
+    code, _, stderr = run(data, f"image_dir={sample_data}", "--output", tmp_path / "out")
     assert code == 2 and "share their pictures" in stderr

@@ -59,14 +59,14 @@ def test_a_recipe_is_measured_on_both_sides_and_compared(recipe: Path):
     lines = stdout.splitlines()
     folder = recipe.parent
     assert "train: 3 samples in 3 rows" in lines and "eval: 3 samples in 3 rows" in lines
-    assert "1 sample repeats another one, pictures and words" in lines
+    assert "1 sample repeats another sample, with the same pictures and words" in lines
     assert f"  {folder}/train.jsonl:3 repeats {folder}/train.jsonl:1" in lines
-    assert "2 distinct pictures in 3 places" in lines
+    assert "2 different pictures, used 3 times" in lines
     assert (
-        "train and eval share 1 picture; of 3 samples of eval 2 with a picture of train, "
-        "2 with a question, 1 both together"
+        "train and eval share 1 picture; of 3 samples in eval, 2 have a picture of train, "
+        "2 a question of train, and 1 both of one sample of train"
     ) in lines
-    assert f"  {folder}/eval.jsonl:1: asked in train" in lines
+    assert f"  {folder}/eval.jsonl:1: picture and question of train" in lines
     assert any(line.startswith("media tokens") and line.endswith("█") for line in lines)
 
 
@@ -85,6 +85,14 @@ def test_json_is_one_object(recipe: Path):
     assert tokens["histogram"] == [{"from": 4, "to": 4, "samples": 3}]
 
 
+def test_files_are_compared_with_those_that_a_setting_names(recipe: Path, tiny_vlm: Path):
+    folder = recipe.parent
+    of_recipe = run(recipe, "--json", "--quiet")[1]
+    settings = (f"data.eval={folder / 'eval.jsonl'}", f"model={tiny_vlm}")
+    code, stdout, stderr = run(folder / "train.jsonl", *settings, "--json", "--quiet")
+    assert (code, stdout) == (0, of_recipe), stderr
+
+
 def test_tokens_can_be_left_out(recipe: Path, tiny_vlm: Path):
     result = json.loads(run(recipe, "--no-tokens", "--json")[1])
     assert "tokens" not in result["train"]["per_sample"]
@@ -99,7 +107,7 @@ def test_tokens_can_be_left_out(recipe: Path, tiny_vlm: Path):
 
 def test_a_part_is_said_to_be_one(recipe: Path):
     _, stdout, _ = run(recipe, "--no-tokens", "--max-samples", 2, "--quiet")
-    assert "train: 2 samples in 2 of 3 rows, chosen evenly" in stdout
+    assert "train: 2 samples in 2 of 3 rows, evenly spaced" in stdout
 
 
 def test_bad_rows_stop_it_or_are_counted(recipe: Path):
@@ -107,7 +115,7 @@ def test_bad_rows_stop_it_or_are_counted(recipe: Path):
     data.write_text(data.read_text() + json.dumps(ask("g", "x", "gone.png")) + "\n")
     code, stdout, stderr = run(data, "--quiet")
     assert (code, stdout) == (2, "") and f"{data}:4: " in stderr
-    code, stdout, stderr = run(data, "--quiet", "--on-bad-sample", "skip")
+    code, stdout, stderr = run(data, "--quiet", "data.on_bad_sample=skip")
     assert code == 0 and "left out: " in stderr
     assert "1 row cannot be used" in stdout and "data: 3 samples in 4 rows" in stdout
 
@@ -116,4 +124,4 @@ def test_too_long_samples_are_said(recipe: Path):
     settings = ("data.max_tokens=8", "data.over_length=drop")
     code, stdout, _ = run(recipe, *settings, "--quiet")
     assert code == 0
-    assert "3 samples are too long and dropped in training" in stdout
+    assert "3 samples are too long, and left out of training" in stdout

@@ -156,7 +156,7 @@ def test_rows_through_check(recipe: Path, lines: list[Line]) -> None:
 def test_rows_through_convert(folder: Path, lines: list[Line], tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     result = invoke(
-        "data", "convert", folder / "rows.jsonl", "--output", output, "--on-bad-sample", "skip"
+        "data", "convert", folder / "rows.jsonl", "--output", output, "data.on_bad_sample=skip"
     )
     assert result.exit_code == 0, result.output
     entries = [json.loads(text) for text in (tmp_path / "out_skipped.jsonl").open()]

@@ -10,10 +10,17 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import ErrorGroup, VlmtuneError
 from vlmtune.recipe.data_section import DataEntry
 from vlmtune.recipe.explain import OTHER_TOOLS, suggest, walk_keys
-from vlmtune.recipe.load import dump_recipe, load_recipe, load_resolved, recipe_json_schema
+from vlmtune.recipe.load import (
+    NO_MODEL,
+    dump_recipe,
+    load_recipe,
+    load_resolved,
+    recipe_json_schema,
+    recipe_of_files,
+)
 from vlmtune.recipe.schema import Recipe
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -194,3 +201,31 @@ def test_names_of_other_tools_lead_to_known_keys() -> None:
 def test_every_key_is_described() -> None:
     for key, info in walk_keys():
         assert info.description or not isinstance(info.default, (int, float, str, list)), key
+
+
+def test_files_with_settings_are_a_recipe() -> None:
+    settings = ["columns={image: a}", "columns.caption=b", "data.on_bad_sample=skip", "rank=4"]
+    recipe = recipe_of_files(["a.csv", "hub:b/c"], settings)
+    assert recipe.data.train == [
+        DataEntry(path=path, columns={"image": "a", "caption": "b"})
+        for path in ("a.csv", "hub:b/c")
+    ]
+    assert (recipe.data.on_bad_sample, recipe.rank, recipe.model) == ("skip", 4, NO_MODEL)
+    assert recipe_of_files(["a"], ["model=base", "revision=main"]).revision == "main"
+
+
+def test_every_wrong_setting_of_files_is_named_as_it_was_written(tmp_path: Path) -> None:
+    settings = ["colums.image=a", "weight=0", f"image_dir={tmp_path / 'gone'}", "data.evl=x"]
+    with pytest.raises(ErrorGroup) as caught:
+        recipe_of_files(["a.csv"], settings)
+    first, second, third, fourth = str(caught.value).splitlines()
+    assert first == "override 'colums.image=a': unknown key 'colums'; did you mean 'columns'?"
+    assert second.startswith("override 'weight=0': bad value of weight; got: 0; expected: a number")
+    assert third.startswith(f"override 'image_dir={tmp_path / 'gone'}': no such folder of pictures")
+    assert fourth == "override 'data.evl=x': unknown key 'data.evl'; did you mean 'data.eval'?"
+
+
+@pytest.mark.parametrize("setting", ["data.train=hub:a/b", "data={train: hub:a/b}"])
+def test_files_are_not_set_twice(setting: str) -> None:
+    with pytest.raises(VlmtuneError, match=r"data\.train is set, and files are given as well"):
+        recipe_of_files(["a.csv"], [setting])

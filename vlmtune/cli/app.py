@@ -12,10 +12,7 @@ import typer
 from vlmtune import __version__
 from vlmtune.cli.chat import chat_command
 from vlmtune.cli.check import check_command
-from vlmtune.cli.data_convert import convert_command
-from vlmtune.cli.data_preview import preview_command
-from vlmtune.cli.data_split import split_command
-from vlmtune.cli.data_stats import stats_command
+from vlmtune.cli.data import convert_command, preview_command, split_command, stats_command
 from vlmtune.cli.eval import eval_command
 from vlmtune.cli.merge import merge_command
 from vlmtune.cli.recipe import schema_command, show_command

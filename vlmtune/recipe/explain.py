@@ -101,13 +101,20 @@ def walk_keys(
 
 def section_keys(path: Sequence[str | int]) -> list[str] | None:
     """The key names of the section at `path`, or None where there is no section."""
+    info = _field_at(path)
+    section = Recipe if not path else None if info is None else _below(info)
+    return None if section is None else list(section.model_fields)
+
+
+def _field_at(path: Sequence[str | int]) -> FieldInfo | None:
     section: type[BaseModel] | None = Recipe
+    info = None
     for part in path:
         if isinstance(part, int):  # the place in a list of entries
             continue
         info = None if section is None else section.model_fields.get(part)
         section = None if info is None else _below(info)
-    return None if section is None else list(section.model_fields)
+    return info
 
 
 def expected_at(path: Sequence[str | int]) -> str:
@@ -130,11 +137,7 @@ def _below(info: FieldInfo) -> type[BaseModel] | None:
 
 def is_mapping_at(path: Sequence[str | int]) -> bool:
     """Whether the value at `path` is a free mapping (`train.part_learning_rates`)."""
-    section: type[BaseModel] | None = Recipe
-    info = None
-    for part in path:
-        info = None if section is None else section.model_fields.get(str(part))
-        section = None if info is None else _below(info)
+    info = _field_at(path)
     return info is not None and _mapping_arguments(info.annotation) is not None
 
 

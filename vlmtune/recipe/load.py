@@ -10,6 +10,7 @@ import copy
 import itertools
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,8 +19,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vlmtune.errors import ErrorGroup, VlmtuneError
+from vlmtune.errors import ErrorGroup, VlmtuneError, nearest
 from vlmtune.recipe import yaml
+from vlmtune.recipe.data_section import DataEntry
 from vlmtune.recipe.explain import (
     Place,
     Settings,
@@ -30,7 +32,7 @@ from vlmtune.recipe.explain import (
     type_name,
     unknown_key,
 )
-from vlmtune.recipe.paths import resolve_paths
+from vlmtune.recipe.paths import HUB, resolve_paths
 from vlmtune.recipe.rules import (
     Idle,
     conflicts,
@@ -44,6 +46,11 @@ from vlmtune.recipe.rules import (
 from vlmtune.recipe.schema import Recipe
 
 logger = logging.getLogger("vlmtune")
+
+NO_MODEL = "(no model)"
+ENTRY = "data.train."
+ENTRY_KEYS = sorted({*DataEntry.model_fields} - {*Recipe.model_fields, "path"})
+"""Keys of a data entry that may be set by their bare names: the recipe has no such keys."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,38 @@ def load_settings(
             holder.setdefault(key, "not given")
     recipe = _checked(settings, errors, [place.file], given)
     return recipe, frozenset(given)
+
+
+def is_entry_setting(setting: str) -> bool:
+    """Whether `key.sub=value` names a key of a data entry (`columns.image=photo`), or nearly so,
+    and no key of the recipe."""
+    name = re.split("[.=]", setting)[0]
+    return name not in Recipe.model_fields and nearest(name, ENTRY_KEYS) is not None
+
+
+def recipe_of_files(paths: Sequence[str], settings: Sequence[str]) -> Recipe:
+    """A recipe that trains on `paths`, for commands that are given files instead of a recipe.
+
+    `settings` are `key.sub=value` with keys of the recipe, or with the bare keys of a data entry,
+    which hold for every file. Paths in them are relative to the working directory. Where no
+    setting names a model, it is `NO_MODEL`. Raises `ErrorGroup` with every error in the settings.
+    """
+    placeholder = f"{HUB}files"
+    train = {"path": placeholder}
+    values = {"model": NO_MODEL, "output_dir": "unused", "data": {"train": train}}
+    overrides = [f"{ENTRY}{text}" if is_entry_setting(text) else text for text in settings]
+    try:
+        recipe = load_recipe(values, overrides).recipe
+    except ErrorGroup as group:
+        for error in group.errors:  # name the settings as they were written
+            error.message = error.message.replace(ENTRY, "")
+            error.file = str(error.file).replace(ENTRY, "")
+            error.do = error.do and error.do.replace(ENTRY, "")
+        raise
+    if [entry.path for entry in recipe.data.train] != [placeholder]:
+        raise VlmtuneError("data.train is set, and files are given as well", do="leave one out")
+    entries = [recipe.data.train[0].model_copy(update={"path": path}) for path in paths]
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": entries})})
 
 
 def load_resolved(path: Path) -> Recipe:

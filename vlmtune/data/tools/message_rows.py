@@ -117,7 +117,7 @@ def writing(path: Path) -> Iterator[None]:
         raise CannotWrite(
             f"the output cannot be written ({error.strerror or error})",
             file=path,
-            do="free space, or give another --output; a conversion continues where it stopped",
+            do="free some space, or give another --output; the same command then continues",
         ) from error
 
 
