@@ -356,7 +356,7 @@ def test_outputs_that_cannot_be(folder: Path):
     with pytest.raises(VlmtuneError, match="one of the inputs"):
         convert([replace(files[0], entry=entry)], folder / "answers.json", overwrite=True)
     for name in ("b.csv", "b", "b.jsonl.gz"):
-        with pytest.raises(VlmtuneError, match="JSON lines; expected: a name that ends in .jsonl"):
+        with pytest.raises(VlmtuneError, match="JSONL file; expected: a name that ends in .jsonl"):
             convert(files, folder / name)
     with pytest.raises(VlmtuneError, match="a folder"):
         convert(files, folder / "in")

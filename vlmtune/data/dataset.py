@@ -405,9 +405,9 @@ class BadRows:
 
 @dataclass
 class UniqueIds:
-    """Gives the conversations of rows, and sees to it that no two of those used have one id.
+    """Reads conversations from rows, and refuses the id of a row that was used before.
 
-    `new_ids`: rows are called by file and line, whatever ids they have. Ids are compared by 8-byte
+    `new_ids`: each id is replaced by the name of the file and the line. Ids are compared by 8-byte
     digests: a million take some 70 MB at most.
     """
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmtune.data.dataset import BadRows, OnBadSample, OpenFile, UniqueIds, iter_rows, num_rows
-from vlmtune.data.tools.message_rows import MediaFiles, line_of, row_of, writing
+from vlmtune.data.tools.message_rows import MediaFiles, check_free, line_of, row_of, writing
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.files import file_state, finish_file, json_digest, write_file
 
@@ -75,13 +75,13 @@ def convert(
     overwrite: bool = False,
     on_row: Callable[[int], None] = lambda done: None,
 ) -> Converted:
-    """Write the rows of `files` to `output`, going on where a stopped run was. `new_ids`: rows are
-    called by file and line, whatever ids they have.
+    """Write the rows of `files` to `output`; continues where a stopped run ended. `new_ids`: each
+    id is replaced by the name of the file and the line.
 
     With `error`, raises an ErrorGroup of all bad rows, and there is no output; with `skip` they
     are written to OUT_skipped.jsonl with their reasons. Raises VlmtuneError where the output
-    exists and is not to be overwritten, where an unfinished one is of other data, where nothing
-    is left, and CannotWrite. `on_row` is told how many rows are done.
+    exists and is not to be overwritten, where an unfinished one is of other data, where no sample
+    is left, and CannotWrite. `on_row` gets the number of rows done.
     """
     names = _Names(output)
     _check_output(output, files, overwrite=overwrite)
@@ -229,19 +229,11 @@ def _check_output(output: Path, files: Sequence[OpenFile], *, overwrite: bool) -
         raise VlmtuneError("the output is a folder", file=output, expected="a file's name")
     if output.suffix.lower() not in _SUFFIXES:  # CSV, say: it would be read as what it is called
         raise VlmtuneError(
-            "the output is JSON lines", file=output, expected=f"a name that ends in {_SUFFIXES[0]}"
+            "the output is a JSONL file",
+            file=output,
+            expected=f"a name that ends in {_SUFFIXES[0]}",
         )
-    inputs = [path for file in files for path in (file.rows.file, file.entry.annotations) if path]
-    if output.resolve() in (Path(path).resolve() for path in inputs):
-        raise VlmtuneError(
-            "the output is one of the inputs", file=output, do="give another --output"
-        )
-    if output.exists() and not overwrite:
-        raise VlmtuneError(
-            "the output exists already", file=output, do="give another --output, or --overwrite"
-        )
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
+    check_free(output, files, overwrite=overwrite)
 
 
 def _open(path: Path) -> FileIO:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlmtune.data.dataset import OpenFile
 from vlmtune.data.locations import HEAD_BYTES, content_kind, is_inside, is_url
 from vlmtune.data.media import content_digest, locate_image, locate_media, reading_picture
 from vlmtune.data.types import Conversation, Image, Media, Part, Source, Text, Turn, Video
@@ -119,6 +120,22 @@ def writing(path: Path) -> Iterator[None]:
             file=path,
             do="free some space, or give another --output; the same command then continues",
         ) from error
+
+
+def check_free(output: Path, files: Sequence[OpenFile], *, overwrite: bool) -> None:
+    """Raise VlmtuneError where `output` is one of the files that are read, or exists and is not to
+    be overwritten; make its folder."""
+    inputs = [path for file in files for path in (file.rows.file, file.entry.annotations) if path]
+    if output.resolve() in (Path(path).resolve() for path in inputs):
+        raise VlmtuneError(
+            "the output is one of the inputs", file=output, do="give another --output"
+        )
+    if output.exists() and not overwrite:
+        raise VlmtuneError(
+            "the output exists already", file=output, do="give another --output, or --overwrite"
+        )
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
 
 
 def row_of(conversation: Conversation, places: MediaFiles) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import numpy as np
 
 from vlmtune.data.dataset import BadRows, OnBadSample, OpenFile, UniqueIds, iter_rows
 from vlmtune.data.tools.duplicates import Digests, PictureDigests, sample_digests
-from vlmtune.data.tools.message_rows import MediaFiles, line_of, row_of, writing
+from vlmtune.data.tools.message_rows import MediaFiles, check_free, line_of, row_of, writing
 from vlmtune.errors import SampleError, VlmtuneError, plural
 from vlmtune.files import whole_file
 
@@ -126,15 +126,16 @@ def split(
     overwrite: bool = False,
     on_row: Callable[[int], None] = lambda done: None,
 ) -> Split:
-    """Write train.jsonl and eval.jsonl into `folder`; both appear at the end. `new_ids`: rows are
-    called by file and line, whatever ids they have.
+    """Write train.jsonl and eval.jsonl into `folder`; both appear at the end. `new_ids`: each id is
+    replaced by the name of the file and the line.
 
-    Rows are gone through twice: `on_row` is told how many of twice all rows are done. Raises an
+    Each row is read twice: `on_row` gets the number of reads done. Raises an
     ErrorGroup of all bad rows with `error`, VlmtuneError where the set cannot be split or an
     output exists, CannotWrite.
     """
     outputs = (folder / "train.jsonl", folder / "eval.jsonl")
-    _check_outputs(outputs, files, overwrite=overwrite)
+    for output in outputs:
+        check_free(output, files, overwrite=overwrite)
     bad, groups = BadRows(), Groups()
     usable = _read(files, new_ids, groups, bad, on_row)
     if bad.count and (on_bad_sample == "error" or not groups.owners):
@@ -209,23 +210,6 @@ def _write(
                     counts[side] += 1
             on_row(len(sides) + row.number + 1)
     return counts, dict(unused)
-
-
-def _check_outputs(outputs: Sequence[Path], files: Sequence[OpenFile], *, overwrite: bool) -> None:
-    inputs = {Path(file.rows.file).resolve() for file in files}
-    for output in outputs:
-        if output.resolve() in inputs:
-            raise VlmtuneError(
-                "the output is one of the inputs", file=output, do="give another --output"
-            )
-        if output.exists() and not overwrite:
-            raise VlmtuneError(
-                "the output exists already",
-                file=output,
-                do="give another --output, or --overwrite",
-            )
-    with writing(outputs[0].parent):
-        outputs[0].parent.mkdir(parents=True, exist_ok=True)
 
 
 def _key(name: int, seed: int) -> bytes:
