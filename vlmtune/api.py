@@ -12,17 +12,16 @@ key, with Python values; None is null. Nothing is printed on stdout; progress go
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlmtune.errors import VlmtuneError
-from vlmtune.recipe.load import LoadedRecipe, load_recipe
+from vlmtune.recipe.load import LoadedRecipe, load_recipe, override_texts
 from vlmtune.sessions.merge import merge as merge
 from vlmtune.sessions.preload import preload
 
 if TYPE_CHECKING:
     from vlmtune.preflight.summary import CheckSummary
+    from vlmtune.sessions.evaluate import EvalResult
     from vlmtune.sessions.train import TrainSummary
 
 RecipeSource = str | Path | Mapping[str, Any]
@@ -68,19 +67,6 @@ def check(
     return run(loaded, workers=workers, max_samples=max_samples, quiet=quiet)
 
 
-@dataclass(frozen=True)
-class EvalSummary:
-    """Metrics of a target on data: each `{value, low, high}`, also by slices of the samples.
-    `predictions` is the path of the answers; `guard` the verdict on a run's guard, if it has one.
-    """
-
-    target: str
-    task: str
-    num_samples: int
-    metrics: Mapping[str, Mapping[str, float]]
-    slices: Mapping[str, Mapping[str, Mapping[str, float]]]
-    predictions: str
-    guard: Mapping[str, Any] | None = None
 
 
 def evaluate(
@@ -88,58 +74,33 @@ def evaluate(
     *,
     data: str | Path | Sequence[str | Path],
     max_samples: int | None = None,
-    seed: int = 0,
     output: str | Path | None = None,
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
-    quantization_bit: int | None = None,
-    trust_remote_code: bool = False,
     quiet: bool = False,
     **overrides: Any,
-) -> EvalSummary:
+) -> EvalResult:
     """Evaluate a run, an adapter or a model on data files, as `vlmtune eval` does.
 
-    `overrides` are keys of the recipe's `eval` section, e.g. `**{"eval.task": "caption"}`.
+    `overrides` are the keys that the command takes, e.g. `**{"eval.task": "caption"}`, `seed=1`,
+    `quantization_bit=4`, or a key of a data entry that says how `data` is read: `format="table"`.
+    `max_samples`: only the first so many samples. A fallen guard is no error; see `guard`.
     """
-    preload("vlmtune.sessions.evaluate")
-    from vlmtune.sessions.data_input import DataOptions
-    from vlmtune.sessions.eval_options import EvalOptions
-    from vlmtune.sessions.processes import joined_processes
+    from vlmtune.sessions.evaluate import EvalOptions, EvalResult
+    from vlmtune.sessions.evaluate import evaluate as run
 
-    if wrong := [key for key in overrides if not key.startswith("eval.")]:
-        raise VlmtuneError("not a key of an evaluation", got=wrong[0], expected="eval.…")
-    files = [Path(file) for file in ([data] if isinstance(data, (str, Path)) else data)]
-    request = EvalOptions(
+    if max_samples is not None:
+        overrides["eval.max_samples"] = max_samples
+    options = EvalOptions(
         targets=[str(target)],
-        data=files,
-        reading=DataOptions([str(file) for file in files]),
-        options={
-            k.removeprefix("eval.").removeprefix("decoding."): overrides[k] for k in overrides
-        },
-        max_samples=max_samples,
-        blind=False,
-        train=(),
+        data=[data] if isinstance(data, (str, Path)) else data,
+        settings=override_texts(overrides),
         output=None if output is None else Path(output),
+        dtype=dtype,
+        quiet=quiet,
     )
-    with joined_processes() as processes:
-        plan = request.plan(
-            processes,
-            seed=seed,
-            with_guard=True,
-            dtype=dtype,
-            quantization_bit=quantization_bit,
-            trust_remote_code=trust_remote_code,
-            quiet=quiet,
-        )
-        result = request.run(plan, as_json=True)
-    return EvalSummary(
-        target=result["target"],
-        task=result["task"],
-        num_samples=result["num_samples"],
-        metrics=result["metrics"],
-        slices=result["slices"],
-        predictions=result["predictions"],
-        guard=result.get("guard"),
-    )
+    result = run(options)
+    assert isinstance(result, EvalResult)  # several targets have a ComparisonResult
+    return result
 
 
 def _load(recipe: RecipeSource, overrides: Mapping[str, Any]) -> LoadedRecipe:

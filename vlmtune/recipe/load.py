@@ -81,7 +81,7 @@ def load_recipe(
     Raises `ErrorGroup` with every error, in the order of lines; or `VlmtuneError` where the file
     cannot be read.
     """
-    overrides = _as_texts(overrides)
+    overrides = override_texts(overrides)
     path = source if isinstance(source, Path) else NO_FILE
     text = _read(source) if isinstance(source, Path) else yaml.dump_yaml(dict(source))
     document, errors = yaml.parse_yaml(text, file=str(path))
@@ -100,11 +100,15 @@ def load_recipe(
     return LoadedRecipe(recipe, path, text, settings.places)
 
 
+def override_texts(overrides: Sequence[str] | Mapping[str, object]) -> Sequence[str]:
+    """Overrides as texts `key.sub=value`; of a mapping, the values are Python's."""
+    if isinstance(overrides, Mapping):
+        return [f"{key}={yaml.dump_line(value)}" for key, value in overrides.items()]
+    return overrides
+
+
 def load_settings(
-    overrides: Sequence[str] | Mapping[str, object],
-    *,
-    taken: Sequence[str],
-    values: dict[str, Any],
+    overrides: Sequence[str], *, taken: Sequence[str], values: dict[str, Any]
 ) -> tuple[Recipe, frozenset[str]]:
     """The recipe of a command that is given none: `values` under `overrides`; and the keys set.
 
@@ -118,7 +122,7 @@ def load_settings(
     place = Place("command line", None)
     settings = Settings(values, {(): place})
     before = copy.deepcopy(values)
-    errors = [e for text in _as_texts(overrides) for e in _apply_override(text, settings, place)]
+    errors = [error for text in overrides for error in _apply_override(text, settings, place)]
     given = [yaml.dotted(path) for path in settings.places if _is_leaf(path, values)]
     for key in given:
         if not any(fnmatchcase(key, pattern) for pattern in taken):
@@ -313,12 +317,6 @@ def _settings(document: yaml.Document, file: str) -> Settings:
         )
     places = {path: Place(file, line) for path, line in document.lines.items()}
     return Settings(document.value, places)
-
-
-def _as_texts(overrides: Sequence[str] | Mapping[str, object]) -> Sequence[str]:
-    if isinstance(overrides, Mapping):
-        return [f"{key}={yaml.dump_line(value)}" for key, value in overrides.items()]
-    return overrides
 
 
 def _override_name(override: str) -> str:
