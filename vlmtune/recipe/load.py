@@ -142,8 +142,9 @@ def load_settings(
 def is_entry_setting(setting: str) -> bool:
     """Whether `key.sub=value` names a key of a data entry (`columns.image=photo`), or nearly so,
     and no key of the recipe."""
-    name = re.split("[.=]", setting)[0]
-    return name not in Recipe.model_fields and nearest(name, ENTRY_KEYS) is not None
+    word = re.split("[.=]", setting)[0]
+    known = [*Recipe.model_fields, *ENTRY_KEYS]
+    return (word if word in known else nearest(word, known)) in ENTRY_KEYS
 
 
 def recipe_of_files(paths: Sequence[str], settings: Sequence[str]) -> Recipe:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
-from vlmtune.errors import ErrorGroup, SampleError, VlmtuneError, nearest
+from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.sessions.preload import preload
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vlmtune.data.encode import Encoder
     from vlmtune.data.tools.duplicates import Overlap
     from vlmtune.data.types import Conversation
-    from vlmtune.recipe.data_section import DataEntry, DataSection
+    from vlmtune.recipe.data_section import DataSection
     from vlmtune.recipe.schema import Recipe
     from vlmtune.report.data_stats import SetStatistics
     from vlmtune.report.preview import Preview
@@ -221,76 +221,3 @@ def statistics_of(
         sets[name] = found
     shared = overlap(sets["train"].table, sets["eval"].table) if len(sets) == 2 else None
     return Statistics(sets, shared)
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """The options that say what the data is, as given."""
-
-    paths: Sequence[str]
-    format: str | None = None
-    columns: Sequence[str] | None = None
-    image_dir: Path | None = None
-    prompt: str | None = None
-    annotations: Path | None = None
-    split: str | None = None
-    allow_outside_paths: bool = False
-    allow_urls: bool = False
-    on_bad_sample: Literal["error", "skip"] | None = None
-
-    @property
-    def says_how(self) -> bool:
-        """Whether something is said of how a file is read."""
-        given = (self.format, self.columns, self.image_dir, self.prompt)
-        return any(value is not None for value in given)
-
-
-def entries_of(options: DataOptions) -> list[DataEntry]:
-    """The paths as entries with the keys that were given. Raises VlmtuneError for what is wrong in
-    them."""
-    from vlmtune.recipe.data_section import DataEntry, FormatName
-
-    recipes = [p for p in options.paths if Path(p).suffix.lower() in RECIPE_SUFFIXES]
-    if recipes:
-        raise VlmtuneError("a recipe stands first and alone", got=" ".join(options.paths))
-    formats = get_args(FormatName)
-    if options.format is not None and options.format not in formats:
-        close = nearest(options.format, formats)
-        raise VlmtuneError(
-            "--format is not known",
-            got=options.format,
-            expected=", ".join(formats),
-            do=f"did you mean {close!r}?" if close else None,
-        )
-    if options.image_dir is not None and not options.image_dir.is_dir():
-        raise VlmtuneError("no such folder of pictures", file=options.image_dir)
-    settings: dict[str, Any] = {
-        "format": options.format,
-        "image_dir": options.image_dir,
-        "prompt": options.prompt,
-        "annotations": options.annotations,
-        "split": options.split,
-        "columns": _columns(options.columns) or None,
-    }
-    kept: dict[str, Any] = {
-        k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if v
-    }
-    return [DataEntry(path=path, **kept) for path in options.paths]
-
-
-def _columns(given: Sequence[str] | None) -> dict[str, str]:
-    from vlmtune.recipe.data_section import ColumnRole
-
-    roles, columns = get_args(ColumnRole), dict[str, str]()
-    errors: list[VlmtuneError] = []
-    for text in given or ():
-        role, equals, name = text.partition("=")
-        if role not in roles or not equals or not name:
-            expected = f"ROLE=NAME with a role of {', '.join(roles)}"
-            errors.append(VlmtuneError("--columns is not understood", got=text, expected=expected))
-        elif role in columns:
-            errors.append(VlmtuneError(f"--columns names the {role} twice", got=text))
-        columns[role] = name
-    if errors:
-        raise ErrorGroup(errors)
-    return columns

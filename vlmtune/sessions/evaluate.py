@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmtune.errors import ErrorGroup, VlmtuneError, nearest
+from vlmtune.errors import ErrorGroup, VlmtuneError
 from vlmtune.sessions.preload import preload
 
 if TYPE_CHECKING:
@@ -212,7 +211,7 @@ def choose_settings(
     Raises VlmtuneError for settings that are wrong or without effect, and for targets of different
     tasks.
     """
-    from vlmtune.recipe.load import load_settings
+    from vlmtune.recipe.load import is_entry_setting, load_settings
 
     first = next(iter(recipes.values()), None)
     values: dict[str, Any] = {"seed": 0, "data": {}, "eval": {}}
@@ -223,7 +222,7 @@ def choose_settings(
     if tasks:
         values["eval"]["task"] = next(iter(tasks.values()))
     files = [str(file) for file in (*options.data, *options.train)]
-    settings = [_with_full_key(setting) for setting in options.settings]
+    settings = [f"data.eval.{s}" if is_entry_setting(s) else s for s in options.settings]
     if options.data:
         values["data"]["eval"] = {"path": files.pop(0)}
     elif any(setting.startswith(("data.eval.", "eval.max_samples=")) for setting in settings):
@@ -245,16 +244,6 @@ def choose_settings(
         )
     _warn_of_other_settings(recipes, section, given)
     return recipe, section, given
-
-
-def _with_full_key(setting: str) -> str:
-    """The setting with the bare key of a data entry, or what is most like one, written in full."""
-    from vlmtune.recipe.schema import Recipe
-
-    word = re.split(r"[.=]", setting)[0]
-    known = [*Recipe.model_fields, *ENTRY_KEYS]
-    is_of_entry = (word if word in known else nearest(word, known)) in ENTRY_KEYS
-    return f"data.eval.{setting}" if is_of_entry else setting
 
 
 def _warn_of_other_settings(
