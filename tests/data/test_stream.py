@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmtune.data.sources.base import RawRow
-from vlmtune.data.sources.jsonl import LineShard
+from vlmtune.data.sources.jsonl import open_jsonl
 from vlmtune.data.stream import (
     OpenStream,
     ShuffledReader,
@@ -36,13 +36,13 @@ class Numbers:
         self.starts: list[int] = []
         self.num_read = 0
 
-    def rows(self, start: int) -> Iterator[RawRow]:
+    def iter_from(self, start: int) -> Iterator[RawRow]:
         self.starts.append(start)
         for number in range(start, self.size):
             self.num_read += 1
-            yield RawRow(number, number + 1, (self.file, number))
+            yield RawRow(number, number + 1, self.read)
 
-    def parse(self, row: RawRow):
+    def read(self):
         raise AssertionError("parsed")
 
 
@@ -52,7 +52,8 @@ def reader(sizes, *, block_rows, seed=1, cursor=None) -> ShuffledReader:
 
 
 def taken(source: ShuffledReader, count: int) -> list[tuple[str, int]]:
-    return [source.take().row.content for _ in range(count)]
+    rows = [source.take() for _ in range(count)]
+    return [(str(row.shard), row.row.number) for row in rows]
 
 
 some_shards = st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any)
@@ -244,7 +245,7 @@ def test_a_broken_compressed_file_is_named(tmp_path: Path, damage, message: str)
     path = write_rows(tmp_path / "rows.jsonl.gz", 2000)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(VlmtuneError, match=message) as caught:
-        list(LineShard(path).rows(0))
+        list(open_jsonl(path, cache_dir=tmp_path, streaming=True).iter_from(0))
     assert caught.value.file == str(path)
 
 

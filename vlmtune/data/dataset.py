@@ -14,17 +14,16 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from vlmtune.data.formats.base import Row, check_trainable
 from vlmtune.data.formats.registry import (
-    check_entry,
-    detect_format,
-    format_line,
+    find_format,
+    first_rows,
     parse_row,
     unused_keys,
 )
@@ -65,10 +64,13 @@ class OpenFile:
         return f"{self.label}:{source.line}"
 
     def row(self, index: int) -> Row:
-        source = self.rows.place(index)
+        return self.as_row(self.rows[index], self.rows.place(index))
+
+    def as_row(self, values: Mapping[str, Any], source: Source) -> Row:
+        """The row that is read as `values`, with what the recipe says of the file."""
         base_dir = self.rows.base_dir if self.entry.image_dir is None else self.entry.image_dir
         return Row(
-            values=dict(self.rows.read(index)),
+            values=dict(values),
             source=source,
             base_dir=Path(base_dir),
             fallback_id=self.fallback_id(source),
@@ -202,28 +204,29 @@ def open_files(
     """Every file of `entries`, with its format. Raises VlmtuneError for one that is missing,
     empty, listed twice or in no known format."""
     opened = [(entry, rows) for entry in entries for rows in open_rows(entry, cache_dir=cache_dir)]
-    check_listed_once(rows.file for _, rows in opened)
-    stems = [Path(rows.file).stem for _, rows in opened]
+    labels = labels_of([rows for _, rows in opened])
     files = []
-    for (entry, rows), stem in zip(opened, stems):
+    for (entry, rows), label in zip(opened, labels):
         if len(rows) == 0:
             raise VlmtuneError("there is no sample in the file", file=rows.file)
-        label = stem if stems.count(stem) == 1 else rows.file
-        name = entry.format or detect_format(rows, entry)
-        check_entry(entry, name, file=rows.file)
-        line = format_line(rows, entry, name)
+        name, line = find_format(first_rows(rows), entry, file=rows.file)
         logger.info("%s: %s, format %s", rows.file, plural(len(rows), "row"), line)
         files.append(OpenFile(entry, rows, name, label, media_policy))
     return files
 
 
-def check_listed_once(files: Iterable[str]) -> None:
+def labels_of(files: Sequence[Rows]) -> list[str]:
+    """What the ids of rows without one start with: the file's name without its ending, or the
+    whole where several have it. Raises VlmtuneError where a file is listed twice."""
     seen = set()
-    for file in files:
-        place = Path(file).resolve()
+    for rows in files:
+        place = Path(rows.file).resolve()
         if place in seen:
-            raise VlmtuneError("the data file is listed twice", file=file, expected="once")
+            raise VlmtuneError("the data file is listed twice", file=rows.file, expected="once")
         seen.add(place)
+    stems = [Path(rows.file.removesuffix(".gz")).stem for rows in files]
+    counts = Counter(stems)
+    return [stem if counts[stem] == 1 else rows.file for rows, stem in zip(files, stems)]
 
 
 Files = Sequence[str | Path | DataEntry]

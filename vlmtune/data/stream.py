@@ -17,28 +17,25 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlmtune.data.dataset import check_listed_once
-from vlmtune.data.formats.base import Row
+from vlmtune.data.dataset import OpenFile, labels_of
 from vlmtune.data.formats.registry import (
-    NUM_LOOKED_AT,
-    check_entry,
-    detect_format,
-    format_line,
+    find_format,
+    first_rows,
     parse_row,
+    readable,
     unused_keys,
 )
 from vlmtune.data.order import chosen_entry, permuted
-from vlmtune.data.sources.base import RawRow, Shard
-from vlmtune.data.sources.registry import open_shards
+from vlmtune.data.sources.base import RawRow, Rows
+from vlmtune.data.sources.registry import open_rows
 from vlmtune.data.types import LOCAL, Conversation, MediaPolicy, Source
-from vlmtune.errors import SampleError, VlmtuneError
+from vlmtune.errors import VlmtuneError
 from vlmtune.recipe.data_section import DataEntry, FormatName
 from vlmtune.recipe.paths import HUB, expand_shards
 
@@ -72,7 +69,7 @@ class ShuffledReader:
 
     def __init__(
         self,
-        shards: Sequence[Shard],
+        shards: Sequence[Rows],
         *,
         seed: int,
         entry: int,
@@ -137,7 +134,7 @@ class ShuffledReader:
         size = len(self._shards)
         for later in range(turn, size):
             shard = permuted(later, size=size, key=f"{self._key}:epoch {epoch}:shards")
-            for raw in self._shards[shard].rows(row if later == turn else 0):
+            for raw in self._shards[shard].iter_from(row if later == turn else 0):
                 yield ShardRow(later, shard, raw)
 
 
@@ -145,46 +142,25 @@ logger = logging.getLogger("vlmtune")
 
 
 @dataclass(frozen=True)
-class StreamFile:
-    """A shard of an entry, and how its rows become conversations. `label`: what the ids of rows
-    without one start with."""
-
-    entry: DataEntry
-    shard: Shard
-    format: FormatName
-    label: str
-    media_policy: MediaPolicy
-
-
-@dataclass(frozen=True)
 class StreamRow:
     """A row of the stream, not yet parsed."""
 
-    file: StreamFile
+    file: OpenFile
     raw: RawRow
 
     @property
     def id(self) -> str:
         """Its name where the row itself gives none."""
-        return f"{self.file.label}:{self.raw.line}"
+        return self.file.fallback_id(self.source)
 
     @property
     def source(self) -> Source:
-        return Source(self.file.shard.file, self.raw.line)
+        return Source(self.file.rows.file, self.raw.line)
 
     def conversation(self) -> Conversation:
         """Raises SampleError with the place where the row cannot be used."""
-        file = self.file
-        own = file.entry.image_dir
-        row = Row(
-            values=dict(file.shard.parse(self.raw)),
-            source=self.source,
-            base_dir=file.shard.base_dir if own is None else Path(own),
-            fallback_id=self.id,
-            entry=file.entry,
-            media_policy=file.media_policy,
-        )
-        return parse_row(row, file.format)
+        row = self.file.as_row(self.raw.read(), self.source)
+        return parse_row(row, self.file.format)
 
 
 @dataclass(frozen=True)
@@ -208,7 +184,7 @@ class Stream:
     """What is streamed, with no file open; pickles. `entries` are the shards of each entry,
     `block_rows` how many rows are shuffled at a time."""
 
-    entries: tuple[tuple[StreamFile, ...], ...]
+    entries: tuple[tuple[OpenFile, ...], ...]
     seed: int
     block_rows: int
 
@@ -226,7 +202,7 @@ class Stream:
     def _every_row(self) -> Iterator[StreamRow]:
         for files in self.entries:
             for file in files:
-                for raw in file.shard.rows(0):
+                for raw in file.rows.iter_from(0):
                     yield StreamRow(file, raw)
 
 
@@ -240,7 +216,7 @@ class OpenStream:
         self._place = cursor.place
         self._readers = [
             ShuffledReader(
-                [file.shard for file in files],
+                [file.rows for file in files],
                 seed=stream.seed,
                 entry=number,
                 block_rows=stream.block_rows,
@@ -275,19 +251,13 @@ def open_stream(
 
     Raises VlmtuneError for a file that is missing, empty, listed twice or cannot be streamed.
     """
-    opened = [(entry, open_shards(entry, cache_dir=cache_dir)) for entry in entries]
-    check_listed_once(shard.file for _, shards in opened for shard in shards)
-    stems = Counter(_stem(shard.file) for _, shards in opened for shard in shards)
+    opened = [(e, open_rows(e, cache_dir=cache_dir, streaming=True)) for e in entries]
+    labels = iter(labels_of([rows for _, shards in opened for rows in shards]))
     streamed = []
     for entry, shards in opened:
         name = _format_of(entry, shards)
-        labels = [_stem(s.file) if stems[_stem(s.file)] == 1 else s.file for s in shards]
-        streamed.append(
-            tuple(
-                StreamFile(entry, shard, name, label, media_policy)
-                for shard, label in zip(shards, labels, strict=True)
-            )
-        )
+        files = (OpenFile(entry, rows, name, next(labels), media_policy) for rows in shards)
+        streamed.append(tuple(files))
     return Stream(tuple(streamed), seed, block_rows)
 
 
@@ -317,54 +287,17 @@ def _files_of(entry: DataEntry) -> list[str]:
     return files
 
 
-@dataclass(frozen=True)
-class _Head:
-    """The first rows of a shard, by number."""
-
-    shard: Shard
-    raws: list[RawRow]
-
-    @property
-    def file(self) -> str:
-        return self.shard.file
-
-    @property
-    def base_dir(self) -> Path:
-        return self.shard.base_dir
-
-    def __len__(self) -> int:
-        return len(self.raws)
-
-    def place(self, index: int) -> Source:
-        return Source(self.file, self.raws[index].line)
-
-    def read(self, index: int) -> Mapping[str, Any]:
-        return self.shard.parse(self.raws[index])
-
-
-def _format_of(entry: DataEntry, shards: Sequence[Shard]) -> FormatName:
+def _format_of(entry: DataEntry, shards: Sequence[Rows]) -> FormatName:
     """The format of an entry, which is logged, with the keys that it does not read."""
     for shard in shards:
-        head = _Head(shard, list(islice(shard.rows(0), NUM_LOOKED_AT)))
-        if head.raws:
+        if first := first_rows(shard):
             break
     else:
         raise VlmtuneError("there is no sample in the data", file=entry.path)
-    name = entry.format or detect_format(head, entry)
-    check_entry(entry, name, file=head.file)
-    line = format_line(head, entry, name)
+    name, line = find_format(first, entry, file=shard.file)
     logger.info("%s: %d shard(s), streamed, format %s", entry.path, len(shards), line)
-    unused: set[str] = set()
-    for index in range(len(head)):
-        try:
-            unused |= unused_keys(head.read(index), entry, name)
-        except SampleError:
-            continue
+    unused = {key for values in readable(first) for key in unused_keys(values, entry, name)}
     if unused:
         names = ", ".join(sorted(map(str, unused)))
         logger.info("%s: unused keys in the first rows: %s", entry.path, names)
     return name
-
-
-def _stem(file: str) -> str:
-    return Path(file.removesuffix(".gz")).stem

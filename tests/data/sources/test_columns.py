@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vlmtune.data.sources import arrow
-from vlmtune.data.sources.arrow import ArrowRows, ParquetRows, open_arrow, open_parquet
+from vlmtune.data.sources.arrow import ArrowBatches, RowGroups, open_arrow, open_parquet
 from vlmtune.errors import VlmtuneError
 
 ROWS = [
@@ -58,23 +58,23 @@ def test_rows_in_any_order_are_those_that_were_written(tmp_path, write):
     rows = write(tmp_path / "data")
     order = [n * 7 % len(ROWS) for n in range(len(ROWS))]
     assert len(rows) == len(ROWS)
-    assert [rows.read(n) for n in order] == [ROWS[n] for n in order]
-    assert [rows.read(n) for n in order] != ROWS
+    assert [rows[n] for n in order] == [ROWS[n] for n in order]
+    assert [rows[n] for n in order] != ROWS
     assert [rows.place(n).line for n in (0, 22)] == [1, 23]
 
 
 @pytest.mark.parametrize("write", KINDS)
 def test_rows_are_read_after_pickling(tmp_path, write):
     rows = write(tmp_path / "data")
-    rows.read(3)
+    rows[3]
     pickled = pickle.dumps(rows)
     assert len(pickled) < 1000  # no row is in it
     again = pickle.loads(pickled)
-    assert [again.read(n) for n in range(len(again))] == ROWS
+    assert [again[n] for n in range(len(again))] == ROWS
 
 
 def _sixth(rows) -> dict:
-    return rows.read(6)
+    return rows[6]
 
 
 @pytest.mark.parametrize("write", KINDS)
@@ -85,7 +85,7 @@ def test_rows_are_read_in_forked_processes_after_the_parent_has_read(
     if copied:
         monkeypatch.setattr(arrow, "LARGE_GROUP_BYTES", 1)
     rows = write(tmp_path / "data")
-    rows.read(0)
+    rows[0]
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(2, mp_context=context) as pool:
         assert list(pool.map(_sixth, [rows] * 4, timeout=60)) == [ROWS[6]] * 4
@@ -102,7 +102,7 @@ def test_one_row_group_is_read_once_for_its_neighbours(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
     for n in (0, 1, 4, 5, 9, 22, 0):
-        rows.read(n)
+        rows[n]
     assert read == [0, 1, 4, 0]
 
 
@@ -119,8 +119,8 @@ def test_large_row_groups_are_copied_once_and_read_by_row(tmp_path, large, caplo
     (record,) = caplog.records
     assert "for reading by row" in record.getMessage()
     for rows in (first, second, pickle.loads(pickle.dumps(second))):
-        assert isinstance(rows, ArrowRows)
-        assert [rows.read(n) for n in reversed(range(len(rows)))] == ROWS[::-1]
+        assert isinstance(rows.batches, ArrowBatches)
+        assert [rows[n] for n in reversed(range(len(rows)))] == ROWS[::-1]
         assert (rows.file, rows.base_dir) == (str(tmp_path / "data"), tmp_path)
         assert rows.place(2).file == rows.file
     assert len(list((tmp_path / "cache" / "arrow").iterdir())) == 1
@@ -131,24 +131,24 @@ def test_a_copy_that_is_damaged_or_of_an_earlier_file_is_made_anew(tmp_path, lar
     _parquet(tmp_path / "data")
     (copy,) = (tmp_path / "cache" / "arrow").iterdir()
     copy.write_bytes(damage(copy.read_bytes()))
-    assert _parquet(tmp_path / "data").read(3) == ROWS[3]
+    assert _parquet(tmp_path / "data")[3] == ROWS[3]
     pq.write_table(TABLE.slice(4), tmp_path / "data")
     rows = open_parquet(tmp_path / "data", cache_dir=tmp_path / "cache")
-    assert (len(rows), rows.read(0)) == (len(ROWS) - 4, ROWS[4])
+    assert (len(rows), rows[0]) == (len(ROWS) - 4, ROWS[4])
 
 
 def test_a_file_that_changed_since_its_copy_was_opened_is_named(tmp_path, large):
     rows = _parquet(tmp_path / "data")
     pq.write_table(TABLE.slice(4), tmp_path / "data")
     with pytest.raises(VlmtuneError, match="changed since") as caught:
-        rows.read(0)
+        rows[0]
     assert caught.value.file == str(tmp_path / "data")
 
 
 def test_without_room_for_a_copy_the_row_groups_are_read_and_that_is_said(tmp_path, large, caplog):
     (tmp_path / "cache").write_text("a file where the folder should be")
     rows = _parquet(tmp_path / "data")
-    assert isinstance(rows, ParquetRows) and rows.read(22) == ROWS[22]
+    assert isinstance(rows.batches, RowGroups) and rows[22] == ROWS[22]
     assert "a copy cannot be written" in caplog.text and "data.streaming: true" in caplog.text
 
 
@@ -180,7 +180,7 @@ def test_a_file_that_changed_while_open_is_named(tmp_path, write):
     rows = write(path)
     path.write_bytes(b"other")
     with pytest.raises(VlmtuneError, match="changed since"):
-        rows.read(0)
+        rows[0]
 
 
 def test_a_column_name_given_twice_is_an_error(tmp_path):

@@ -32,7 +32,7 @@ def open_json(tmp_path, cache_dir):
 
 
 def _read_all(rows) -> list:
-    return [rows.read(index) for index in range(len(rows))]
+    return [rows[index] for index in range(len(rows))]
 
 
 def _coco(num_images: int = 20, *, key=lambda n: n * 7 % 1000) -> dict:
@@ -81,9 +81,9 @@ def test_a_caption_that_cannot_be_joined_is_a_bad_row(open_json):
     ]
     for index, reason in enumerate(reasons, start=50):
         with pytest.raises(SampleError, match=reason) as caught:
-            rows.read(index)
+            rows[index]
         assert caught.value.line == index + 1
-    assert rows.read(49)["caption"] == "é 49"
+    assert rows[49]["caption"] == "é 49"
 
 
 def test_two_pictures_of_one_id_are_an_error(open_json):
@@ -125,14 +125,14 @@ def test_questions_are_joined_with_their_answers(open_json, always_kept, about_l
     ]
     assert _read_all(rows) == expected
     assert expected[3]["image"] == "COCO_val2014_000000000003.jpg"
-    assert expected[3]["multiple_choice_answer"] == "a3" != rows.read(4)["multiple_choice_answer"]
+    assert expected[3]["multiple_choice_answer"] == "a3" != rows[4]["multiple_choice_answer"]
 
 
 def test_braces_in_the_name_of_a_subset_are_letters(open_json):
     questions, answers = _vqa()
     questions["data_subtype"] = "{0}a{image_id}"
     rows = open_json(questions, annotations=answers)
-    assert rows.read(3)["image"] == "COCO_{0}a{image_id}_000000000003.jpg"
+    assert rows[3]["image"] == "COCO_{0}a{image_id}_000000000003.jpg"
 
 
 def test_a_question_without_answers_or_picture_is_a_bad_row(open_json):
@@ -144,14 +144,14 @@ def test_a_question_without_answers_or_picture_is_a_bad_row(open_json):
     with pytest.raises(
         SampleError, match="no answers in .*answers.json.*question_id.*110"
     ) as caught:
-        rows.read(11)
+        rows[11]
     assert caught.value.line == 12
     with pytest.raises(SampleError, match="does not name its picture"):
-        rows.read(1)
-    assert rows.read(2)["image"] == "own.png"
+        rows[1]
+    assert rows[2]["image"] == "own.png"
     del questions["data_subtype"], answers["data_subtype"]
     with pytest.raises(SampleError, match="the file does not say how the pictures are named"):
-        open_json(questions, annotations=answers).read(0)
+        open_json(questions, annotations=answers)[0]
 
 
 def test_files_of_vqa_in_the_wrong_place_are_errors(open_json):

@@ -72,7 +72,7 @@ def _endings(path) -> set[str]:
         return {"error"}
     for index in range(count):
         try:
-            assert isinstance(rows.read(index), dict)
+            assert isinstance(rows[index], dict)
             endings.add("row")
         except VlmtuneError as error:
             assert error.file == str(path)

@@ -58,11 +58,11 @@ def _expected(n: int) -> dict:
 def test_a_saved_folder_gives_bytes_and_the_names_of_classes(data, tmp_path):
     data.save_to_disk(tmp_path / "saved")
     rows = open_dataset_folder(tmp_path / "saved", split=None)
-    assert [rows.read(n) for n in range(len(rows))] == [_expected(n) for n in range(4)]
-    assert rows.read(0) != _expected(1)
+    assert [rows[n] for n in range(len(rows))] == [_expected(n) for n in range(4)]
+    assert rows[0] != _expected(1)
     assert rows.file == str(tmp_path / "saved") and rows.place(2).line == 3
     again = pickle.loads(pickle.dumps(rows))
-    assert again.read(3) == _expected(3)
+    assert again[3] == _expected(3)
 
 
 def test_of_several_splits_one_must_be_named(data, tmp_path):
@@ -72,7 +72,7 @@ def test_of_several_splits_one_must_be_named(data, tmp_path):
     train = open_dataset_folder(folder, split="train")
     test = open_dataset_folder(folder, split="test")
     assert train.file == str(folder / "train") and test.file == str(folder / "test")
-    assert [row.read(len(row) - 1) for row in (train, test)] == [_expected(2), _expected(1)]
+    assert [row[len(row) - 1] for row in (train, test)] == [_expected(2), _expected(1)]
     with pytest.raises(VlmtuneError, match=r"several splits.*train \| test.*split: …"):
         open_dataset_folder(folder, split=None)
     with pytest.raises(VlmtuneError, match="no such split.*got: tset.*did you mean 'test'"):
@@ -108,7 +108,7 @@ def repository(data, tmp_path, monkeypatch):
 def test_parquet_files_of_a_repository_are_read_by_split(repository):
     entry = DataEntry(path="hub:owner/name", split="train")
     rows = load_hub(str(repository), entry)
-    assert [rows.read(n) for n in range(len(rows))] == [_expected(n) for n in range(4)]
+    assert [rows[n] for n in range(len(rows))] == [_expected(n) for n in range(4)]
     assert rows.file == "hub:owner/name/train"
     other = load_hub(str(repository), DataEntry(path="hub:owner/name", split="test"))
     assert len(other) == 1 and other.fingerprint != rows.fingerprint

@@ -30,7 +30,7 @@ def test_records_are_those_that_were_written(tmp_path_factory, rows, bom, delimi
         )
         writer.writerows([("one", "two"), *rows])
     opened = open_delimited(path, cache_dir=path.parent / "cache")
-    read = [opened.read(index) for index in range(len(opened))]
+    read = [opened[index] for index in range(len(opened))]
     assert read == [{"one": one, "two": two} for one, two in rows]
 
 
@@ -43,7 +43,7 @@ def _write(tmp_path, text, name="data.csv"):
 def test_blank_lines_and_quoted_line_breaks_do_not_move_the_line_numbers(tmp_path, cache_dir):
     path = _write(tmp_path, 'image,caption\n\na.png,"two\nlines"\n \nb.png,one\n\n')
     rows = open_delimited(path, cache_dir=cache_dir)
-    assert [rows.read(0), rows.read(1)] == [
+    assert [rows[0], rows[1]] == [
         {"image": "a.png", "caption": "two\nlines"},
         {"image": "b.png", "caption": "one"},
     ]
@@ -67,14 +67,14 @@ def test_blank_lines_and_quoted_line_breaks_do_not_move_the_line_numbers(tmp_pat
     ],
 )
 def test_the_delimiter_is_the_endings_or_the_headers(tmp_path, cache_dir, text, name, row):
-    assert open_delimited(_write(tmp_path, text, name), cache_dir=cache_dir).read(0) == row
+    assert open_delimited(_write(tmp_path, text, name), cache_dir=cache_dir)[0] == row
 
 
 def test_spaces_after_separators_go_where_the_header_has_them(tmp_path, cache_dir):
     path = _write(tmp_path, 'a, b, c\n1, "2, 3",  4 \n')
-    assert open_delimited(path, cache_dir=cache_dir).read(0) == {"a": "1", "b": "2, 3", "c": "4 "}
+    assert open_delimited(path, cache_dir=cache_dir)[0] == {"a": "1", "b": "2, 3", "c": "4 "}
     kept = _write(tmp_path, "a, b,c\n1, 2, 3\n", "kept.csv")
-    assert open_delimited(kept, cache_dir=cache_dir).read(0) == {"a": "1", "b": " 2", "c": " 3"}
+    assert open_delimited(kept, cache_dir=cache_dir)[0] == {"a": "1", "b": " 2", "c": " 3"}
 
 
 @pytest.mark.parametrize(
@@ -92,9 +92,9 @@ def test_a_bad_row_is_named_and_the_next_is_read(tmp_path, cache_dir, line, reas
     path = _write(tmp_path, b"one,two\n1,2\n" + line + b"\n3,4\n")
     rows = open_delimited(path, cache_dir=cache_dir)
     with pytest.raises(SampleError, match=reason) as caught:
-        rows.read(1)
+        rows[1]
     assert (caught.value.file, caught.value.line) == (str(path), 3)
-    assert rows.read(2) == {"one": "3", "two": "4"}
+    assert rows[2] == {"one": "3", "two": "4"}
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_header_alone_is_no_row(tmp_path, cache_dir):
 
 def test_a_cell_may_hold_a_picture_in_base64(tmp_path, cache_dir):
     path = _write(tmp_path, "image,caption\n" + "A" * 300_000 + ",x\n")
-    assert len(open_delimited(path, cache_dir=cache_dir).read(0)["image"]) == 300_000
+    assert len(open_delimited(path, cache_dir=cache_dir)[0]["image"]) == 300_000
 
 
 def test_an_index_from_the_cache_reads_the_same_and_another_files_does_not(
@@ -131,9 +131,9 @@ def test_an_index_from_the_cache_reads_the_same_and_another_files_does_not(
     first = open_delimited(path, cache_dir=cache_dir)
     again = pickle.loads(pickle.dumps(open_delimited(path, cache_dir=cache_dir)))
     expected = [{"a": str(n), "b": f"x{n}"} for n in range(50)]
-    assert [again.read(n) for n in range(50)] == expected
+    assert [again[n] for n in range(50)] == expected
     other = _write(tmp_path, "a,b\n" + "".join(f"{n},x{n}\n" for n in reversed(range(50))), "o.csv")
     foreign = open_delimited(other, cache_dir=cache_dir).table
-    wrong = dataclasses.replace(first, table=foreign)
+    wrong = dataclasses.replace(first, index=foreign)
     with pytest.raises(SampleError, match="different numbers of cells"):
-        [wrong.read(n) for n in range(50)]
+        [wrong[n] for n in range(50)]

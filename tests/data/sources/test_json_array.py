@@ -79,10 +79,10 @@ def test_an_item_that_only_strict_reading_refuses_is_a_bad_row(tmp_path, cache_d
     path = tmp_path / "a.json"
     path.write_text('[{"a": 1}, {"a": NaN}, {"a": 1, "a": 2}, 3, {"a": 4}]')
     rows = open_json_array(path, cache_dir=cache_dir)
-    assert (rows.read(0), rows.read(4)) == ({"a": 1}, {"a": 4})
+    assert (rows[0], rows[4]) == ({"a": 1}, {"a": 4})
     for index, what in ((1, "NaN is not"), (2, "'a' is given twice"), (3, "not an object")):
         with pytest.raises(SampleError, match=what) as caught:
-            rows.read(index)
+            rows[index]
         assert (caught.value.file, caught.value.line) == (str(path), index + 1)
 
 
@@ -92,7 +92,7 @@ def test_a_large_array_is_opened_without_being_held(tmp_path, cache_dir):
     path.write_text(json.dumps(values))
     tracemalloc.start()
     rows = open_json_array(path, cache_dir=cache_dir)
-    assert [rows.read(n) for n in (0, 5_000, 9_999)] == [values[n] for n in (0, 5_000, 9_999)]
+    assert [rows[n] for n in (0, 5_000, 9_999)] == [values[n] for n in (0, 5_000, 9_999)]
     peak = tracemalloc.get_traced_memory()[1]
     held = json.loads(path.read_bytes())
     whole = tracemalloc.get_traced_memory()[1]

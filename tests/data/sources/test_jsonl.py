@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmtune.data.sources.base import stamp_of
-from vlmtune.data.sources.jsonl import JsonLines, open_jsonl, scan_lines
+from vlmtune.data.sources.base import SpanRows, stamp_of
+from vlmtune.data.sources.json_text import parse_line
+from vlmtune.data.sources.jsonl import open_jsonl, scan_lines
 from vlmtune.errors import SampleError, VlmtuneError
 
 BOM = b"\xef\xbb\xbf"
@@ -55,7 +56,7 @@ def file(tmp_path):
 
 
 def _read_all(rows) -> list:
-    return [rows.read(index) for index in range(len(rows))]
+    return [rows[index] for index in range(len(rows))]
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -73,14 +74,14 @@ def test_the_index_of_another_file_gives_other_rows(file, tmp_path, cache_dir):
     other = tmp_path / "other.jsonl"
     other.write_text(file.read_text(encoding="utf-8").replace('"id": 1,', '"id": 1 ,'), "utf-8")
     foreign = open_jsonl(other, cache_dir=cache_dir).table
-    rows = JsonLines(file, stamp_of(file), foreign)
-    assert rows.read(0) == {"id": 0, "text": "", "more": []}
+    rows = SpanRows(((file, stamp_of(file)),), foreign, parse_line)
+    assert rows[0] == {"id": 0, "text": "", "more": []}
     with pytest.raises(SampleError, match="not JSON"):
         _read_all(rows)
 
 
 def _third(rows) -> object:
-    return rows.read(2)
+    return rows[2]
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
@@ -91,7 +92,7 @@ def test_rows_are_read_in_other_processes(file, cache_dir, method, kept, request
     rows = open_jsonl(file, cache_dir=cache_dir)
     context = multiprocessing.get_context(method)
     with ProcessPoolExecutor(2, mp_context=context) as pool:
-        assert list(pool.map(_third, [rows] * 4)) == [rows.read(2)] * 4
+        assert list(pool.map(_third, [rows] * 4)) == [rows[2]] * 4
 
 
 def test_a_mapped_index_is_pickled_by_its_place(file, cache_dir, always_kept):
@@ -114,7 +115,7 @@ def test_opening_and_reading_take_the_same_memory_for_any_number_of_rows(tmp_pat
         rows = open_jsonl(path, cache_dir=cache_dir)
         assert len(rows) == num_rows
         for index in range(0, num_rows, num_rows // 100):
-            rows.read(index)
+            rows[index]
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     held = 240_000 * rows.table.values.shape[1] * 8
@@ -131,7 +132,7 @@ def test_a_file_that_changed_while_open_is_named(file, cache_dir):
     with file.open("ab") as stream:
         stream.write(b"\n{}")
     with pytest.raises(VlmtuneError, match="has changed since") as caught:
-        rows.read(0)
+        rows[0]
     assert not isinstance(caught.value, SampleError)
     assert caught.value.file == str(file)
 
@@ -144,12 +145,12 @@ def test_a_file_replaced_by_one_of_the_same_size_and_time_is_seen(file, tmp_path
     os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
     os.replace(copy, file)
     with pytest.raises(VlmtuneError, match="has changed since"):
-        rows.read(0)
+        rows[0]
 
 
 def test_a_file_deleted_while_open_is_named(file, cache_dir):
     rows = open_jsonl(file, cache_dir=cache_dir)
     file.unlink()
     with pytest.raises(VlmtuneError, match="removed after it was opened") as caught:
-        rows.read(0)
+        rows[0]
     assert caught.value.file == str(file)

@@ -25,7 +25,7 @@ def make(tmp_path):
 
 
 def _read_all(rows) -> list:
-    return [rows.read(index) for index in range(len(rows))]
+    return [rows[index] for index in range(len(rows))]
 
 
 def test_texts_beside_pictures_in_sorted_order(make):
@@ -53,7 +53,7 @@ def test_the_recipes_word_goes_before_what_a_folder_looks_like(make):
     folder = make("cat/1.png", "cat/1.txt", "dog/1.png", "dog/1.txt")
     detected = open_picture_folder(folder, format_name=None)
     named = open_picture_folder(folder, format_name="class_folders")
-    assert [set(rows.read(0)) for rows in (detected, named)] == [
+    assert [set(rows[0]) for rows in (detected, named)] == [
         {"image", "text"},
         {"image", "label"},
     ]
@@ -69,9 +69,9 @@ def test_the_recipes_word_goes_before_what_a_folder_looks_like(make):
 def test_a_picture_without_its_text_or_class_is_a_bad_row(make, names, format_name, bad, reason):
     folder = make(*names)
     rows = open_picture_folder(folder, format_name=format_name)
-    rows.read(1 - bad)
+    rows[1 - bad]
     with pytest.raises(SampleError, match=reason) as caught:
-        rows.read(bad)
+        rows[bad]
     assert (caught.value.file, caught.value.line) == (str(folder), bad + 1)
 
 
@@ -79,7 +79,7 @@ def test_a_text_that_is_not_utf8_is_a_bad_row(make):
     folder = make("a.png", "a.txt")
     (folder / "a.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(SampleError, match="not UTF-8.*a.txt"):
-        open_picture_folder(folder, format_name=None).read(0)
+        open_picture_folder(folder, format_name=None)[0]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_folder_that_cannot_be_told_is_an_error(make, names, format_name, reas
 def test_one_class_or_splits_can_be_meant(make):
     folder = make("train/a.png")
     rows = open_picture_folder(folder, format_name="class_folders")
-    assert rows.read(0) == {"image": "train/a.png", "label": "train"}
+    assert rows[0] == {"image": "train/a.png", "label": "train"}
 
 
 def test_what_is_not_used_is_counted(make, caplog):

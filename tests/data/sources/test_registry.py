@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import pickle
 import tarfile
 
 import datasets
@@ -55,7 +56,7 @@ WRITERS = {
 
 def _read(path, cache_dir, **keys) -> list:
     opened = open_rows(DataEntry(path=str(path), **keys), cache_dir=cache_dir)
-    found = [rows.read(index) for rows in opened for index in range(len(rows))]
+    found = [rows[index] for rows in opened for index in range(len(rows))]
     return [{key: row[key] for key in ROWS[0]} for row in found]
 
 
@@ -63,6 +64,34 @@ def _read(path, cache_dir, **keys) -> list:
 def test_every_kind_of_file_gives_its_rows(tmp_path, cache_dir, kind):
     WRITERS[kind](tmp_path / f"a.{kind}")
     assert _read(tmp_path / f"a.{kind}", cache_dir) == ROWS
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", WRITERS)
+def test_rows_from_front_to_back_are_those_by_number(tmp_path, cache_dir, kind, streaming):
+    path = tmp_path / f"a.{kind}"
+    WRITERS[kind](path)
+    (by_number,) = open_rows(DataEntry(path=str(path)), cache_dir=cache_dir)
+    expected = [
+        (number, by_number.place(number).line, by_number[number])
+        for number in range(len(by_number))
+    ]
+    opened = open_rows(DataEntry(path=str(path)), cache_dir=cache_dir, streaming=streaming)
+    (rows,) = pickle.loads(pickle.dumps(opened))
+    for start in range(3):
+        found = [(raw.number, raw.line, raw.read()) for raw in rows.iter_from(start)]
+        assert found == expected[start:]
+    assert len(expected) == 2 and found != expected  # the wrong variant: from another row on
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "tar", "parquet"])
+def test_what_is_streamed_makes_no_index(tmp_path, cache_dir, always_kept, kind):
+    WRITERS[kind](tmp_path / f"a.{kind}")
+    entry = DataEntry(path=str(tmp_path / f"a.{kind}"))
+    (rows,) = open_rows(entry, cache_dir=cache_dir, streaming=True)
+    assert len(list(rows.iter_from(0))) == 2 and not cache_dir.exists()
+    with pytest.raises(AssertionError, match="opened for streaming"):
+        len(rows)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "data.json", "parquet", "arrow", "tar", "saved"])
@@ -76,7 +105,7 @@ def test_each_shard_of_a_pattern_has_its_own_rows(tmp_path, cache_dir, pattern):
     for n in range(2):
         (tmp_path / f"a-{n}.jsonl").write_text(json.dumps({"n": n}))
     opened = open_rows(DataEntry(path=str(tmp_path / pattern)), cache_dir=cache_dir)
-    assert [(rows.file, rows.read(0)) for rows in opened] == [
+    assert [(rows.file, rows[0]) for rows in opened] == [
         (str(tmp_path / f"a-{n}.jsonl"), {"n": n}) for n in range(2)
     ]
 
@@ -93,7 +122,7 @@ def test_json_is_told_by_what_it_starts_with(tmp_path, cache_dir):
         for text in ('\n {"a": 1}', '[{"a": 1}]', '\ufeff{"a": 1}\n'):
             (tmp_path / name).write_text(text)
             [rows] = open_rows(DataEntry(path=str(tmp_path / name)), cache_dir=cache_dir)
-            assert rows.read(0) == {"a": 1}
+            assert rows[0] == {"a": 1}
 
 
 REFUSED = {
@@ -168,6 +197,6 @@ def test_a_file_gone_after_opening_is_named(tmp_path, cache_dir, kind):
     (rows,) = open_rows(DataEntry(path=str(path)), cache_dir=cache_dir)
     path.unlink()
     with pytest.raises(VlmtuneError, match="removed after|no such data file") as caught:
-        rows.read(0)
+        rows[0]
     assert not isinstance(caught.value, SampleError)
     assert caught.value.file == str(path)

@@ -50,8 +50,8 @@ def test_samples_in_any_order_are_those_that_were_written(
         open_tar(path, cache_dir=cache_dir)
     rows = pickle.loads(pickle.dumps(open_tar(path, cache_dir=cache_dir)))
     assert len(rows) == 8
-    assert [rows.read(n) for n in (5, 0, 7, 2)] == [_row(n) for n in (5, 0, 7, 2)]
-    assert rows.read(1) != _row(2)
+    assert [rows[n] for n in (5, 0, 7, 2)] == [_row(n) for n in (5, 0, 7, 2)]
+    assert rows[1] != _row(2)
     assert rows.place(7).line == 8
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar", "cache"]
 
@@ -78,7 +78,7 @@ def test_pickles_and_other_files_are_counted_and_left_alone(
     with caplog.at_level("INFO", logger="vlmtune"):
         rows = open_tar(path, cache_dir=cache_dir)
     image = {"bytes": b"p", "path": "1.png"}
-    assert rows.read(1) == {"__key__": "1", "label": "3", "image": image}
+    assert rows[1] == {"__key__": "1", "label": "3", "image": image}
     (record,) = caplog.records
     for count in (".pth (2)", ".pyd (2)", "hidden or without an extension (2)"):
         assert count in record.getMessage()
@@ -93,7 +93,7 @@ def test_links_are_not_followed(tmp_path, cache_dir):
         for name in ("0.png", "1.png"):
             tar.addfile(tarfile.TarInfo(name))
     rows = open_tar(path, cache_dir=cache_dir)
-    assert [set(rows.read(n)) for n in range(len(rows))] == [{"__key__", "image"}] * 2
+    assert [set(rows[n]) for n in range(len(rows))] == [{"__key__", "image"}] * 2
 
 
 def test_files_of_a_sample_that_are_apart_are_an_error(tmp_path, cache_dir):

@@ -10,9 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from vlmtune.data.sources.arrow import ParquetShard
-from vlmtune.data.sources.hf import shards_of
-from vlmtune.data.sources.registry import open_shards
+from vlmtune.data.sources.arrow import BatchRows, open_parquet
+from vlmtune.data.sources.hf import files_of
+from vlmtune.data.sources.registry import open_rows
 from vlmtune.data.stream import OpenStream, StreamCursor, open_stream, stream_identity
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.recipe.data_section import DataEntry
@@ -34,7 +34,11 @@ def write_parquet(path: Path, *, start: int = 0, count: int = 300, group: int = 
 
 
 def parsed(shard, start: int = 0) -> list[dict]:
-    return [dict(shard.parse(row)) for row in shard.rows(start)]
+    return [dict(row.read()) for row in shard.iter_from(start)]
+
+
+def streamed(path: Path) -> BatchRows:
+    return open_parquet(path, cache_dir=path.parent / "cache", streaming=True)
 
 
 @pytest.mark.parametrize("kind", ["time", "text"])
@@ -59,11 +63,11 @@ def test_a_row_that_python_cannot_hold_is_named_and_the_others_are_read(tmp_path
 
 
 def test_parquet_rows_are_the_tables_from_any_of_them_on(tmp_path: Path):
-    shard = pickle.loads(pickle.dumps(ParquetShard(write_parquet(tmp_path / "a.parquet"))))
+    shard = pickle.loads(pickle.dumps(streamed(write_parquet(tmp_path / "a.parquet"))))
     expected = table(0, 300).to_pylist()
     for start in (0, 1, 69, 70, 200, 299, 300):
         assert parsed(shard, start) == expected[start:]
-        assert [row.number for row in shard.rows(start)] == list(range(start, 300))
+        assert [row.number for row in shard.iter_from(start)] == list(range(start, 300))
     assert parsed(shard, 70) != expected[71:]
 
 
@@ -75,9 +79,9 @@ def test_row_groups_that_are_passed_over_are_not_read(tmp_path: Path):
     content = bytearray(path.read_bytes())
     content[start : start + first.total_compressed_size] = bytes(first.total_compressed_size)
     path.write_bytes(content)
-    assert parsed(ParquetShard(path), 70) == table(70, 230).to_pylist()
+    assert parsed(streamed(path), 70) == table(70, 230).to_pylist()
     with pytest.raises(VlmtuneError, match="cannot be read as parquet") as caught:
-        parsed(ParquetShard(path), 0)
+        parsed(streamed(path), 0)
     assert caught.value.file == str(path)
 
 
@@ -85,7 +89,7 @@ def test_what_is_no_parquet_is_named(tmp_path: Path):
     path = tmp_path / "a.parquet"
     path.write_bytes(b"no parquet at all, whatever its name")
     with pytest.raises(VlmtuneError, match="cannot be read as parquet"):
-        parsed(ParquetShard(path))
+        parsed(streamed(path))
 
 
 def write_csv(path: Path, count: int) -> Path:
@@ -127,7 +131,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_a_data_set_is_streamed_file_by_file_with_its_pictures_as_stored(folder: Path):
-    shards = shards_of(str(folder), DataEntry(path="hub:one/set", split="train"))
+    shards = files_of(str(folder), DataEntry(path="hub:one/set", split="train"))
     assert [shard.file for shard in shards] == [
         "hub:one/set/train/1-of-2",
         "hub:one/set/train/2-of-2",
@@ -139,21 +143,21 @@ def test_a_data_set_is_streamed_file_by_file_with_its_pictures_as_stored(folder:
 
 def test_a_data_set_of_several_splits_wants_one_named(folder: Path):
     with pytest.raises(VlmtuneError, match="several splits.*test | train"):
-        shards_of(str(folder), DataEntry(path="hub:one/set"))
+        files_of(str(folder), DataEntry(path="hub:one/set"))
     with pytest.raises(VlmtuneError, match="did you mean 'train'"):
-        shards_of(str(folder), DataEntry(path="hub:one/set", split="trian"))
+        files_of(str(folder), DataEntry(path="hub:one/set", split="trian"))
 
 
 def test_a_hub_that_cannot_be_reached_is_a_clear_error(tmp_path: Path):
     with pytest.raises(VlmtuneError, match="cannot be streamed from the hub") as caught:
-        open_shards(DataEntry(path="hub:nobody/nothing"), cache_dir=tmp_path)
+        open_rows(DataEntry(path="hub:nobody/nothing"), cache_dir=tmp_path, streaming=True)
     assert caught.value.file == "hub:nobody/nothing"
 
 
 def test_keys_of_data_sets_have_no_effect_on_a_file(tmp_path: Path):
     path = write_parquet(tmp_path / "a.parquet", count=2)
     with pytest.raises(VlmtuneError, match="split has no effect on a file"):
-        open_shards(DataEntry(path=str(path), split="train"), cache_dir=tmp_path)
+        open_rows(DataEntry(path=str(path), split="train"), cache_dir=tmp_path, streaming=True)
 
 
 def test_a_stream_is_told_by_sizes_and_times_and_a_hub_set_by_its_revision(folder: Path):

@@ -14,8 +14,9 @@ import PIL.Image
 import pytest
 
 from vlmtune.data.sources import tar as module
-from vlmtune.data.sources.registry import open_shards
-from vlmtune.data.sources.tar import TarShard, open_tar
+from vlmtune.data.sources.base import SpanRows
+from vlmtune.data.sources.registry import open_rows
+from vlmtune.data.sources.tar import open_tar
 from vlmtune.data.stream import OpenStream, open_stream
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.recipe.data_section import DataEntry
@@ -49,38 +50,42 @@ def samples(count: int) -> list[tuple[str, bytes]]:
     return [("README", b"no sample"), *files]
 
 
-def rows_of(shard: TarShard, start: int = 0) -> list[dict]:
-    return [dict(shard.parse(row)) for row in shard.rows(start)]
+def streamed(path: Path) -> SpanRows:
+    return open_tar(path, cache_dir=path.parent / "cache", streaming=True)
+
+
+def rows_of(shard: SpanRows, start: int = 0) -> list[dict]:
+    return [dict(row.read()) for row in shard.iter_from(start)]
 
 
 @pytest.mark.parametrize("ending", [".tar", ".tar.gz", ".tgz"])
 def test_rows_are_those_by_number_from_any_of_them_on(tmp_path: Path, ending: str):
     plain = write_tar(tmp_path / "plain.tar", samples(30))
     by_number = open_tar(plain, cache_dir=tmp_path)
-    expected = [dict(by_number.read(n)) for n in range(len(by_number))]
+    expected = [dict(by_number[n]) for n in range(len(by_number))]
     assert len(expected) == 30 and expected[7]["caption"] == "number 7"
-    shard = pickle.loads(pickle.dumps(TarShard(write_tar(tmp_path / f"a{ending}", samples(30)))))
+    shard = pickle.loads(pickle.dumps(streamed(write_tar(tmp_path / f"a{ending}", samples(30)))))
     assert rows_of(shard) == expected
     for start in (1, 17, 29, 30):
         assert rows_of(shard, start) == expected[start:]
-        numbers = [(row.number, row.line) for row in shard.rows(start)]
+        numbers = [(row.number, row.line) for row in shard.iter_from(start)]
         assert numbers == [(n, n + 1) for n in range(start, 30)]
     assert rows_of(shard, 16) != expected[17:]  # the wrong variant: one row off
 
 
 def test_what_is_passed_over_is_neither_read_nor_parsed(tmp_path: Path, monkeypatch):
-    whole = TarShard(write_tar(tmp_path / "whole.tar.gz", samples(10)))
-    sizes = [sum(len(pickle.dumps(row)) for row in whole.rows(0))]
+    whole = streamed(write_tar(tmp_path / "whole.tar.gz", samples(10)))
+    sizes = [sum(len(pickle.dumps(row)) for row in whole.iter_from(0))]
     read = []
     monkeypatch.setattr(module, "_content", lambda tar, member: read.append(member.name) or b"x")
-    monkeypatch.setattr(module, "row_of", None)
-    compressed = TarShard(write_tar(tmp_path / "a.tar.gz", samples(10)))
-    assert len(list(compressed.rows(8))) == 2
+    monkeypatch.setattr(module, "row_of", pytest.fail)
+    compressed = streamed(write_tar(tmp_path / "a.tar.gz", samples(10)))
+    assert len(list(compressed.iter_from(8))) == 2
     assert [name.split("/")[1] for name in read] == [
         "0008.png", "0008.json", "0009.png", "0009.json",
     ]  # fmt: skip
-    plain = TarShard(write_tar(tmp_path / "a.tar", samples(10)))
-    sizes.insert(0, sum(len(pickle.dumps(row)) for row in plain.rows(0)))
+    plain = streamed(write_tar(tmp_path / "a.tar", samples(10)))
+    sizes.insert(0, sum(len(pickle.dumps(row)) for row in plain.iter_from(0)))
     assert sizes[0] < 10_000 < 100_000 < sizes[1]  # where the pictures are, or the pictures
 
 
@@ -105,7 +110,7 @@ def test_a_broken_shard_is_named_and_its_end_not_taken_for_a_whole(
     bad = damaged(content, kind)
     path.write_bytes(gzip.compress(bad) if ending == ".tar.gz" else bad)
     with pytest.raises(VlmtuneError, match="cannot be read as a tar file") as caught:
-        rows_of(TarShard(path))
+        rows_of(streamed(path))
     assert caught.value.file == str(path)
 
 
@@ -113,18 +118,18 @@ def test_a_bad_sample_is_a_bad_row_and_the_next_is_read(tmp_path: Path):
     files = samples(3)
     files[5] = (files[5][0], b"{broken")
     for name in ("a.tar", "a.tar.gz"):
-        shard = TarShard(write_tar(tmp_path / name, files))
-        rows = list(shard.rows(0))
+        shard = streamed(write_tar(tmp_path / name, files))
+        rows = list(shard.iter_from(0))
         with pytest.raises(SampleError, match=r"a\.tar.*:2: the json cannot be read"):
-            shard.parse(rows[1])
-        assert shard.parse(rows[2])["caption"] == "number 2"
+            rows[1].read()
+        assert rows[2].read()["caption"] == "number 2"
 
 
 def test_what_is_not_read_is_said_once_from_the_first_shard(tmp_path: Path, caplog):
     caplog.set_level("INFO", logger="vlmtune")
     for name in ("a.tar.gz", "b.tar.gz"):
         write_tar(tmp_path / name, samples(3))
-    open_shards(DataEntry(path=str(tmp_path / "*.tar.gz")), cache_dir=tmp_path)
+    open_rows(DataEntry(path=str(tmp_path / "*.tar.gz")), cache_dir=tmp_path, streaming=True)
     (message,) = caplog.messages
     assert message.endswith(
         "a.tar.gz: unused files among the first 100: "

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from vlmtune.data.formats import chat, flat, table
 from vlmtune.data.formats.base import COMMON_KEYS, Row
 from vlmtune.data.formats.chat import has_turns, unused_turn_keys
-from vlmtune.data.sources.base import Rows
+from vlmtune.data.sources.base import RawRow, Rows
 from vlmtune.data.types import Conversation
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.recipe.data_section import DataEntry, FormatName
@@ -78,16 +80,41 @@ def parse_row(row: Row, name: FormatName) -> Conversation:
         raise
 
 
-def detect_format(rows: Rows, entry: DataEntry) -> FormatName:
-    """The format that most of the first rows look like, the first in FORMATS of several.
+def first_rows(rows: Rows) -> list[RawRow]:
+    """Those by which a file's format is told."""
+    return list(islice(rows.iter_from(0), NUM_LOOKED_AT))
+
+
+def readable(first: Sequence[RawRow]) -> Iterator[Mapping[str, Any]]:
+    """The rows that can be read; bad ones are told elsewhere."""
+    for raw in first:
+        with suppress(SampleError):
+            yield raw.read()
+
+
+def find_format(first: Sequence[RawRow], entry: DataEntry, *, file: str) -> tuple[FormatName, str]:
+    """The format that the recipe names, or that most of the first rows look like, the first in
+    FORMATS of several; and how it is logged, with a table's columns as its first row has them.
 
     Where no row looks like any, it is `table` if the recipe names columns or the file has some, or
-    else `messages`: every row then says what it lacks.
+    else `messages`: every row then says what it lacks. Raises VlmtuneError where the recipe says
+    something of the file that the format does not regard.
     """
-    votes = _votes(rows, entry)
-    if not votes and (entry.columns or rows.file.lower().endswith(_TABLES)):
-        return "table"
-    return max(FORMATS, key=lambda name: votes[name])
+    votes: Counter[FormatName] = Counter()
+    rows = list(readable(first))
+    for values in rows:
+        votes.update(_matching(values, entry))
+    if entry.format is not None:
+        name, found = entry.format, "named"
+    elif votes:
+        name, found = max(FORMATS, key=lambda name: votes[name]), "detected"
+    else:
+        is_table = bool(entry.columns) or file.lower().endswith(_TABLES)
+        name, found = "table" if is_table else "messages", "the rows match no format"
+    check_entry(entry, name, file=file)
+    columns = table.columns_of(rows[0], entry) if name == "table" and rows else {}
+    roles = (f"{role}: {column}" for role, column in columns.items())
+    return name, ", ".join([f"{name} ({found})", *roles])
 
 
 def unused_keys(values: Mapping[str, Any], entry: DataEntry, name: FormatName) -> set[str]:
@@ -115,37 +142,6 @@ def check_entry(entry: DataEntry, name: FormatName, *, file: str) -> None:
                 got="the format named" if entry.format else "the format detected",
                 do=f"take `{key}` away, or name another format with `format:`",
             )
-
-
-def format_line(rows: Rows, entry: DataEntry, name: FormatName) -> str:
-    """The log line about a file's format: whether it was named or detected, and for a table the
-    columns of its first row."""
-    told = (
-        "named"
-        if entry.format
-        else "detected"
-        if _votes(rows, entry)
-        else "the rows match no format"
-    )
-    line = f"{name} ({told})"
-    if name != "table":
-        return line
-    try:
-        columns = table.columns_of(rows.read(0), entry)
-    except SampleError:
-        return line
-    return ", ".join([line, *(f"{role}: {column}" for role, column in columns.items())])
-
-
-def _votes(rows: Rows, entry: DataEntry) -> Counter[FormatName]:
-    """How many of the first rows look like each format."""
-    votes: Counter[FormatName] = Counter()
-    for index in range(min(NUM_LOOKED_AT, len(rows))):
-        try:
-            votes.update(_matching(rows.read(index), entry))
-        except SampleError:
-            continue
-    return votes
 
 
 def _matching(values: Mapping[str, Any], entry: DataEntry) -> list[FormatName]:

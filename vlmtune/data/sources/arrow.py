@@ -10,7 +10,9 @@ import json
 import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,10 @@ import numpy as np
 
 from vlmtune.data.sources.base import (
     RawRow,
-    Rows,
     Stamp,
     check_unchanged,
     in_pieces,
+    iter_by_number,
     open_table,
     stamp_of,
 )
@@ -33,9 +35,6 @@ from vlmtune.files import Extra, Numbers, digest, whole_file
 FILE_MAGIC = b"ARROW1"
 STREAM_MAGIC = b"\xff\xff\xff\xff"
 
-Batch = Callable[[int], Any]
-"""Gives the pyarrow record batch of a number."""
-
 Original = tuple[Path, Stamp] | None
 
 ARROW_ERRORS = (OSError, ValueError, NotImplementedError, MemoryError)
@@ -43,20 +42,18 @@ ARROW_ERRORS = (OSError, ValueError, NotImplementedError, MemoryError)
 kinds of these, and a damaged length is a request for memory."""
 
 
-class ArrowRows:
-    """The rows of a file whose record batches end at the row numbers `ends`.
+@dataclass(frozen=True)
+class BatchRows:
+    """Rows that are read in batches: those of an Arrow file, or a parquet file's row groups.
 
-    `copy_of`: the file that it is a copy of, which messages name.
+    `ends`: the row number at which each batch ends; None: opened for streaming. `batches(number)`
+    gives a batch. `scan(start)` reads from front to back without them.
     """
 
-    def __init__(self, path: Path, stamp: Stamp, ends: list[int], copy_of: Original = None) -> None:
-        self.path = path if copy_of is None else copy_of[0]
-        self._mapped = path
-        self._stamp = stamp
-        self._ends = ends
-        self._copy_of = copy_of
-        self._batches: Batch | None = None
-        self._last: tuple[int, Any] | None = None  # the last batch, which may be a compressed one
+    path: Path
+    ends: list[int] | None
+    batches: Callable[[int], Any]
+    scan: Callable[[int], Iterator[RawRow]] | None = None
 
     @property
     def file(self) -> str:
@@ -67,29 +64,47 @@ class ArrowRows:
         return self.path.parent
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        assert self.ends is not None, "opened for streaming"
+        return self.ends[-1] if self.ends else 0
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ArrowRows, (self._mapped, self._stamp, self._ends, self._copy_of)
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        assert self.ends is not None, "opened for streaming"
+        number = bisect_right(self.ends, index)
+        start = self.ends[number - 1] if number else 0
+        return row_at(self.batches(number), index - start, self.place(index))
 
     def place(self, index: int) -> Source:
         return Source(self.file, index + 1)
 
-    def read(self, index: int) -> Mapping[str, Any]:
+    def iter_from(self, start: int) -> Iterator[RawRow]:
+        return iter_by_number(self, start) if self.scan is None else self.scan(start)
+
+
+class ArrowBatches:
+    """The record batches of a mapped file, which is opened anew in each process; the last one read
+    is kept, as it may be a compressed one. `copy_of`: the file that it is a copy of."""
+
+    def __init__(self, path: Path, stamp: Stamp, copy_of: Original) -> None:
+        self._path, self._stamp, self._copy_of = path, stamp, copy_of
+        self._read: Callable[[int], Any] | None = None
+        self._last: tuple[int, Any] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ArrowBatches, (self._path, self._stamp, self._copy_of)
+
+    def __call__(self, number: int) -> Any:
         # Looked at each time: a mapped file that is cut short takes the process with it.
-        check_unchanged(self._mapped, self._stamp)
+        check_unchanged(self._path, self._stamp)
         if self._copy_of is not None:
             check_unchanged(*self._copy_of)
-        number = bisect_right(self._ends, index)
-        start = self._ends[number - 1] if number else 0
         if self._last is None or self._last[0] != number:
-            if self._batches is None:
-                self._batches, _, _ = _open(self._mapped)
-            self._last = number, _batch(self._batches, number, self._mapped)
-        return row_at(self._last[1], index - start, self.place(index))
+            if self._read is None:
+                self._read, _, _ = _open(self._path)
+            self._last = number, _batch(self._read, number, self._path)
+        return self._last[1]
 
 
-def open_arrow(path: Path, *, cache_dir: Path, copy_of: Original = None) -> ArrowRows:
+def open_arrow(path: Path, *, cache_dir: Path, copy_of: Original = None) -> BatchRows:
     """An Arrow file, or the stream of batches that `datasets` writes; or such a copy of a file.
 
     Raises VlmtuneError where it is neither, cannot be read or is damaged. That is looked at once
@@ -104,7 +119,8 @@ def open_arrow(path: Path, *, cache_dir: Path, copy_of: Original = None) -> Arro
 
     table = open_table("arrow", [(path, stamp)], columns=1, build=build, cache_dir=cache_dir)
     ends = np.cumsum(table.values[:, 0]).tolist()
-    return ArrowRows(path, stamp, ends, copy_of)
+    named = path if copy_of is None else copy_of[0]
+    return BatchRows(named, ends, ArrowBatches(path, stamp, copy_of))
 
 
 def row_at(table: Any, index: int, source: Source) -> Mapping[str, Any]:
@@ -126,7 +142,7 @@ def check_columns(names: list[str], path: Path) -> None:
         raise VlmtuneError("two columns have the same name", file=path, got=", ".join(twice))
 
 
-def _open(path: Path) -> tuple[Batch, int, list[str]]:
+def _open(path: Path) -> tuple[Callable[[int], Any], int, list[str]]:
     """The batches of a mapped file, how many, and the names of the columns."""
     import pyarrow as pa
 
@@ -143,7 +159,7 @@ def _open(path: Path) -> tuple[Batch, int, list[str]]:
         raise _broken_arrow(path, error) from error
 
 
-def _check(batches: Batch, number: int, path: Path) -> int:
+def _check(batches: Callable[[int], Any], number: int, path: Path) -> int:
     """The rows of a batch whose offsets stay inside it: others would take the process with them."""
     batch = _batch(batches, number, path)
     try:
@@ -153,7 +169,7 @@ def _check(batches: Batch, number: int, path: Path) -> int:
     return int(batch.num_rows)
 
 
-def _batch(batches: Batch, number: int, path: Path) -> Any:
+def _batch(batches: Callable[[int], Any], number: int, path: Path) -> Any:
     try:
         return batches(number)
     except ARROW_ERRORS as error:
@@ -174,71 +190,50 @@ _COPIED_ROWS = 64
 _KEY = b"vlmtune copy of"
 
 
-class ParquetRows:
-    """The rows of a file whose row groups end at the row numbers `ends`."""
+class RowGroups:
+    """The row groups of a parquet file as pyarrow tables; the last one read is kept."""
 
-    def __init__(self, path: Path, stamp: Stamp, ends: list[int]) -> None:
-        self.path = path
-        self._stamp = stamp
-        self._ends = ends
-        self._group: tuple[int, Any] | None = None  # the last one read: its number, a pyarrow table
-
-    @property
-    def file(self) -> str:
-        return str(self.path)
-
-    @property
-    def base_dir(self) -> Path:
-        return self.path.parent
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+    def __init__(self, path: Path, stamp: Stamp) -> None:
+        self._path, self._stamp = path, stamp
+        self._last: tuple[int, Any] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ParquetRows, (self.path, self._stamp, self._ends)
+        return RowGroups, (self._path, self._stamp)
 
-    def place(self, index: int) -> Source:
-        return Source(self.file, index + 1)
-
-    def read(self, index: int) -> Mapping[str, Any]:
-        number = bisect_right(self._ends, index)
-        start = self._ends[number - 1] if number else 0
-        return row_at(self._read_group(number), index - start, self.place(index))
-
-    def _read_group(self, number: int) -> Any:
+    def __call__(self, number: int) -> Any:
         import pyarrow.parquet
 
-        if self._group is not None and self._group[0] == number:
-            return self._group[1]
-        check_unchanged(self.path, self._stamp)
-        self._group = None  # let go of before the next is read
-        try:
-            with pyarrow.parquet.ParquetFile(self.path, pre_buffer=False) as file:
-                # Workers are forked: no threads of another library in them.
-                table = file.read_row_group(number, use_threads=False)
-        except ARROW_ERRORS as error:
-            raise _broken_parquet(self.path, error) from error
-        self._group = number, table
-        return table
+        if self._last is not None and self._last[0] == number:
+            return self._last[1]
+        check_unchanged(self._path, self._stamp)
+        self._last = None  # let go of before the next is read
+        with (
+            _translated(self._path),
+            pyarrow.parquet.ParquetFile(self._path, pre_buffer=False) as file,
+        ):
+            # Workers are forked: no threads of another library in them.
+            self._last = number, file.read_row_group(number, use_threads=False)
+        return self._last[1]
 
 
-def open_parquet(path: Path, *, cache_dir: Path) -> Rows:
-    """Raises VlmtuneError where the file is no parquet file or cannot be read.
+def open_parquet(path: Path, *, cache_dir: Path, streaming: bool = False) -> BatchRows:
+    """Raises VlmtuneError where the file is no parquet file or cannot be read: of a stream, when
+    its first row is read.
 
-    Of a file with large row groups a copy is made in the cache, which is said. Where that cannot be
-    written, its rows are read slowly, which is said too.
+    By number, a copy of a file with large row groups is made in the cache, which is said. Where
+    that cannot be written, its rows are read slowly, which is said too.
     """
     import pyarrow.parquet
 
     stamp = stamp_of(path)
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            groups = [file.metadata.row_group(n) for n in range(file.num_row_groups)]
-            names = file.schema_arrow.names
-    except ARROW_ERRORS as error:
-        raise _broken_parquet(path, error) from error
+    groups, scan = RowGroups(path, stamp), partial(_parquet_from, path)
+    if streaming:
+        return BatchRows(path, None, groups, scan)
+    with _translated(path), pyarrow.parquet.ParquetFile(path) as file:
+        found = [file.metadata.row_group(n) for n in range(file.num_row_groups)]
+        names = file.schema_arrow.names
     check_columns(names, path)
-    largest = max((group.total_byte_size for group in groups), default=0)
+    largest = max((group.total_byte_size for group in found), default=0)
     if largest >= LARGE_GROUP_BYTES:
         copied = _open_copy(path, stamp, cache_dir)
         if copied is not None:
@@ -249,10 +244,10 @@ def open_parquet(path: Path, *, cache_dir: Path) -> Rows:
             path,
             largest >> 20,
         )
-    return ParquetRows(path, stamp, list(accumulate(group.num_rows for group in groups)))
+    return BatchRows(path, list(accumulate(group.num_rows for group in found)), groups, scan)
 
 
-def _open_copy(path: Path, stamp: Stamp, cache_dir: Path) -> ArrowRows | None:
+def _open_copy(path: Path, stamp: Stamp, cache_dir: Path) -> BatchRows | None:
     """The rows of the file's copy, or None where none can be kept."""
     copy = cache_dir / "arrow" / f"{digest(stamp.path)[:32]}.arrow"
     key = json.dumps(stamp).encode()
@@ -295,69 +290,45 @@ def _write_copy(path: Path, copy: Path, key: bytes) -> None:
         schema = schema.with_metadata({**(schema.metadata or {}), _KEY: key})
         with pa.ipc.new_file(stream, schema) as writer:
             batches = file.iter_batches(_COPIED_ROWS, use_threads=False)
-            while (batch := _next(batches, path)) is not None:
+            while True:
+                with _translated(path):
+                    batch = next(batches, None)
+                if batch is None:
+                    break
                 writer.write_batch(pa.record_batch(batch.columns, schema=schema))
 
 
-def _next(batches: Any, path: Path) -> Any:
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    """What pyarrow raises for a parquet file that is damaged, as a VlmtuneError."""
     try:
-        return next(batches, None)
+        yield
     except ARROW_ERRORS as error:
-        raise _broken_parquet(path, error) from error
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise VlmtuneError(f"the file cannot be read as parquet ({reason})", file=path) from error
 
 
-def _broken_parquet(path: Path, error: Exception) -> VlmtuneError:
-    reason = str(error).split("\n")[0].rstrip(".")
-    return VlmtuneError(f"the file cannot be read as parquet ({reason})", file=path)
-
-
-BATCH_ROWS = 64
+STREAMED_ROWS = 64
 """Rows decoded at a time; pictures among them stay as they are stored."""
 
 
-@dataclass(frozen=True)
-class ParquetShard:
-    """The rows of a file; a raw row is a piece of an Arrow batch."""
+def _parquet_from(path: Path, start: int) -> Iterator[RawRow]:
+    """The rows of a file; row groups that are passed over are not read."""
+    import pyarrow.parquet
 
-    path: Path
-
-    @property
-    def file(self) -> str:
-        return str(self.path)
-
-    @property
-    def base_dir(self) -> Path:
-        return self.path.parent
-
-    def rows(self, start: int) -> Iterator[RawRow]:
-        import pyarrow.parquet
-
-        try:
-            with pyarrow.parquet.ParquetFile(self.path, pre_buffer=False) as file:
-                check_columns(file.schema_arrow.names, self.path)
-                yield from _rows(file, start)
-        except ARROW_ERRORS as error:
-            reason = str(error).split("\n")[0].rstrip(".")
-            raise VlmtuneError(
-                f"the file cannot be read as parquet ({reason})", file=self.path
-            ) from error
-
-    def parse(self, row: RawRow) -> Mapping[str, Any]:
-        batch, at = row.content
-        return row_at(batch, at, Source(self.file, row.line))
-
-
-def _rows(file: Any, start: int) -> Iterator[RawRow]:
     number = 0
-    for group in range(file.num_row_groups):
-        count = file.metadata.row_group(group).num_rows
-        if number + count <= start:
-            number += count
-            continue
-        # Workers are forked: no threads of another library in them.
-        batches = file.iter_batches(BATCH_ROWS, row_groups=[group], use_threads=False)
-        for batch in batches:
-            for at in range(batch.num_rows):
-                if number >= start:
-                    yield RawRow(number, number + 1, (batch, at))
-                number += 1
+    with _translated(path), pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+        check_columns(file.schema_arrow.names, path)
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            if number + count <= start:
+                number += count
+                continue
+            # Workers are forked: no threads of another library in them.
+            batches = file.iter_batches(STREAMED_ROWS, row_groups=[group], use_threads=False)
+            for batch in batches:
+                for at in range(batch.num_rows):
+                    if number >= start:
+                        source = Source(str(path), number + 1)
+                        yield RawRow(number, number + 1, partial(row_at, batch, at, source))
+                    number += 1

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -23,11 +23,22 @@ from vlmtune.errors import VlmtuneError
 from vlmtune.files import Build, Numbers, Table, build_table, json_digest, load_table, write_table
 
 
-class DataFile(Protocol):
-    """A file or folder of rows. Pickles into worker processes, which open files anew.
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """A row that is not parsed yet: its number (0-based), the line that messages name (1-based),
+    and how it is read, which raises SampleError with that place where the row is bad."""
 
-    `file` names it in messages; `base_dir` is what its pictures are relative to, unless the entry
-    says otherwise.
+    number: int
+    line: int
+    read: Callable[[], Mapping[str, Any]] = field(repr=False)
+
+
+class Rows(Protocol):
+    """The rows of one file or folder, by number or from front to back.
+
+    Pickles into worker processes, which open files anew. `file` names it in messages; `base_dir`
+    is what its pictures are relative to, unless the entry says otherwise. What was opened for
+    streaming has no numbers: `iter_from` alone works then.
     """
 
     @property
@@ -36,18 +47,24 @@ class DataFile(Protocol):
     @property
     def base_dir(self) -> Path: ...
 
-
-class Rows(DataFile, Protocol):
-    """Rows by number."""
-
     def __len__(self) -> int: ...
 
-    def place(self, index: int) -> Source:
-        """Where row `index` (0-based) stands."""
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """Row `index` (0-based) as read: JSON values, and bytes where a column holds them. Raises
+        SampleError with the place where it cannot be."""
 
-    def read(self, index: int) -> Mapping[str, Any]:
-        """The row as read: JSON values, and bytes where a column holds them. Raises SampleError
-        with the place where it cannot be."""
+    def place(self, index: int) -> Source:
+        """Where row `index` stands."""
+
+    def iter_from(self, start: int) -> Iterator[RawRow]:
+        """The rows from number `start` on; those before are passed over, not parsed. Raises
+        VlmtuneError where the file cannot be read on."""
+
+
+def iter_by_number(rows: Rows, start: int) -> Iterator[RawRow]:
+    """`iter_from` of rows that have an index anyway."""
+    for number in range(start, len(rows)):
+        yield RawRow(number, rows.place(number).line, partial(rows.__getitem__, number))
 
 
 logger = logging.getLogger("vlmtune")
@@ -192,22 +209,49 @@ def _log_not_kept(folder: str, reason: str) -> None:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class RawRow:
-    """A row not yet parsed. `number` is its place in the shard (0-based), `line` what messages say
-    (1-based); only its shard knows what `content` is."""
+@dataclass(frozen=True)
+class SpanRows:
+    """Rows that are spans of bytes in `files`, the first of which names them.
 
-    number: int
-    line: int
-    content: Any = field(default=None, repr=False)
+    `index` has for each row the start and end of its span in each file, -1 where it has none
+    there, and last its line where the rows are lines; None: opened for streaming. A row is
+    `parse(*contents, source)`. `scan(start)` reads from front to back without the index.
+    """
 
+    files: tuple[tuple[Path, Stamp], ...]
+    index: Table | None
+    parse: Callable[..., Mapping[str, Any]]
+    scan: Callable[[int], Iterator[RawRow]] | None = None
 
-class Shard(DataFile, Protocol):
-    """One file of a streamed source."""
+    @property
+    def file(self) -> str:
+        return str(self.files[0][0])
 
-    def rows(self, start: int) -> Iterator[RawRow]:
-        """The rows from number `start` on; those before are passed over, not parsed. Raises
-        VlmtuneError where the file cannot be read on."""
+    @property
+    def base_dir(self) -> Path:
+        return self.files[0][0].parent
 
-    def parse(self, row: RawRow) -> Mapping[str, Any]:
-        """The row as read. Raises SampleError with the place where it cannot be."""
+    @property
+    def table(self) -> Table:
+        assert self.index is not None, "opened for streaming"
+        return self.index
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        row = self.table.row(index)
+        contents = [
+            None if start < 0 else read_span(*file, start, end)
+            for file, start, end in zip(self.files, row[::2], row[1::2])
+        ]
+        return self.parse(*contents, self._source(index, row))
+
+    def place(self, index: int) -> Source:
+        return self._source(index, self.table.row(index))
+
+    def iter_from(self, start: int) -> Iterator[RawRow]:
+        return iter_by_number(self, start) if self.scan is None else self.scan(start)
+
+    def _source(self, index: int, row: list[int]) -> Source:
+        return Source(self.file, row[-1] if len(row) % 2 else index + 1)

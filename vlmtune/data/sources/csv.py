@@ -11,23 +11,22 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlmtune.data.sources.base import (
-    Stamp,
+    SpanRows,
     in_pieces,
     open_table,
     read_chunks,
-    read_span,
     stamp_of,
 )
 from vlmtune.data.sources.json_text import BOM
 from vlmtune.data.types import Source
 from vlmtune.errors import SampleError, VlmtuneError, shorten
-from vlmtune.files import Extra, Numbers, Table
+from vlmtune.files import Extra, Numbers
 
 MAX_CELL_CHARACTERS = 1 << 26
 """Room for a picture in base64; a quote that is not closed is found no later."""
@@ -44,67 +43,21 @@ class Dialect(NamedTuple):
     skips_spaces: bool
 
 
-@dataclass(frozen=True)
-class DelimitedRows:
-    """The records after the header; `table` has the start, end and first line of each."""
+def open_delimited(path: Path, *, cache_dir: Path) -> SpanRows:
+    """The records after the header.
 
-    path: Path
-    stamp: Stamp
-    table: Table
-    columns: tuple[str, ...]
-    dialect: Dialect
-
-    @property
-    def file(self) -> str:
-        return str(self.path)
-
-    @property
-    def base_dir(self) -> Path:
-        return self.path.parent
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def place(self, index: int) -> Source:
-        return Source(self.file, self.table.row(index)[2])
-
-    def read(self, index: int) -> Mapping[str, Any]:
-        start, end, line = self.table.row(index)
-        cells = _cells(read_span(self.path, self.stamp, start, end), self, line)
-        if not any(cell.strip() for cell in cells):
-            raise SampleError(
-                "all cells of the row are empty",
-                file=self.path,
-                line=line,
-                do="remove the line; the last rows of a table are often empty",
-            )
-        if len(cells) != len(self.columns):
-            separators, more = _NAMES[self.dialect.delimiter], cells[len(self.columns) :]
-            raise SampleError(
-                "the row and the header have different numbers of cells",
-                file=self.path,
-                line=line,
-                got=len(cells),
-                expected=f"{len(self.columns)}: {shorten(', '.join(self.columns))}",
-                do=f"remove the {separators} at its end"
-                if more and not any(cell.strip() for cell in more)
-                else f"quote cells that hold {separators}",
-            )
-        return dict(zip(self.columns, cells, strict=True))
-
-
-def open_delimited(path: Path, *, cache_dir: Path) -> DelimitedRows:
-    """Raises VlmtuneError where the file cannot be read, or its header or quotes make no sense."""
-    stamp = stamp_of(path)
+    Raises VlmtuneError where the file cannot be read, or its header or quotes make no sense.
+    """
+    files = ((path, stamp_of(path)),)
     dialect = _sniff(path)
 
     def build(extra: Extra) -> Iterable[Numbers]:
         return in_pieces(_scan(path, dialect, extra), columns=3)
 
     kind = f"records-{ord(dialect.delimiter)}"
-    table = open_table(kind, [(path, stamp)], columns=3, build=build, cache_dir=cache_dir)
+    table = open_table(kind, files, columns=3, build=build, cache_dir=cache_dir)
     columns = _columns(table.extra.get("header", []), path)
-    return DelimitedRows(path, stamp, table, columns, dialect)
+    return SpanRows(files, table, partial(_parse, columns=columns, dialect=dialect))
 
 
 def _sniff(path: Path) -> Dialect:
@@ -206,23 +159,46 @@ def _reader(lines: Iterable[str], dialect: Dialect) -> Iterator[list[str]]:
     )
 
 
-def _cells(content: bytes, rows: DelimitedRows, line: int) -> list[str]:
+def _parse(
+    content: bytes, source: Source, *, columns: tuple[str, ...], dialect: Dialect
+) -> Mapping[str, Any]:
+    """The row of a record. Raises SampleError."""
+    cells = _cells(content, source, dialect)
+    if not any(cell.strip() for cell in cells):
+        raise SampleError(
+            "all cells of the row are empty",
+            at=source,
+            do="remove the line; the last rows of a table are often empty",
+        )
+    if len(cells) != len(columns):
+        separators, more = _NAMES[dialect.delimiter], cells[len(columns) :]
+        raise SampleError(
+            "the row and the header have different numbers of cells",
+            at=source,
+            got=len(cells),
+            expected=f"{len(columns)}: {shorten(', '.join(columns))}",
+            do=f"remove the {separators} at its end"
+            if more and not any(cell.strip() for cell in more)
+            else f"quote cells that hold {separators}",
+        )
+    return dict(zip(columns, cells, strict=True))
+
+
+def _cells(content: bytes, source: Source, dialect: Dialect) -> list[str]:
     try:
         text = content.removeprefix(BOM).decode("utf-8")
-        return next(_reader(io.StringIO(text, newline=""), rows.dialect))
+        return next(_reader(io.StringIO(text, newline=""), dialect))
     except UnicodeDecodeError as error:
         raise SampleError(
             f"the row is not UTF-8 (byte {error.start + 1})",
-            file=rows.path,
-            line=line,
+            at=source,
             do="save the file as UTF-8",
         ) from error
     except csv.Error as error:
-        separators = _NAMES[rows.dialect.delimiter]
+        separators = _NAMES[dialect.delimiter]
         raise SampleError(
             f"the row cannot be parsed ({error})",
-            file=rows.path,
-            line=line,
+            at=source,
             expected=f'cells between {separators}, with quotes as in "a ""b"" c"',
         ) from error
 

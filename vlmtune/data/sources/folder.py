@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from vlmtune.data.sources.base import RawRow, iter_by_number
 from vlmtune.data.types import Source
 from vlmtune.errors import SampleError, VlmtuneError, escaped, plural, shorten
 from vlmtune.files import Numbers
@@ -63,7 +64,7 @@ class FolderRows:
     def place(self, index: int) -> Source:
         return Source(self.file, index + 1)
 
-    def read(self, index: int) -> Mapping[str, Any]:
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
         name, source = self.names[index], self.place(index)
         if self.kind == "image_text":
             return {"image": name, "text": _read_text(self.path, name, source)}
@@ -76,6 +77,9 @@ class FolderRows:
                 expected="CLASS/PICTURE",
             )
         return {"image": name, "label": label}
+
+    def iter_from(self, start: int) -> Iterator[RawRow]:
+        return iter_by_number(self, start)
 
 
 def open_picture_folder(path: Path, *, format_name: FormatName | None) -> FolderRows:

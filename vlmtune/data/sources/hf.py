@@ -2,8 +2,6 @@
 
 Columns come as they are stored: pictures are their bytes, not decoded here, classes their names.
 No code of a data set is run.
-
-Pictures come as they are stored, classes as their names. No code of a data set is run.
 """
 
 from __future__ import annotations
@@ -13,11 +11,12 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vlmtune.data.sources.arrow import row_at
-from vlmtune.data.sources.base import RawRow
+from vlmtune.data.sources.base import RawRow, iter_by_number
 from vlmtune.data.types import Source
 from vlmtune.errors import VlmtuneError, nearest, shorten
 from vlmtune.recipe.data_section import DataEntry
@@ -31,17 +30,11 @@ class DatasetRows:
     """The rows of a `datasets.Dataset`, which maps its files rather than holding them."""
 
     def __init__(self, data: Any, *, file: str, base_dir: Path) -> None:
-        import datasets
-
         self.file = file
         self.base_dir = base_dir
         # As Arrow tables: nothing is decoded.
         self._data = data.with_format("arrow")
-        self._classes = {
-            name: feature.names
-            for name, feature in data.features.items()
-            if isinstance(feature, datasets.ClassLabel) and feature.names
-        }
+        self._classes = _classes_of(data)
 
     def __len__(self) -> int:
         return len(self._data)
@@ -54,13 +47,12 @@ class DatasetRows:
     def place(self, index: int) -> Source:
         return Source(self.file, index + 1)
 
-    def read(self, index: int) -> Mapping[str, Any]:
-        row = dict(row_at(self._data[index], 0, self.place(index)))
-        for name, classes in self._classes.items():
-            number = row[name]
-            if isinstance(number, int) and 0 <= number < len(classes):
-                row[name] = classes[number]
-        return row
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        row = row_at(self._data[index], 0, self.place(index))
+        return _with_class_names(row, self._classes)
+
+    def iter_from(self, start: int) -> Iterator[RawRow]:
+        return iter_by_number(self, start)
 
 
 def is_dataset_folder(path: Path) -> bool:
@@ -112,22 +104,12 @@ def load_hub(name: str, entry: DataEntry) -> DatasetRows:
     """The data set `name`: of the hub, or a folder of data files. Raises VlmtuneError."""
     import datasets
 
-    try:
-        splits = datasets.get_dataset_split_names(
-            name, config_name=entry.subset, revision=entry.revision
-        )
-        split = choose_split(splits, entry.split, entry.path)
+    with _translated(entry.path, "loaded"):
+        split = _split_of(name, entry)
         loaded = datasets.load_dataset(
             name, name=entry.subset, split=split, revision=entry.revision
         )
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise VlmtuneError(
-            f"the data set cannot be loaded from the hub ({_reason(error)})",
-            file=entry.path,
-            do="look at its name, subset and revision, at the connection, and, if it is private, "
-            "log in with `hf auth login`",
-        ) from error
-    file = "/".join(part for part in (entry.path, entry.subset, split) if part)
+    file = _file_of(entry, split)
     return DatasetRows(loaded, file=file, base_dir=Path(file))
 
 
@@ -148,21 +130,73 @@ def choose_split(splits: list[str], wanted: str | None, path: str | Path) -> str
     )
 
 
+def _split_of(name: str, entry: DataEntry) -> str:
+    import datasets
+
+    splits = datasets.get_dataset_split_names(
+        name, config_name=entry.subset, revision=entry.revision
+    )
+    return choose_split(splits, entry.split, entry.path)
+
+
+def _file_of(entry: DataEntry, split: str) -> str:
+    """What messages call a data set of the hub."""
+    return "/".join(part for part in (entry.path, entry.subset, split) if part)
+
+
+def _classes_of(data: Any) -> dict[str, list[str]]:
+    """The names of the classes, by column."""
+    import datasets
+
+    return {
+        name: feature.names
+        for name, feature in (data.features or {}).items()
+        if isinstance(feature, datasets.ClassLabel) and feature.names
+    }
+
+
+def _with_class_names(
+    row: Mapping[str, Any], classes: Mapping[str, list[str]]
+) -> Mapping[str, Any]:
+    named = {
+        name: names[number]
+        for name, names in classes.items()
+        if isinstance(number := row[name], int) and 0 <= number < len(names)
+    }
+    return {**row, **named}
+
+
 def _reason(error: Exception) -> str:
     text = str(error) or type(error).__name__
     return shorten(text.split("\n")[0].rstrip("."), 200)
 
 
-logger = logging.getLogger("vlmtune")
+@contextmanager
+def _translated(file: str, what: str) -> Iterator[None]:
+    """What `datasets` raises while a data set of the hub is `loaded` or `streamed`, in words."""
+    import datasets
 
-# OverflowError: a time that Python's have no room for.
-_ERRORS = (OSError, ValueError, RuntimeError, OverflowError)
+    try:
+        yield
+    # OverflowError: a time that Python's have no room for.
+    except (
+        OSError, ValueError, RuntimeError, OverflowError, datasets.exceptions.DatasetsError
+    ) as error:  # fmt: skip
+        raise VlmtuneError(
+            f"the data set cannot be {what} from the hub ({_reason(error)})",
+            file=file,
+            do="look at its name, subset and revision, at the connection, and, if it is private, "
+            "log in with `hf auth login`",
+        ) from error
+
+
+logger = logging.getLogger("vlmtune")
 
 
 @dataclass(frozen=True)
-class HubShard:
-    """File number `number` of the `count` that a split is stored in. `name`: of the data set, as
-    the `datasets` library has it; a folder of data files is one too."""
+class HubRows:
+    """File number `number` of the `count` that a split is stored in, which is streamed. `name`: of
+    the data set, as the `datasets` library has it; a folder of data files is one too."""
 
     file: str
     name: str
@@ -176,46 +210,46 @@ class HubShard:
     def base_dir(self) -> Path:
         return Path(self.file)
 
-    def rows(self, start: int) -> Iterator[RawRow]:
-        with _translated(self.file):
+    def __len__(self) -> int:
+        raise self._not_by_number()
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        raise self._not_by_number()
+
+    def place(self, index: int) -> Source:
+        return Source(self.file, index + 1)
+
+    def iter_from(self, start: int) -> Iterator[RawRow]:
+        with _translated(self.file, "streamed"):
             data = _load(self.name, self.subset, self.split, self.revision)
-            classes = _classes(data)
+            classes = _classes_of(data)
             data = data.shard(num_shards=self.count, index=self.number).skip(start)
-            for number, values in enumerate(data, start=start):
-                for name, names in classes.items():
-                    if isinstance(values[name], int) and 0 <= values[name] < len(names):
-                        values[name] = names[values[name]]
-                yield RawRow(number, number + 1, values)
+            for number, row in enumerate(data, start=start):
+                yield RawRow(number, number + 1, partial(_with_class_names, row, classes))
 
-    def parse(self, row: RawRow) -> Mapping[str, Any]:
-        values: Mapping[str, Any] = row.content
-        return values
+    def _not_by_number(self) -> AssertionError:
+        return AssertionError(f"{self.file}: opened for streaming")
 
 
-def open_hub_shards(entry: DataEntry) -> list[HubShard]:
-    """The files of a data set of the hub. Raises VlmtuneError where it is not there, or not to be
-    reached, or the recipe does not say which split or subset of several."""
+def open_hub_files(entry: DataEntry) -> list[HubRows]:
+    """The files of a data set of the hub, to be streamed. Raises VlmtuneError where it is not
+    there, or not to be reached, or the recipe does not say which split or subset of several."""
     if entry.revision is None:
         logger.info(
             "%s: no revision is set; a resumed run reads whatever the hub holds by then",
             entry.path,
         )
-    return shards_of(entry.path.removeprefix(HUB), entry)
+    return files_of(entry.path.removeprefix(HUB), entry)
 
 
-def shards_of(name: str, entry: DataEntry) -> list[HubShard]:
+def files_of(name: str, entry: DataEntry) -> list[HubRows]:
     """The files of the data set `name`: of the hub, or a folder of data files."""
-    import datasets
-
-    with _translated(entry.path):
-        splits = datasets.get_dataset_split_names(
-            name, config_name=entry.subset, revision=entry.revision
-        )
-        split = choose_split(splits, entry.split, entry.path)
+    with _translated(entry.path, "streamed"):
+        split = _split_of(name, entry)
         count = _load(name, entry.subset, split, entry.revision).num_shards
-    whole = "/".join(part for part in (entry.path, entry.subset, split) if part)
+    whole = _file_of(entry, split)
     return [
-        HubShard(
+        HubRows(
             file=whole if count == 1 else f"{whole}/{number + 1}-of-{count}",
             name=name,
             subset=entry.subset,
@@ -233,30 +267,3 @@ def _load(name: str, subset: str | None, split: str, revision: str | None) -> An
 
     data = datasets.load_dataset(name, name=subset, split=split, revision=revision, streaming=True)
     return data.decode(False)
-
-
-def _classes(data: Any) -> dict[str, list[str]]:
-    import datasets
-
-    return {
-        name: feature.names
-        for name, feature in (data.features or {}).items()
-        if isinstance(feature, datasets.ClassLabel) and feature.names
-    }
-
-
-@contextmanager
-def _translated(file: str) -> Iterator[None]:
-    """What `datasets` raises, as a VlmtuneError."""
-    import datasets
-
-    try:
-        yield
-    except (*_ERRORS, datasets.exceptions.DatasetsError) as error:
-        reason = shorten((str(error) or type(error).__name__).split("\n")[0].rstrip("."), 200)
-        raise VlmtuneError(
-            f"the data set cannot be streamed from the hub ({reason})",
-            file=file,
-            do="look at its name, subset and revision, at the connection, and, if it is private, "
-            "log in with `hf auth login`",
-        ) from error

@@ -12,7 +12,7 @@ import codecs
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,15 +20,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlmtune.data.sources.base import (
+    SpanRows,
     Stamp,
     in_pieces,
     open_table,
     read_chunks,
-    read_span,
     stamp_of,
 )
 from vlmtune.data.sources.json_text import BOM, load_json, parse_line, reason
-from vlmtune.data.types import Source
 from vlmtune.errors import SampleError, VlmtuneError
 from vlmtune.files import Extra, Numbers, Table, short_digest
 
@@ -181,44 +180,17 @@ class JsonScanner:
         return SampleError(f"not JSON ({what}, byte {offset + 1})", file=self._file, line=line)
 
 
-@dataclass(frozen=True)
-class JsonItems:
-    """Objects of a JSON file; `table` has the start and end of each."""
-
-    path: Path
-    stamp: Stamp
-    table: Table
-
-    @property
-    def file(self) -> str:
-        return str(self.path)
-
-    @property
-    def base_dir(self) -> Path:
-        return self.path.parent
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def place(self, index: int) -> Source:
-        return Source(self.file, index + 1)
-
-    def read(self, index: int) -> Mapping[str, Any]:
-        start, end = self.table.row(index)
-        return parse_line(read_span(self.path, self.stamp, start, end), self.place(index))
-
-
-def open_json_array(path: Path, *, cache_dir: Path) -> JsonItems:
+def open_json_array(path: Path, *, cache_dir: Path) -> SpanRows:
     """Raises SampleError where the file is no JSON, VlmtuneError where it cannot be read."""
-    stamp = stamp_of(path)
+    files = ((path, stamp_of(path)),)
     table = open_table(
         "array",
-        [(path, stamp)],
+        files,
         columns=2,
         build=lambda extra: in_pieces(_scan_array(path), columns=2),
         cache_dir=cache_dir,
     )
-    return JsonItems(path, stamp, table)
+    return SpanRows(files, table, parse_line)
 
 
 def _scan_array(path: Path) -> Iterator[tuple[int, int]]:
@@ -238,13 +210,18 @@ _KEPT_TEXTS = ("data_type", "data_subtype")
 _PIECE_ROWS = 1 << 16
 
 
+@dataclass(frozen=True)
 class Container:
     """A file's `table`: the number in LISTS, the start, the end and the key of each item."""
 
-    def __init__(self, path: Path, stamp: Stamp, table: Table) -> None:
-        self.path = path
-        self.stamp = stamp
-        self.table = table
+    path: Path
+    stamp: Stamp
+    table: Table
+
+    @property
+    def opened(self) -> tuple[Path, Stamp]:
+        """What `SpanRows` reads from."""
+        return self.path, self.stamp
 
     @property
     def lists(self) -> dict[str, int]:
@@ -297,7 +274,7 @@ def open_container(path: Path, *, cache_dir: Path) -> Container | None:
     return Container(path, stamp, table)
 
 
-def open_items(container: Container, *, cache_dir: Path) -> JsonItems:
+def open_items(container: Container, *, cache_dir: Path) -> SpanRows:
     """The objects of a file's only list. Raises VlmtuneError where it has several."""
     if len(container.lists) > 1:
         raise VlmtuneError(
@@ -309,14 +286,14 @@ def open_items(container: Container, *, cache_dir: Path) -> JsonItems:
     values = container.table.values
     table = open_table(
         "items",
-        [(container.path, container.stamp)],
+        [container.opened],
         columns=2,
         build=lambda extra: (
             values[at : at + _PIECE_ROWS, 1:3] for at in range(0, len(values), _PIECE_ROWS)
         ),
         cache_dir=cache_dir,
     )
-    return JsonItems(container.path, container.stamp, table)
+    return SpanRows((container.opened,), table, parse_line)
 
 
 def find_keys(wanted: Numbers, items: Numbers, *, file: Path, name: str) -> Numbers:

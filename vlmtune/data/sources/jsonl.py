@@ -4,70 +4,40 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 import numpy as np
 
 from vlmtune.data.sources.base import (
     RawRow,
-    Stamp,
+    SpanRows,
     open_table,
     read_chunks,
-    read_span,
     stamp_of,
 )
 from vlmtune.data.sources.json_text import BOM, parse_line
 from vlmtune.data.types import Source
 from vlmtune.errors import VlmtuneError
-from vlmtune.files import Numbers, Table
+from vlmtune.files import Numbers
 
 _CHUNK_BYTES = 4 << 20
 _LINE_BREAK = 10
 _IS_BLANK = np.isin(np.arange(256), list(b" \t\n\r\x0b\x0c"))
 
 
-@dataclass(frozen=True)
-class JsonLines:
-    """The lines of a file that are not blank; `table` has the start, end and number of each."""
-
-    path: Path
-    stamp: Stamp
-    table: Table
-
-    @property
-    def file(self) -> str:
-        return str(self.path)
-
-    @property
-    def base_dir(self) -> Path:
-        return self.path.parent
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def place(self, index: int) -> Source:
-        return Source(self.file, self.table.row(index)[2])
-
-    def read(self, index: int) -> Mapping[str, Any]:
-        start, end, line = self.table.row(index)
-        return parse_line(read_span(self.path, self.stamp, start, end), Source(self.file, line))
-
-
-def open_jsonl(path: Path, *, cache_dir: Path) -> JsonLines:
-    """Raises VlmtuneError where the file cannot be read."""
-    stamp = stamp_of(path)
-    table = open_table(
-        "jsonl",
-        [(path, stamp)],
-        columns=3,
-        build=lambda extra: scan_lines(path),
-        cache_dir=cache_dir,
-    )
-    return JsonLines(path, stamp, table)
+def open_jsonl(path: Path, *, cache_dir: Path, streaming: bool = False) -> SpanRows:
+    """The lines of a file that are not blank. Raises VlmtuneError where it cannot be read."""
+    files = ((path, stamp_of(path)),)
+    table = None
+    if not streaming:
+        table = open_table(
+            "jsonl", files, columns=3, build=lambda extra: scan_lines(path), cache_dir=cache_dir
+        )
+    return SpanRows(files, table, parse_line, scan=partial(_lines_from, path))
 
 
 def scan_lines(path: Path, *, chunk_bytes: int = _CHUNK_BYTES) -> Iterator[Numbers]:
@@ -103,47 +73,26 @@ def scan_lines(path: Path, *, chunk_bytes: int = _CHUNK_BYTES) -> Iterator[Numbe
         yield np.array([[start, offset, number]], dtype=np.int64)
 
 
-_BOM = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True)
-class LineShard:
-    """The lines of `path` that are not blank."""
-
-    path: Path
-
-    @property
-    def file(self) -> str:
-        return str(self.path)
-
-    @property
-    def base_dir(self) -> Path:
-        return self.path.parent
-
-    def rows(self, start: int) -> Iterator[RawRow]:
-        number = 0
-        with open_bytes(self.path) as stream:
-            for line, content in enumerate(stream, start=1):
-                if not content.removeprefix(_BOM).strip():
-                    continue
-                if number >= start:
-                    yield RawRow(number, line, content)
-                number += 1
-
-    def parse(self, row: RawRow) -> Mapping[str, Any]:
-        return parse_line(row.content.removeprefix(_BOM), Source(self.file, row.line))
+def _lines_from(path: Path, start: int) -> Iterator[RawRow]:
+    number, file = 0, str(path)
+    with open_bytes(path) as stream:
+        for line, content in enumerate(stream, start=1):
+            content = content.removeprefix(BOM)
+            if not content.strip():
+                continue
+            if number >= start:
+                yield RawRow(number, line, partial(parse_line, content, Source(file, line)))
+            number += 1
 
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[IO[bytes]]:
     """The file's bytes, uncompressed where its name ends in `.gz`. Within, what shows that it
     cannot be read on is raised as VlmtuneError."""
+    is_compressed = path.name.lower().endswith((".gz", ".tgz"))
     try:
-        with cast(
-            IO[bytes],
-            gzip.open(path) if path.name.lower().endswith((".gz", ".tgz")) else path.open("rb"),
-        ) as f:
-            yield f
+        with cast(IO[bytes], gzip.open(path) if is_compressed else path.open("rb")) as stream:
+            yield stream
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise VlmtuneError(
             f"the compressed data file is broken or cut off ({error})",

@@ -1,4 +1,4 @@
-"""Finds the source that an entry of the recipe names, opens or streams it, and digests its content.
+"""Finds the source that an entry of the recipe names, opens it, and digests its content.
 
 A file of no known format is an error. Only CSV, TSV and JSON lines, which any text could be, are
 recognised by file name.
@@ -7,24 +7,19 @@ recognised by file name.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from vlmtune.data.sources.arrow import (
     FILE_MAGIC,
     STREAM_MAGIC,
-    ParquetShard,
     open_arrow,
     open_parquet,
 )
 from vlmtune.data.sources.base import (
-    RawRow,
     Rows,
-    Shard,
     open_table,
     stamp_of,
     unreadable,
@@ -35,7 +30,7 @@ from vlmtune.data.sources.hf import (
     is_dataset_folder,
     open_dataset_folder,
     open_hub,
-    open_hub_shards,
+    open_hub_files,
 )
 from vlmtune.data.sources.joined import open_coco, open_vqa
 from vlmtune.data.sources.json_array import (
@@ -46,8 +41,8 @@ from vlmtune.data.sources.json_array import (
     open_json_array,
 )
 from vlmtune.data.sources.json_text import BOM
-from vlmtune.data.sources.jsonl import LineShard, open_jsonl
-from vlmtune.data.sources.tar import COMPRESSED, TarShard, open_tar
+from vlmtune.data.sources.jsonl import open_jsonl
+from vlmtune.data.sources.tar import COMPRESSED, log_not_read, open_tar
 from vlmtune.errors import VlmtuneError, escaped, shorten
 from vlmtune.files import Extra, Numbers, digest
 from vlmtune.recipe.data_section import DataEntry
@@ -56,8 +51,8 @@ from vlmtune.recipe.paths import HUB, expand_shards
 _HEAD_BYTES = 1 << 20
 _LINES = (".jsonl", ".ndjson")
 _CELLS = (".csv", ".tsv", ".tab")
-_STREAMED = (".jsonl.gz", ".ndjson.gz", ".json.gz", ".tar.gz", ".tgz")
-_COMPRESSED = {
+_COMPRESSED_LINES = (".jsonl.gz", ".ndjson.gz", ".json.gz")
+_MAGICS = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
     b"\xfd7zXZ": "xz",
@@ -67,22 +62,26 @@ _COMPRESSED = {
 _KNOWN = "JSON lines, JSON, CSV, TSV, parquet, Arrow, a tar shard, or a folder of pictures"
 
 
-def open_rows(entry: DataEntry, *, cache_dir: Path) -> Sequence[Rows]:
+def open_rows(entry: DataEntry, *, cache_dir: Path, streaming: bool = False) -> Sequence[Rows]:
     """The files of an entry, in order: one, or the shards of a pattern.
 
-    Raises VlmtuneError where there is none, or it is in no known form, or the entry has keys that
-    have no effect on it.
+    For `streaming`, no index is made where the kind of file does without. Raises VlmtuneError
+    where there is no file, or one is in no known form, or the entry has keys that have no effect
+    on it.
     """
     if entry.path.startswith(HUB):
         _check_keys(entry, {"split", "subset", "revision"}, "a data set of the hub")
-        return [open_hub(entry)]
+        return open_hub_files(entry) if streaming else [open_hub(entry)]
     paths = [Path(name) for name in expand_shards(entry.path)]
     if not paths:
         raise VlmtuneError("no file matches the pattern", file=entry.path, do="correct the path")
-    return [_open_rows(path, entry, cache_dir) for path in paths]
+    opened = [_open_path(path, entry, cache_dir, streaming) for path in paths]
+    if streaming and paths[0].name.lower().endswith((".tar", *COMPRESSED)):
+        log_not_read(paths[0])
+    return opened
 
 
-def _open_rows(path: Path, entry: DataEntry, cache_dir: Path) -> Rows:
+def _open_path(path: Path, entry: DataEntry, cache_dir: Path, streaming: bool) -> Rows:
     if os.path.isdir(path):
         if is_dataset_folder(path):
             _check_keys(entry, {"split"}, "a datasets folder")
@@ -93,13 +92,15 @@ def _open_rows(path: Path, entry: DataEntry, cache_dir: Path) -> Rows:
     _check_keys(entry, {"annotations"}, "a file")
     if entry.annotations is not None:
         return _open_vqa(path, head, entry.annotations, cache_dir)
-    suffix = path.suffix.lower()
+    suffix, name = path.suffix.lower(), path.name.lower()
+    if streaming and name.endswith(_COMPRESSED_LINES):
+        return open_jsonl(path, cache_dir=cache_dir, streaming=True)
     if head.startswith(b"PAR1") or suffix == ".parquet":
-        return open_parquet(path, cache_dir=cache_dir)
+        return open_parquet(path, cache_dir=cache_dir, streaming=streaming)
     if head.startswith((FILE_MAGIC, STREAM_MAGIC)) or suffix in (".arrow", ".feather"):
         return open_arrow(path, cache_dir=cache_dir)
-    if head[257:262] == b"ustar" or suffix == ".tar":
-        return open_tar(path, cache_dir=cache_dir)
+    if head[257:262] == b"ustar" or suffix == ".tar" or (streaming and name.endswith(COMPRESSED)):
+        return open_tar(path, cache_dir=cache_dir, streaming=streaming)
     _check_text(path, head)
     if suffix in _CELLS:
         return open_delimited(path, cache_dir=cache_dir)
@@ -118,14 +119,14 @@ def _open_rows(path: Path, entry: DataEntry, cache_dir: Path) -> Rows:
         container = open_container(path, cache_dir=cache_dir)
         if container is not None:
             return _open_container(container, cache_dir)
-    return open_jsonl(path, cache_dir=cache_dir)
+    return open_jsonl(path, cache_dir=cache_dir, streaming=streaming)
 
 
 def _open_container(container: Container, cache_dir: Path) -> Rows:
     if {"images", "annotations"} <= container.lists.keys():
         return open_coco(container, cache_dir=cache_dir)
     rows = open_items(container, cache_dir=cache_dir)
-    first = rows.read(0)
+    first = rows[0]
     has_answer = any("answer" in key for key in first)
     if "questions" in container.lists and not has_answer:
         raise VlmtuneError(
@@ -172,9 +173,9 @@ def _read_head(path: Path) -> bytes:
 
 def _check_text(path: Path, head: bytes) -> None:
     """Raises VlmtuneError where the file is no UTF-8 text, as far as one can tell."""
-    for magic, name in _COMPRESSED.items():
+    for magic, name in _MAGICS.items():
         if head.startswith(magic):
-            is_streamed = path.name.lower().endswith(_STREAMED)
+            is_streamed = path.name.lower().endswith((*_COMPRESSED_LINES, *COMPRESSED))
             raise VlmtuneError(
                 f"the file is compressed ({name}): its rows cannot be read by number",
                 file=path,
@@ -244,68 +245,3 @@ def _of_folder(path: Path) -> str:
     except OSError as error:
         raise VlmtuneError(f"the folder cannot be read ({error.strerror})", file=path) from error
     return digest("".join(map(repr, sorted(found))))
-
-
-@dataclass(frozen=True)
-class NumberedShard:
-    """What has an index anyway: JSON arrays, folders of pictures, Arrow files."""
-
-    source: Rows
-
-    @property
-    def file(self) -> str:
-        return self.source.file
-
-    @property
-    def base_dir(self) -> Path:
-        return self.source.base_dir
-
-    def rows(self, start: int) -> Iterator[RawRow]:
-        for number in range(start, len(self.source)):
-            yield RawRow(number, self.source.place(number).line)
-
-    def parse(self, row: RawRow) -> Mapping[str, Any]:
-        return self.source.read(row.number)
-
-
-LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz")
-
-
-def open_shards(entry: DataEntry, *, cache_dir: Path) -> Sequence[Shard]:
-    """The shards of an entry, in order. Raises VlmtuneError where there is none, or one is in no
-    form that can be read from front to back.
-
-    Told by their endings: JSON lines and tar shards, plain or compressed, and parquet. Everything
-    else is read through its index.
-    """
-    if entry.path.startswith(HUB):
-        return open_hub_shards(entry)
-    shards = [s for path in expand_shards(entry.path) for s in _open_shard(path, entry, cache_dir)]
-    if not shards:
-        raise VlmtuneError("no file matches the pattern", file=entry.path, do="correct the path")
-    if isinstance(shards[0], TarShard):
-        shards[0].say_not_read()
-    return shards
-
-
-def _open_shard(name: str, entry: DataEntry, cache_dir: Path) -> Sequence[Shard]:
-    path, ending = Path(name), name.lower()
-    if path.is_dir() or entry.annotations is not None:
-        return _numbered(name, entry, cache_dir)
-    if ending.endswith(LINES):
-        shard: Shard = LineShard(path)
-    elif ending.endswith((".tar", *COMPRESSED)):
-        shard = TarShard(path)
-    elif ending.endswith(".parquet"):
-        shard = ParquetShard(path)
-    else:
-        return _numbered(name, entry, cache_dir)
-    stamp_of(path)  # says what is no file, and opens no pipe
-    for key in entry.model_fields_set & {"split", "subset", "revision"}:
-        raise VlmtuneError(f"{key} has no effect on a file", file=path, do="remove it")
-    return [shard]
-
-
-def _numbered(path: str, entry: DataEntry, cache_dir: Path) -> list[Shard]:
-    alone = entry.model_copy(update={"path": path})
-    return [NumberedShard(rows) for rows in open_rows(alone, cache_dir=cache_dir)]

@@ -9,7 +9,8 @@
 
 A sample of a plain shard is where its files lie, and they are read when it is parsed: a block of
 samples holds no pictures. Of a compressed one it is the files themselves. The files of a sample
-must be next to each other; where they are not, each part counts as a sample.
+must be next to each other; where they are not, the index is refused, and a stream takes each part
+for a sample.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from functools import partial
 from itertools import groupby, islice
+from operator import attrgetter
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from vlmtune.data.sources.base import (
     RawRow,
+    SpanRows,
     Stamp,
     in_pieces,
     open_table,
@@ -39,7 +43,7 @@ from vlmtune.data.sources.json_text import load_json, reason
 from vlmtune.data.sources.jsonl import open_bytes
 from vlmtune.data.types import Source
 from vlmtune.errors import SampleError, VlmtuneError, describe
-from vlmtune.files import Extra, Numbers, Table
+from vlmtune.files import Extra, Numbers
 
 PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
 VIDEOS = frozenset({"mp4", "webm", "mkv", "mov", "avi"})
@@ -159,132 +163,64 @@ def _error(what: str, member: Member, source: Source) -> SampleError:
 logger = logging.getLogger("vlmtune")
 
 
-@dataclass(frozen=True)
-class TarRows:
-    """The samples of a shard; `table` has the start and end of each, headers included."""
-
-    path: Path
-    stamp: Stamp
-    table: Table
-
-    @property
-    def file(self) -> str:
-        return str(self.path)
-
-    @property
-    def base_dir(self) -> Path:
-        return self.path.parent
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def place(self, index: int) -> Source:
-        return Source(self.file, index + 1)
-
-    def read(self, index: int) -> Mapping[str, Any]:
-        content = read_span(self.path, self.stamp, *self.table.row(index))
-        # A piece of a tar file that starts at a header is itself one.
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-            members = [
-                (key, Member(member.name, ending, held.read()))
-                for member, key, ending in _files(tar, Counter())
-                if (held := tar.extractfile(member)) is not None
-            ]
-        return row_of(members[0][0], [member for _, member in members], self.place(index))
-
-
-def open_tar(path: Path, *, cache_dir: Path) -> TarRows:
-    """Raises VlmtuneError where the file is no tar file, is cut off, or its samples are not in one
-    piece each. What is in it and not read is counted and said."""
-    stamp = stamp_of(path)
-
-    def build(extra: Extra) -> Iterable[Numbers]:
-        return in_pieces(_scan(path, stamp.size, extra), columns=2)
-
-    table = open_table("tar", [(path, stamp)], columns=2, build=build, cache_dir=cache_dir)
-    if table.extra["not_read"]:
-        kinds = ", ".join(
-            f"{kind} ({num})" for kind, num in sorted(table.extra["not_read"].items())
-        )
-        logger.info("%s: unused files: %s", path, kinds)
-    return TarRows(path, stamp, table)
-
-
-def _scan(path: Path, size: int, extra: Extra) -> Iterator[tuple[int, int]]:
-    not_read: Counter[str] = Counter()
-    seen: set[int] = set()
-    start, end, current = 0, 0, ""
-    try:
-        with tarfile.open(path, mode="r:") as tar:
-            for member, key, _ in _files(tar, not_read):
-                if key != current:
-                    if current:
-                        yield start, end
-                    start, current = member.offset, key
-                    if hash(key) in seen:
-                        raise VlmtuneError(
-                            "the files of a sample are not next to each other",
-                            file=path,
-                            got=key,
-                            do="create the tar file again with --sort=name",
-                        )
-                    seen.add(hash(key))
-                end = tar.offset
-            _check_end(path, tar.offset, size)
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        raise VlmtuneError(
-            f"the file cannot be read as a tar file ({error})",
-            file=path,
-            do="fetch or write the file again; it may be cut off",
-        ) from error
-    except OSError as error:
-        raise unreadable(path, error) from error
-    if current:
-        yield start, end
-    extra["not_read"] = dict(not_read)
-
-
-def _files(
-    tar: tarfile.TarFile, not_read: Counter[str]
-) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
-    """The files that belong to samples, with key and ending; the others are counted."""
-    for member in members_of(tar):
-        named = split_name(member.name)
-        if member.isdir():
-            continue
-        if not member.isreg():
-            not_read["links and the like"] += 1
-        elif named is None:
-            not_read["hidden or without an extension"] += 1
-        elif not is_read(named[1]):
-            not_read[f".{named[1]}"] += 1
-        else:
-            yield member, *named
-
-
-def _check_end(path: Path, offset: int, size: int) -> None:
-    """tarfile takes whatever is no header for the end; that must be zeros, or the file's end."""
-    with path.open("rb") as stream:
-        stream.seek(offset)
-        if any(stream.read(tarfile.BLOCKSIZE)):
-            raise VlmtuneError(
-                f"the tar file is broken at byte {offset + 1}",
-                file=path,
-                got=f"no header there, {size - offset} bytes before the end",
-                do="fetch or write the file again",
-            )
-    if offset >= size:
-        logger.info("%s: the tar file has no end marker; it may be cut off", path)
-
-
 NUM_LOOKED_AT = 100
-"""Files of a shard that are looked at for such as are not read."""
+"""Files of a streamed shard that are looked at for such as are not read."""
 
 COMPRESSED = (".tar.gz", ".tgz")
 
 
-class Piece(NamedTuple):
-    """Where a file of a sample lies in the shard."""
+def open_tar(path: Path, *, cache_dir: Path, streaming: bool = False) -> SpanRows:
+    """The samples of a shard; the headers of its files are part of a sample's span.
+
+    Raises VlmtuneError where the file is no tar file, is cut off, or its samples are not in one
+    piece each: of a stream, when it is read so far. What is in it and not read is counted and said.
+    """
+    stamp = stamp_of(path)
+    files = ((path, stamp),)
+    if streaming:
+        is_compressed = path.name.lower().endswith(COMPRESSED)
+        scan = partial(_read_from, path) if is_compressed else partial(_find_from, path, stamp)
+        return SpanRows(files, None, _parse, scan)
+
+    def build(extra: Extra) -> Iterable[Numbers]:
+        return in_pieces(_scan(path, extra), columns=2)
+
+    table = open_table("tar", files, columns=2, build=build, cache_dir=cache_dir)
+    if table.extra["not_read"]:
+        logger.info("%s: unused files: %s", path, _listed(table.extra["not_read"]))
+    return SpanRows(files, table, _parse, partial(_find_from, path, stamp))
+
+
+def log_not_read(path: Path) -> None:
+    """Log the kinds of files, among the first of a shard, that are part of no sample."""
+    not_read: Counter[str] = Counter()
+    with (
+        _translated(path),
+        open_bytes(path) as stream,
+        tarfile.open(fileobj=stream, mode="r|") as tar,
+    ):
+        for _ in _files(tar, islice(tar, NUM_LOOKED_AT), not_read):
+            continue
+    if not_read:
+        logger.info(
+            "%s: unused files among the first %d: %s",
+            path,
+            NUM_LOOKED_AT,
+            _listed(not_read),
+        )
+
+
+class _File(NamedTuple):
+    """A file of a sample; `end`: where the next header is."""
+
+    key: str
+    ending: str
+    info: tarfile.TarInfo
+    end: int
+
+
+class _Piece(NamedTuple):
+    """Where the content of a sample's file lies in the shard."""
 
     name: str
     ending: str
@@ -292,104 +228,138 @@ class Piece(NamedTuple):
     num_bytes: int
 
 
-@dataclass(frozen=True)
-class TarShard:
-    """The samples of a shard; a raw row holds a sample's key and its pieces, or, of a compressed
-    shard, its members."""
+def _scan(path: Path, extra: Extra) -> Iterator[tuple[int, int]]:
+    """Start and end of each sample, for the index."""
+    not_read: Counter[str] = Counter()
+    seen: set[int] = set()
+    for files in _samples(path, not_read, log_no_mark=True):
+        key = files[0].key
+        if hash(key) in seen:
+            raise VlmtuneError(
+                "the files of a sample are not next to each other",
+                file=path,
+                got=key,
+                do="create the tar file again with --sort=name",
+            )
+        seen.add(hash(key))
+        yield files[0].info.offset, files[-1].end
+    extra["not_read"] = dict(not_read)
 
-    path: Path
 
-    @property
-    def file(self) -> str:
-        return str(self.path)
+def _find_from(path: Path, stamp: Stamp, start: int) -> Iterator[RawRow]:
+    """The samples of a plain shard, by where they are."""
+    for number, files in enumerate(_samples(path, Counter())):
+        if number >= start:
+            pieces = [_Piece(f.info.name, f.ending, f.info.offset_data, f.info.size) for f in files]
+            read = partial(_read, path, stamp, files[0].key, pieces, number + 1)
+            yield RawRow(number, number + 1, read)
 
-    @property
-    def base_dir(self) -> Path:
-        return self.path.parent
 
-    def rows(self, start: int) -> Iterator[RawRow]:
-        read = self._compressed if self.path.name.lower().endswith(COMPRESSED) else self._plain
-        try:
-            yield from read(start)
-        except (tarfile.TarError, ValueError) as error:
-            raise self._broken(str(error)) from error
+def _read_from(path: Path, start: int) -> Iterator[RawRow]:
+    """The samples of a compressed shard, with the content of their files."""
+    with _translated(path), open_bytes(path) as stream:
+        blocks = _Blocks(stream)
+        with tarfile.open(
+            fileobj=cast(IO[bytes], blocks), mode="r|", bufsize=tarfile.BLOCKSIZE
+        ) as tar:
+            samples = groupby(_files(tar, members_of(tar), Counter()), key=attrgetter("key"))
+            for number, (key, files) in enumerate(samples):
+                if number < start:
+                    continue  # groupby passes over its files
+                members = [Member(f.info.name, f.ending, _content(tar, f.info)) for f in files]
+                source = Source(str(path), number + 1)
+                yield RawRow(number, number + 1, partial(row_of, key, members, source))
+            _check_end(blocks.last, tar.offset, path)
 
-    def parse(self, row: RawRow) -> Mapping[str, Any]:
-        key, members = row.content
-        if isinstance(members[0], Piece):
-            members = self._members(members)
-        return row_of(key, members, Source(self.file, row.line))
 
-    def say_not_read(self) -> None:
-        """Log the kinds of files, among the first of the shard, that are part of no sample."""
-        kinds: Counter[str] = Counter()
-        try:
-            with open_bytes(self.path) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
-                for member in islice(tar, NUM_LOOKED_AT):
-                    named = split_name(member.name)
-                    if member.isreg() and (named is None or not is_read(named[1])):
-                        kinds[f".{named[1]}" if named else "hidden or without an extension"] += 1
-        except tarfile.TarError as error:
-            raise self._broken(str(error)) from error
-        if kinds:
-            found = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
-            logger.info("%s: unused files among the first %d: %s", self.path, NUM_LOOKED_AT, found)
+def _samples(
+    path: Path, not_read: Counter[str], *, log_no_mark: bool = False
+) -> Iterator[list[_File]]:
+    """The files of each sample of a plain shard."""
+    with (
+        _translated(path),
+        path.open("rb") as stream,
+        tarfile.open(fileobj=stream, mode="r:") as tar,
+    ):
+        files = _files(tar, members_of(tar), not_read)
+        for _, group in groupby(files, key=attrgetter("key")):
+            yield list(group)
+        stream.seek(tar.offset)
+        last = stream.read(tarfile.BLOCKSIZE)
+        _check_end(last, tar.offset, path)
+    if log_no_mark and not last:
+        logger.info("%s: the tar file has no end marker; it may be cut off", path)
 
-    def _plain(self, start: int) -> Iterator[RawRow]:
-        with open_bytes(self.path) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            for number, (key, files) in enumerate(
-                groupby(_files_of_stream(tar), key=lambda file: file[0])
-            ):
-                pieces = [
-                    Piece(info.name, ending, info.offset_data, info.size)
-                    for _, ending, info in files
-                ]
-                if number >= start:
-                    yield RawRow(number, number + 1, (key, pieces))
-            stream.seek(tar.offset)
-            self._check_end(stream.read(tarfile.BLOCKSIZE))
 
-    def _compressed(self, start: int) -> Iterator[RawRow]:
-        with open_bytes(self.path) as stream:
-            blocks = _Blocks(stream)
-            with tarfile.open(
-                fileobj=cast(IO[bytes], blocks), mode="r|", bufsize=tarfile.BLOCKSIZE
-            ) as tar:
-                groups = groupby(_files_of_stream(tar), key=lambda file: file[0])
-                for number, (key, files) in enumerate(groups):
-                    if number < start:
-                        continue  # groupby passes over its files
-                    members = [
-                        Member(info.name, ending, _content(tar, info)) for _, ending, info in files
-                    ]
-                    yield RawRow(number, number + 1, (key, members))
-                self._check_end(blocks.last)
+def _files(
+    tar: tarfile.TarFile, members: Iterable[tarfile.TarInfo], not_read: Counter[str]
+) -> Iterator[_File]:
+    """The files that belong to samples; the others are counted."""
+    for info in members:
+        named = split_name(info.name)
+        if info.isdir():
+            continue
+        if not info.isreg():
+            not_read["links and the like"] += 1
+        elif named is None:
+            not_read["hidden or without an extension"] += 1
+        elif not is_read(named[1]):
+            not_read[f".{named[1]}"] += 1
+        else:
+            yield _File(*named, info, tar.offset)
 
-    def _members(self, pieces: list[Piece]) -> list[Member]:
-        members = []
-        try:
-            with self.path.open("rb") as stream:
-                for piece in pieces:
-                    stream.seek(piece.start)
-                    content = stream.read(piece.num_bytes)
-                    if len(content) < piece.num_bytes:
-                        raise self._broken("unexpected end of data")
-                    members.append(Member(piece.name, piece.ending, content))
-        except OSError as error:
-            raise unreadable(self.path, error) from error
-        return members
 
-    def _check_end(self, last: bytes) -> None:
-        """tarfile takes whatever is no header for the end: that must be zeros, or nothing."""
-        if any(last):
-            raise self._broken("a block is not a header")
+def _read(
+    path: Path, stamp: Stamp, key: str, pieces: Sequence[_Piece], line: int
+) -> Mapping[str, Any]:
+    members = [
+        Member(name, ending, read_span(path, stamp, start, start + num_bytes))
+        for name, ending, start, num_bytes in pieces
+    ]
+    return row_of(key, members, Source(str(path), line))
 
-    def _broken(self, reason: str) -> VlmtuneError:
-        return VlmtuneError(
-            f"the file cannot be read as a tar file ({reason})",
-            file=self.path,
-            do="fetch or write the file again; it may be cut off",
-        )
+
+def _parse(content: bytes, source: Source) -> Mapping[str, Any]:
+    """The row of a sample's span: a piece of a tar file that starts at a header is itself one."""
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+        files = list(_files(tar, members_of(tar), Counter()))
+        members = [Member(f.info.name, f.ending, _content(tar, f.info)) for f in files]
+    return row_of(files[0].key, members, source)
+
+
+def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    held = tar.extractfile(info)
+    assert held is not None, "a regular file"
+    return held.read()
+
+
+def _check_end(last: bytes, offset: int, path: Path) -> None:
+    """tarfile takes whatever is no header for the end: that must be zeros, or nothing."""
+    if any(last):
+        raise _broken(path, f"it is broken at byte {offset + 1}: no header there")
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    """What shows that a tar file is broken, as a VlmtuneError."""
+    try:
+        yield
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise _broken(path, str(error)) from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def _broken(path: Path, reason: str) -> VlmtuneError:
+    return VlmtuneError(
+        f"the file cannot be read as a tar file ({reason})",
+        file=path,
+        do="fetch or write the file again; it may be cut off",
+    )
+
+
+def _listed(kinds: Mapping[str, int]) -> str:
+    return ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
 
 
 class _Blocks:
@@ -402,17 +372,3 @@ class _Blocks:
     def read(self, size: int) -> bytes:
         self.last = self._stream.read(size)
         return self.last
-
-
-def _files_of_stream(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """The files that belong to samples, with key and ending."""
-    for member in members_of(tar):
-        named = split_name(member.name)
-        if member.isreg() and named is not None and is_read(named[1]):
-            yield *named, member
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    held = tar.extractfile(member)
-    assert held is not None, "a regular file"
-    return held.read()
