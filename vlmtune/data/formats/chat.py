@@ -26,9 +26,10 @@ understood; `detail` has no effect.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 from vlmtune.data.formats.base import (
     MEDIA_KEYS,
@@ -51,6 +52,89 @@ LIST_KEYS = ("messages", "conversations")
 WEIGHT_KEYS = frozenset({"train", "weight"})
 SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-6, 1e6
 """Between them, so that sums over a step stay exact enough in float32."""
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a format writes its turns.
+
+    `roles`: who speaks, under `role_key`. `parts`: by the type of a part, what it is and the key
+    that holds it; none: a turn is one text. `media`: what the row lists beside its turns.
+    """
+
+    role_key: str
+    content_key: str
+    roles: Mapping[str, Role]
+    parts: Mapping[str, tuple[MediaKind | Literal["text"], str]]
+    media: Callable[[Row], MediaPlaceholders]
+
+
+def _no_media(row: Row) -> MediaPlaceholders:
+    """Pictures beside the turns are none of OpenAI's: they are among the unused keys."""
+    return MediaPlaceholders(row, {"image": [], "video": []}, {})
+
+
+def _llava_media(row: Row) -> MediaPlaceholders:
+    media = media_placeholders(row, always=True)
+    if media.given["video"] and not media.given["image"]:
+        media.placeholders["<image>"] = "video"
+    return media
+
+
+_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
+
+MESSAGES = ChatFormat(
+    role_key="role",
+    content_key="content",
+    roles=_ROLES,
+    parts={"text": ("text", "text"), "image": ("image", "image"), "video": ("video", "video")},
+    media=partial(media_placeholders, always=False),
+)
+OPENAI = ChatFormat(
+    role_key="role",
+    content_key="content",
+    roles={**_ROLES, "developer": "system"},
+    parts={
+        "text": ("text", "text"),
+        "input_text": ("text", "text"),
+        "output_text": ("text", "text"),
+        "image_url": ("image", "image_url"),
+        "input_image": ("image", "image_url"),
+        "video_url": ("video", "video_url"),
+    },
+    media=_no_media,
+)
+SHAREGPT = ChatFormat(
+    role_key="from",
+    content_key="value",
+    roles={
+        "system": "system",
+        "human": "user",
+        "user": "user",
+        "gpt": "assistant",
+        "assistant": "assistant",
+    },
+    parts={},
+    media=_llava_media,
+)
+
+
+def matches_messages(values: Mapping[str, Any], entry: DataEntry) -> bool:
+    """Whether the row's turns have the keys of this format, and no part that only OpenAI has."""
+    only_openai = OPENAI.parts.keys() - MESSAGES.parts.keys()
+    return has_turns_with(values, {"role", "content"}) and not part_types(values) & only_openai
+
+
+def matches_openai(values: Mapping[str, Any], entry: DataEntry) -> bool:
+    """Whether the turns could be of this format: no part or key that only `messages` has."""
+    if not has_turns_with(values, {"role", "content"}) or MEDIA_KEYS & values.keys():
+        return False
+    return not part_types(values) & {"image", "video"}
+
+
+def matches_sharegpt(values: Mapping[str, Any], entry: DataEntry) -> bool:
+    """Whether the row's turns have the keys of this format."""
+    return has_turns_with(values, {"from", "value"})
 
 
 def turns_of(row: Row) -> list[dict[str, Any]]:
@@ -97,14 +181,21 @@ def has_turns(values: Mapping[str, Any]) -> bool:
     return any(name in values for name in LIST_KEYS)
 
 
+def _turn_objects(values: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The turns of a row that are objects, each with the name of its list."""
+    for name in LIST_KEYS:
+        turns = values.get(name)
+        for turn in turns if isinstance(turns, list) else []:
+            if isinstance(turn, dict):
+                yield name, turn
+
+
 def part_types(values: Mapping[str, Any]) -> set[str]:
     """The types of all parts in the row's turns."""
     return {
         part["type"]
-        for name in LIST_KEYS
-        if isinstance(turns := values.get(name), list)
-        for turn in turns
-        if isinstance(turn, dict) and isinstance(turn.get("content"), list)
+        for _, turn in _turn_objects(values)
+        if isinstance(turn.get("content"), list)
         for part in turn["content"]
         if isinstance(part, dict) and isinstance(part.get("type"), str)
     }
@@ -112,14 +203,7 @@ def part_types(values: Mapping[str, Any]) -> set[str]:
 
 def unused_turn_keys(values: Mapping[str, Any], keys: frozenset[str]) -> set[str]:
     """The keys of the row's turns that are not among `keys`, as `messages[].name`."""
-    return {
-        f"{name}[].{key}"
-        for name in LIST_KEYS
-        if isinstance(turns := values.get(name), list)
-        for turn in turns
-        if isinstance(turn, dict)
-        for key in turn.keys() - keys
-    }
+    return {f"{name}[].{key}" for name, turn in _turn_objects(values) for key in turn.keys() - keys}
 
 
 def weight_of(turn: Mapping[str, Any], number: int, role: Role, row: Row) -> float:
@@ -156,89 +240,89 @@ def weight_of(turn: Mapping[str, Any], number: int, role: Role, row: Row) -> flo
     return float(weight)
 
 
-MESSAGES_TURN_KEYS = frozenset({"role", "content"}) | WEIGHT_KEYS
-MESSAGES_KEYS = MEDIA_KEYS | {"messages", "conversations"}
-MESSAGES_ROLES: tuple[Role, ...] = ("system", "user", "assistant")
-MESSAGES_PART_TYPES = ("text", "image", "video")
-OPENAI_PARTS = frozenset({"image_url", "input_image", "input_text", "output_text", "video_url"})
-
-
-def matches_messages(values: Mapping[str, Any], entry: DataEntry) -> bool:
-    """Whether the row's turns have the keys of this format, and no part that OpenAI's has."""
-    return has_turns_with(values, {"role", "content"}) and not part_types(values) & OPENAI_PARTS
-
-
-def parse_messages(row: Row) -> Conversation:
-    """The conversation of a row whose turns have `role` and `content`."""
-    media = media_placeholders(row, always=False)
-    parsed = [
-        _messages_turn(turn, number, row, media)
-        for number, turn in enumerate(turns_of(row), start=1)
+def parse_chat(row: Row, form: ChatFormat) -> Conversation:
+    """The conversation of a row that lists its turns. Raises SampleError."""
+    media = form.media(row)
+    turns = [
+        _turn(turn, number, row, media, form) for number, turn in enumerate(turns_of(row), start=1)
     ]
     media.check_all_taken()
-    return build_conversation(row, parsed)
+    return build_conversation(row, turns)
 
 
-def _messages_turn(turn: dict[str, Any], number: int, row: Row, media: MediaPlaceholders) -> Turn:
-    for key in ("role", "content"):
+def _turn(
+    turn: dict[str, Any], number: int, row: Row, media: MediaPlaceholders, form: ChatFormat
+) -> Turn:
+    place = f"turn {number}"
+    if form is OPENAI and turn.get("tool_calls"):
+        raise row.error(f"{place} calls tools", expected="turns of texts and pictures")
+    for key in (form.role_key, form.content_key):
         if key not in turn:
-            raise row.error(
-                f"turn {number} has no {key}", got=listed(turn) or "no keys", expected=key
-            )
-    role = turn["role"]
-    if role not in MESSAGES_ROLES:
-        close = nearest(role, MESSAGES_ROLES) if isinstance(role, str) else None
+            raise row.error(f"{place} has no {key}", got=listed(turn) or "no keys", expected=key)
+    speaker, content = turn[form.role_key], turn[form.content_key]
+    if not isinstance(speaker, str) or speaker not in form.roles:
+        close = nearest(speaker, form.roles) if isinstance(speaker, str) else None
         raise row.error(
-            f"turn {number} has an unknown role",
-            got=describe(role),
-            expected=" | ".join(MESSAGES_ROLES),
+            f"{place} has an unknown {'speaker' if form is SHAREGPT else 'role'}",
+            got=describe(speaker),
+            expected=" | ".join(form.roles),
             do=f"did you mean {close!r}?" if close else None,
         )
-    content = turn["content"]
-    place = f"turn {number}"
-    if isinstance(content, list):
+    role = form.roles[speaker]
+    weight = weight_of(turn, number, role, row)
+    if isinstance(content, list) and form.parts:
         parts: list[Part] = []
         for index, part in enumerate(content, start=1):
-            parts.extend(_messages_part(part, f"{place}, part {index}", role, row, media))
+            parts += _part(part, f"{place}, part {index}", role, row, media, form)
     else:
         parts = _text(content, place, role, row, media)
-    return Turn(role, merge_texts(parts), weight_of(turn, number, role, row))
+        if form is SHAREGPT and role != "user":
+            _check_no_placeholder(content, f"{place} ({speaker})", row, media)
+    return Turn(role, merge_texts(parts), weight)
 
 
-def _messages_part(
-    part: object, place: str, role: Role, row: Row, media: MediaPlaceholders
+def _part(
+    part: object, place: str, role: Role, row: Row, media: MediaPlaceholders, form: ChatFormat
 ) -> list[Part]:
     if not isinstance(part, dict):
         raise row.error(f"{place} is not an object", got=describe(part), expected='{"type": …, …}')
     # Columns of objects fill in every key: what is null is not there.
     given = {key: value for key, value in part.items() if value is not None}
-    kind = given.get("type")
-    if kind is None:
+    name = given.pop("type", None)
+    if not isinstance(name, str) or name not in form.parts:
+        close = nearest(name, form.parts) if isinstance(name, str) else None
         raise row.error(
-            f"{place} has no type",
-            got=listed(part) or "no keys",
-            expected=" | ".join(MESSAGES_PART_TYPES),
+            f"{place} has no type" if name is None else f"{place} has an unknown type",
+            got=listed(part) or "no keys" if name is None else describe(name),
+            expected=" | ".join(form.parts),
+            do=f"did you mean {close!r}?" if close else None,
         )
-    if kind not in MESSAGES_PART_TYPES:
-        raise row.error(
-            f"{place} has an unknown type",
-            got=describe(kind),
-            expected=" | ".join(MESSAGES_PART_TYPES),
-        )
-    if kind != "text" and kind not in given and media.given[kind]:
+    kind, key = form.parts[name]
+    value = given.pop(key, None)
+    if kind != "text" and form is OPENAI:
+        given.pop("detail", None)
+    from_list = kind != "text" and value is None and bool(media.given[kind])
+    if kind != "text" and from_list:
         _check_index(given.pop("index", None), place, kind, row, media)
-    unknown = sorted(given.keys() - {"type", kind})
-    if unknown:
+    if given:
         raise row.error(
-            f"{place} has an unknown key", got=listed(unknown), expected=f"{kind} and type"
+            f"{place} has an unknown key", got=listed(sorted(given)), expected=f"{key} and type"
         )
     if kind == "text":
-        return _text(given.get("text"), place, role, row, media)
-    if kind == "image":
-        from_list = "image" not in given and media.given["image"]
-        return [media.take("image") if from_list else picture(given.get("image"), row)]
-    from_list = "video" not in given and media.given["video"]
-    return [media.take("video") if from_list else video(given.get("video"), row)]
+        return _text(value, place, role, row, media)
+    if from_list:
+        return [media.take(kind)]
+    if form is OPENAI and isinstance(value, dict):
+        value = _url_of(value, key, place, row)
+    return [picture(value, row) if kind == "image" else video(value, row)]
+
+
+def _url_of(value: dict[str, Any], key: str, place: str, row: Row) -> object:
+    if value.keys() - {"url", "detail"}:
+        raise row.error(
+            f"{place} has an unknown key in {key}", got=listed(value), expected="url and detail"
+        )
+    return value.get("url")
 
 
 def _check_index(
@@ -262,131 +346,10 @@ def _text(text: object, place: str, role: Role, row: Row, media: MediaPlaceholde
     return [Text(checked)] if checked else []
 
 
-OPENAI_TURN_KEYS = MESSAGES_TURN_KEYS
-OPENAI_KEYS = frozenset(LIST_KEYS)
-_MEDIA_PARTS = {
-    "image_url": ("image", "image_url"),
-    "input_image": ("image", "image_url"),
-    "video_url": ("video", "video_url"),
-}
-_TEXT_PARTS = ("text", "input_text", "output_text")
-OPENAI_PART_TYPES = (*_TEXT_PARTS, *_MEDIA_PARTS)
-
-
-def matches_openai(values: Mapping[str, Any], entry: DataEntry) -> bool:
-    """Whether the turns could be of this format: no part or key that only `messages` has."""
-    if not has_turns_with(values, {"role", "content"}) or MEDIA_KEYS & values.keys():
-        return False
-    return not part_types(values) & {"image", "video"}
-
-
-def parse_openai(row: Row) -> Conversation:
-    """The conversation of a row of OpenAI messages."""
-    turns = [_openai_turn(turn, number, row) for number, turn in enumerate(turns_of(row), 1)]
-    # Pictures beside the turns are none of this format's: they are among the unused keys.
-    kept = {k: v for k, v in row.values.items() if k not in MEDIA_KEYS and k not in LIST_KEYS}
-    return parse_messages(replace(row, values={**kept, "messages": turns}))
-
-
-def _openai_turn(turn: dict[str, Any], number: int, row: Row) -> dict[str, Any]:
-    """The turn as `messages` writes it."""
-    rewritten = dict(turn)
-    if turn.get("role") == "developer":
-        rewritten["role"] = "system"
-    if turn.get("tool_calls"):
-        raise row.error(f"turn {number} calls tools", expected="turns of texts and pictures")
-    content = turn.get("content")
-    if isinstance(content, list):
-        rewritten["content"] = [
-            _openai_part(part, f"turn {number}, part {index}", row)
-            for index, part in enumerate(content, start=1)
-        ]
-    return rewritten
-
-
-def _openai_part(part: object, place: str, row: Row) -> object:
-    if not isinstance(part, dict):
-        return part
-    given = {key: value for key, value in part.items() if value is not None}
-    kind = given.pop("type", None)
-    if kind in _TEXT_PARTS:
-        return {**given, "type": "text"}
-    if kind not in OPENAI_PART_TYPES:
-        close = nearest(kind, OPENAI_PART_TYPES) if isinstance(kind, str) else None
-        raise row.error(
-            f"{place} has no type" if kind is None else f"{place} has an unknown type",
-            got=describe(kind) if kind is not None else listed(part) or "no keys",
-            expected=" | ".join(OPENAI_PART_TYPES),
-            do=f"did you mean {close!r}?" if close else None,
-        )
-    name, key = _MEDIA_PARTS[kind]
-    value = given.pop(key, None)
-    given.pop("detail", None)
-    if given:
-        raise row.error(f"{place} has an unknown key", got=listed(given), expected=key)
-    url = value.get("url") if isinstance(value, dict) else value
-    if isinstance(value, dict) and value.keys() - {"url", "detail"}:
-        raise row.error(
-            f"{place} has an unknown key in {key}", got=listed(value), expected="url and detail"
-        )
-    return {"type": name, name: url}
-
-
-SHAREGPT_TURN_KEYS = frozenset({"from", "value"}) | WEIGHT_KEYS
-SHAREGPT_KEYS = MEDIA_KEYS | {"messages", "conversations"}
-SHAREGPT_ROLES: dict[str, Role] = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-}
-
-
-def matches_sharegpt(values: Mapping[str, Any], entry: DataEntry) -> bool:
-    """Whether the row's turns have the keys of this format."""
-    return has_turns_with(values, {"from", "value"})
-
-
-def parse_sharegpt(row: Row) -> Conversation:
-    """The conversation of a row whose turns have `from` and `value`."""
-    media = media_placeholders(row, always=True)
-    if media.given["video"] and not media.given["image"]:
-        media.placeholders["<image>"] = "video"
-    parsed = [
-        _sharegpt_turn(turn, number, row, media)
-        for number, turn in enumerate(turns_of(row), start=1)
-    ]
-    media.check_all_taken()
-    return build_conversation(row, parsed)
-
-
-def _sharegpt_turn(turn: dict[str, Any], number: int, row: Row, media: MediaPlaceholders) -> Turn:
-    for key in ("from", "value"):
-        if key not in turn:
-            raise row.error(
-                f"turn {number} has no {key}", got=listed(turn) or "no keys", expected=key
-            )
-    speaker = turn["from"]
-    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
-        close = nearest(speaker, SHAREGPT_ROLES) if isinstance(speaker, str) else None
-        raise row.error(
-            f"turn {number} has an unknown speaker",
-            got=describe(speaker),
-            expected=" | ".join(SHAREGPT_ROLES),
-            do=f"did you mean {close!r}?" if close else None,
-        )
-    role = SHAREGPT_ROLES[speaker]
-    weight = weight_of(turn, number, role, row)
-    value = row.text(turn["value"], place=f"turn {number}")
-    if role == "user":
-        return Turn(role, tuple(media.split(value)))
+def _check_no_placeholder(text: str, place: str, row: Row, media: MediaPlaceholders) -> None:
     for word, kind in media.placeholders.items():
         # `<video>` is an element of HTML too: in an answer it may stand for itself.
-        if word in value and (word == "<image>" or media.given[kind]):
+        if word in text and (word == "<image>" or media.given[kind]):
             raise row.error(
-                f"turn {number} ({speaker}) contains a {NOUNS[kind]}",
-                expected=f"{NOUNS[kind]}s in human turns only",
+                f"{place} contains a {NOUNS[kind]}", expected=f"{NOUNS[kind]}s in human turns only"
             )
-    parts: tuple[Part, ...] = (Text(value),) if value else ()
-    return Turn(role, parts, weight)

@@ -202,6 +202,7 @@ def best_answer(row: Row, answers: Sequence[str], key: str) -> str:
 
 
 QUERY_RESPONSE_KEYS = MEDIA_KEYS | {"query", "response", "history", "system"}
+ALPACA_KEYS = MEDIA_KEYS | {"instruction", "input", "output", "history", "system"}
 
 
 def matches_query_response(values: Mapping[str, Any], entry: DataEntry) -> bool:
@@ -209,46 +210,29 @@ def matches_query_response(values: Mapping[str, Any], entry: DataEntry) -> bool:
     return "query" in values and ("response" in values or "answers" in values)
 
 
-def parse_query_response(row: Row) -> Conversation:
-    """The conversation of a row with `query` and `response`."""
-    has_response = row.values.get("response") is not None or not row.values.get("answers")
-    exchanges = qa_pairs_of(
-        row,
-        question=required_text(row, "query"),
-        answer=required_text(row, "response") if has_response else None,
-    )
-    return build_qa_pairs(
-        row,
-        exchanges,
-        media=media_placeholders(row, always=True),
-        system=optional_text(row, "system"),
-    )
-
-
-ALPACA_KEYS = MEDIA_KEYS | {"instruction", "input", "output", "history", "system"}
-
-
 def matches_alpaca(values: Mapping[str, Any], entry: DataEntry) -> bool:
     """Whether the row has an instruction and an output, or answers in its place."""
     return "instruction" in values and ("output" in values or "answers" in values)
+
+
+def parse_query_response(row: Row) -> Conversation:
+    """The conversation of a row with `query` and `response`."""
+    return _with_history(row, required_text(row, "query"), answer_key="response")
 
 
 def parse_alpaca(row: Row) -> Conversation:
     """The conversation of a row with `instruction`, `input` and `output`."""
     question = required_text(row, "instruction")
     more = optional_text(row, "input")
-    has_output = row.values.get("output") is not None or not row.values.get("answers")
-    exchanges = qa_pairs_of(
-        row,
-        question=f"{question}\n{more}" if more else question,
-        answer=required_text(row, "output") if has_output else None,
-    )
-    return build_qa_pairs(
-        row,
-        exchanges,
-        media=media_placeholders(row, always=True),
-        system=optional_text(row, "system"),
-    )
+    return _with_history(row, f"{question}\n{more}" if more else question, answer_key="output")
+
+
+def _with_history(row: Row, question: str, *, answer_key: str) -> Conversation:
+    has_answer = row.values.get(answer_key) is not None or not row.values.get("answers")
+    answer = required_text(row, answer_key) if has_answer else None
+    exchanges = qa_pairs_of(row, question=question, answer=answer)
+    media = media_placeholders(row, always=True)
+    return build_qa_pairs(row, exchanges, media=media, system=optional_text(row, "system"))
 
 
 CHARTQA_KEYS = frozenset({"imgname", "image", "query", "label", "type", "human_or_machine"})

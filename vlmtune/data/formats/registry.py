@@ -6,12 +6,20 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
 from vlmtune.data.formats import chat, flat, table
-from vlmtune.data.formats.base import COMMON_KEYS, Row
-from vlmtune.data.formats.chat import has_turns, unused_turn_keys
+from vlmtune.data.formats.base import COMMON_KEYS, MEDIA_KEYS, Row
+from vlmtune.data.formats.chat import (
+    LIST_KEYS,
+    WEIGHT_KEYS,
+    ChatFormat,
+    has_turns,
+    parse_chat,
+    unused_turn_keys,
+)
 from vlmtune.data.sources.base import RawRow, Rows
 from vlmtune.data.types import Conversation
 from vlmtune.errors import SampleError, VlmtuneError
@@ -36,16 +44,19 @@ class Format:
     turn_keys: frozenset[str] = frozenset()
 
 
+def _chat(
+    matches: Callable[[Mapping[str, Any], DataEntry], bool],
+    form: ChatFormat,
+    keys: frozenset[str],
+) -> Format:
+    turn_keys = frozenset({form.role_key, form.content_key}) | WEIGHT_KEYS
+    return Format(matches, partial(parse_chat, form=form), keys, turn_keys)
+
+
 FORMATS: dict[FormatName, Format] = {
-    "messages": Format(
-        chat.matches_messages, chat.parse_messages, chat.MESSAGES_KEYS, chat.MESSAGES_TURN_KEYS
-    ),
-    "openai": Format(
-        chat.matches_openai, chat.parse_openai, chat.OPENAI_KEYS, chat.OPENAI_TURN_KEYS
-    ),
-    "sharegpt": Format(
-        chat.matches_sharegpt, chat.parse_sharegpt, chat.SHAREGPT_KEYS, chat.SHAREGPT_TURN_KEYS
-    ),
+    "messages": _chat(chat.matches_messages, chat.MESSAGES, MEDIA_KEYS | set(LIST_KEYS)),
+    "openai": _chat(chat.matches_openai, chat.OPENAI, frozenset(LIST_KEYS)),
+    "sharegpt": _chat(chat.matches_sharegpt, chat.SHAREGPT, MEDIA_KEYS | set(LIST_KEYS)),
     "vqav2": Format(flat.matches_vqav2, flat.parse_vqav2, flat.VQAV2_KEYS),
     "docvqa": Format(flat.matches_docvqa, flat.parse_docvqa, flat.DOCVQA_KEYS),
     "chartqa": Format(flat.matches_chartqa, flat.parse_chartqa, flat.CHARTQA_KEYS),
