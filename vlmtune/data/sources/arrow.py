@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -100,7 +100,8 @@ class ArrowBatches:
         if self._last is None or self._last[0] != number:
             if self._read is None:
                 self._read, _, _ = _open(self._path)
-            self._last = number, _batch(self._read, number, self._path)
+            with _translated(self._path, "Arrow"):
+                self._last = number, self._read(number)
         return self._last[1]
 
 
@@ -146,7 +147,7 @@ def _open(path: Path) -> tuple[Callable[[int], Any], int, list[str]]:
     """The batches of a mapped file, how many, and the names of the columns."""
     import pyarrow as pa
 
-    try:
+    with _translated(path, "Arrow"):
         mapped = pa.memory_map(str(path))
         if mapped.read(len(FILE_MAGIC)) == FILE_MAGIC:
             reader = pa.ipc.open_file(mapped)
@@ -155,30 +156,24 @@ def _open(path: Path) -> tuple[Callable[[int], Any], int, list[str]]:
         stream = pa.ipc.open_stream(mapped)
         held = list(stream)  # of a mapped stream that is not compressed: no copies
         return held.__getitem__, len(held), stream.schema.names
-    except ARROW_ERRORS as error:
-        raise _broken_arrow(path, error) from error
 
 
 def _check(batches: Callable[[int], Any], number: int, path: Path) -> int:
     """The rows of a batch whose offsets stay inside it: others would take the process with them."""
-    batch = _batch(batches, number, path)
-    try:
+    with _translated(path, "Arrow"):
+        batch = batches(number)
         batch.validate(full=True)
-    except ValueError as error:
-        raise _broken_arrow(path, error) from error
-    return int(batch.num_rows)
+        return int(batch.num_rows)
 
 
-def _batch(batches: Callable[[int], Any], number: int, path: Path) -> Any:
+@contextmanager
+def _translated(path: Path, kind: Literal["Arrow", "parquet"]) -> Iterator[None]:
+    """What pyarrow raises for a file that is damaged, as a VlmtuneError."""
     try:
-        return batches(number)
+        yield
     except ARROW_ERRORS as error:
-        raise _broken_arrow(path, error) from error
-
-
-def _broken_arrow(path: Path, error: Exception) -> VlmtuneError:
-    reason = str(error).split("\n")[0].rstrip(".")
-    return VlmtuneError(f"the file cannot be read as Arrow ({reason})", file=path)
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise VlmtuneError(f"the file cannot be read as {kind} ({reason})", file=path) from error
 
 
 logger = logging.getLogger("vlmtune")
@@ -208,7 +203,7 @@ class RowGroups:
         check_unchanged(self._path, self._stamp)
         self._last = None  # let go of before the next is read
         with (
-            _translated(self._path),
+            _translated(self._path, "parquet"),
             pyarrow.parquet.ParquetFile(self._path, pre_buffer=False) as file,
         ):
             # Workers are forked: no threads of another library in them.
@@ -229,7 +224,7 @@ def open_parquet(path: Path, *, cache_dir: Path, streaming: bool = False) -> Bat
     groups, scan = RowGroups(path, stamp), partial(_parquet_from, path)
     if streaming:
         return BatchRows(path, None, groups, scan)
-    with _translated(path), pyarrow.parquet.ParquetFile(path) as file:
+    with _translated(path, "parquet"), pyarrow.parquet.ParquetFile(path) as file:
         found = [file.metadata.row_group(n) for n in range(file.num_row_groups)]
         names = file.schema_arrow.names
     check_columns(names, path)
@@ -291,21 +286,11 @@ def _write_copy(path: Path, copy: Path, key: bytes) -> None:
         with pa.ipc.new_file(stream, schema) as writer:
             batches = file.iter_batches(_COPIED_ROWS, use_threads=False)
             while True:
-                with _translated(path):
+                with _translated(path, "parquet"):
                     batch = next(batches, None)
                 if batch is None:
                     break
                 writer.write_batch(pa.record_batch(batch.columns, schema=schema))
-
-
-@contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    """What pyarrow raises for a parquet file that is damaged, as a VlmtuneError."""
-    try:
-        yield
-    except ARROW_ERRORS as error:
-        reason = str(error).split("\n")[0].rstrip(".")
-        raise VlmtuneError(f"the file cannot be read as parquet ({reason})", file=path) from error
 
 
 STREAMED_ROWS = 64
@@ -317,7 +302,7 @@ def _parquet_from(path: Path, start: int) -> Iterator[RawRow]:
     import pyarrow.parquet
 
     number = 0
-    with _translated(path), pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+    with _translated(path, "parquet"), pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
         check_columns(file.schema_arrow.names, path)
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows

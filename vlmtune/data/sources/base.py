@@ -214,8 +214,8 @@ class SpanRows:
     """Rows that are spans of bytes in `files`, the first of which names them.
 
     `index` has for each row the start and end of its span in each file, -1 where it has none
-    there, and last its line where the rows are lines; None: opened for streaming. A row is
-    `parse(*contents, source)`. `scan(start)` reads from front to back without the index.
+    there; with an odd number of columns, its line is the last. None: opened for streaming. A row
+    is `parse(*contents, source)`. `scan(start)` reads from front to back without the index.
     """
 
     files: tuple[tuple[Path, Stamp], ...]

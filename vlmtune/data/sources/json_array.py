@@ -2,7 +2,7 @@
 
 Offsets are in bytes, lines are 1-based. Every fault is a SampleError at its line.
 
-file -> table of the items of its known lists (list, start, end, key to join by), and the names
+file -> table of the items of its known lists (start, end, key to join by, list), and the names
   -> items of the only list | COCO: captions joined with pictures | VQAv2: questions and answers
 """
 
@@ -207,12 +207,12 @@ NO_KEY = -(2**63)
 _JOINED_BY = {"images": "id", "annotations": "image_id", "questions": "question_id"}
 _ROW_KEYS = frozenset({"messages", "conversations"})
 _KEPT_TEXTS = ("data_type", "data_subtype")
-_PIECE_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
 class Container:
-    """A file's `table`: the number in LISTS, the start, the end and the key of each item."""
+    """A file's `table`: the start, the end and the key of each item, and its list's number in
+    LISTS."""
 
     path: Path
     stamp: Stamp
@@ -236,12 +236,13 @@ class Container:
 
     def items(self, name: str) -> Numbers:
         """Start, end and key of the items of list `name`. (n, 3)"""
-        return np.asarray(self.table.values[self.table.values[:, 0] == LISTS.index(name), 1:])
+        return np.asarray(self.table.values[self.table.values[:, 3] == LISTS.index(name), :3])
 
 
-def looks_like_container(head: bytes) -> bool:
-    """Whether a file that starts with `head` is an object with a known list of objects, as far as
-    one can tell; `open_container` knows."""
+def looks_like_container(path: Path) -> bool:
+    """Whether a file starts as an object with a known list of objects does, as far as its first
+    megabyte shows; `open_container` knows."""
+    head = next(read_chunks(path, CHUNK_BYTES), b"")
     # What is not UTF-8 is said with its line, when the file is opened.
     scanner = JsonScanner(iter([head.decode("utf-8", "replace").encode()]), Path())
     try:
@@ -268,13 +269,13 @@ def open_container(path: Path, *, cache_dir: Path) -> Container | None:
     def build(extra: Extra) -> Iterable[Numbers]:
         return in_pieces(_scan_container(path, extra), columns=4)
 
-    table = open_table("container", [(path, stamp)], columns=4, build=build, cache_dir=cache_dir)
+    table = open_table("lists", [(path, stamp)], columns=4, build=build, cache_dir=cache_dir)
     if not table.extra["is_alone"] or not table.extra["lists"]:
         return None
     return Container(path, stamp, table)
 
 
-def open_items(container: Container, *, cache_dir: Path) -> SpanRows:
+def rows_of(container: Container) -> SpanRows:
     """The objects of a file's only list. Raises VlmtuneError where it has several."""
     if len(container.lists) > 1:
         raise VlmtuneError(
@@ -283,17 +284,7 @@ def open_items(container: Container, *, cache_dir: Path) -> SpanRows:
             got=", ".join(f"{name} ({num:,})" for name, num in container.lists.items()),
             expected="one list, images and annotations (COCO), or questions (VQAv2)",
         )
-    values = container.table.values
-    table = open_table(
-        "items",
-        [container.opened],
-        columns=2,
-        build=lambda extra: (
-            values[at : at + _PIECE_ROWS, 1:3] for at in range(0, len(values), _PIECE_ROWS)
-        ),
-        cache_dir=cache_dir,
-    )
-    return SpanRows((container.opened,), table, parse_line)
+    return SpanRows((container.opened,), container.table, parse_line)
 
 
 def find_keys(wanted: Numbers, items: Numbers, *, file: Path, name: str) -> Numbers:
@@ -342,7 +333,7 @@ def _scan_container(path: Path, extra: Extra) -> Iterator[tuple[int, int, int, i
         extra["lists"][name] = 0
         for item in itertools.chain((first,), items):
             extra["lists"][name] += 1
-            yield number, item.start, item.end, _key(item.value, name)
+            yield item.start, item.end, _key(item.value, name), number
     extra["is_alone"] = scanner.peek() == "" and not is_row
 
 

@@ -37,8 +37,8 @@ from vlmtune.data.sources.json_array import (
     Container,
     looks_like_container,
     open_container,
-    open_items,
     open_json_array,
+    rows_of,
 )
 from vlmtune.data.sources.json_text import BOM
 from vlmtune.data.sources.jsonl import open_jsonl
@@ -48,7 +48,7 @@ from vlmtune.files import Extra, Numbers, digest
 from vlmtune.recipe.data_section import DataEntry
 from vlmtune.recipe.paths import HUB, expand_shards
 
-_HEAD_BYTES = 1 << 20
+_HEAD_BYTES = 1 << 16
 _LINES = (".jsonl", ".ndjson")
 _CELLS = (".csv", ".tsv", ".tab")
 _COMPRESSED_LINES = (".jsonl.gz", ".ndjson.gz", ".json.gz")
@@ -91,7 +91,7 @@ def _open_path(path: Path, entry: DataEntry, cache_dir: Path, streaming: bool) -
     head = _read_head(path)
     _check_keys(entry, {"annotations"}, "a file")
     if entry.annotations is not None:
-        return _open_vqa(path, head, entry.annotations, cache_dir)
+        return _open_vqa(path, Path(entry.annotations), cache_dir)
     suffix, name = path.suffix.lower(), path.name.lower()
     if streaming and name.endswith(_COMPRESSED_LINES):
         return open_jsonl(path, cache_dir=cache_dir, streaming=True)
@@ -115,7 +115,7 @@ def _open_path(path: Path, entry: DataEntry, cache_dir: Path, streaming: bool) -
         )
     if start.startswith(b"["):
         return open_json_array(path, cache_dir=cache_dir)
-    if start.startswith(b"{") and suffix not in _LINES and looks_like_container(head):
+    if start.startswith(b"{") and suffix not in _LINES and looks_like_container(path):
         container = open_container(path, cache_dir=cache_dir)
         if container is not None:
             return _open_container(container, cache_dir)
@@ -125,7 +125,7 @@ def _open_path(path: Path, entry: DataEntry, cache_dir: Path, streaming: bool) -
 def _open_container(container: Container, cache_dir: Path) -> Rows:
     if {"images", "annotations"} <= container.lists.keys():
         return open_coco(container, cache_dir=cache_dir)
-    rows = open_items(container, cache_dir=cache_dir)
+    rows = rows_of(container)
     first = rows[0]
     has_answer = any("answer" in key for key in first)
     if "questions" in container.lists and not has_answer:
@@ -144,13 +144,12 @@ def _open_container(container: Container, cache_dir: Path) -> Rows:
     return rows
 
 
-def _open_vqa(path: Path, head: bytes, annotations: str, cache_dir: Path) -> Rows:
+def _open_vqa(questions: Path, answers: Path, cache_dir: Path) -> Rows:
     opened = []
-    for file in (path, Path(annotations)):
-        start = head if file == path else _read_head(file)
-        _check_text(file, start)
-        known = looks_like_container(start)
-        container = open_container(file, cache_dir=cache_dir) if known else None
+    for file in (questions, answers):
+        _check_text(file, _read_head(file))
+        is_known = looks_like_container(file)
+        container = open_container(file, cache_dir=cache_dir) if is_known else None
         if container is None:
             raise VlmtuneError(
                 "the file is not one of VQAv2",
