@@ -67,8 +67,6 @@ def check(
     return run(loaded, workers=workers, max_samples=max_samples, quiet=quiet)
 
 
-
-
 def evaluate(
     target: str | Path,
     *,
