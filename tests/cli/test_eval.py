@@ -60,7 +60,7 @@ def test_a_folder_whose_name_looks_like_a_setting_is_a_target(
     assert code == 2 and "command line: unknown key 'lr'; did you mean" in stderr
     (tmp_path / "lr=0.1").mkdir()
     code, _, stderr = run(*command)
-    assert code == 2 and "lr=0.1: the folder is no run, adapter or model" in stderr
+    assert code == 2 and "lr=0.1: the folder is not a run, an adapter or a model" in stderr
 
 
 def test_a_run_is_evaluated_with_its_settings_into_its_folder(run_folder: Path, data: Path) -> None:

@@ -154,7 +154,7 @@ def test_runs_with_other_settings_are_evaluated_alike_and_that_is_said(
         (lambda lines: lines[:2], "not of the same samples"),
         (
             lambda lines: [line.replace('"question": "', '"question": "!') for line in lines],
-            "asked",
+            "another question in",
         ),
     ],
 )

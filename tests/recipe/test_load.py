@@ -18,6 +18,7 @@ from vlmtune.recipe.load import (
     dump_recipe,
     load_recipe,
     load_resolved,
+    load_settings,
     recipe_json_schema,
     recipe_of_files,
 )
@@ -229,3 +230,17 @@ def test_every_wrong_setting_of_files_is_named_as_it_was_written(tmp_path: Path)
 def test_files_are_not_set_twice(setting: str) -> None:
     with pytest.raises(VlmtuneError, match=r"data\.train is set, and files are given as well"):
         recipe_of_files(["a.csv"], [setting])
+
+
+def test_settings_of_a_command_leave_out_metrics_of_another_task() -> None:
+    def load(*overrides: str) -> Recipe:
+        values = {"eval": {"task": "choice", "metrics": ["choice_likelihood"], "max_new_tokens": 9}}
+        return load_settings(overrides, taken=["eval.*"], values=values)[0]
+
+    other = load("eval.task=vqa", "eval.max_new_tokens=4").eval
+    assert (other.metrics, other.max_new_tokens) == ([], 4)
+    assert load("eval.task=vqa", "eval.metrics=[anls]").eval.metrics == ["anls"]
+    same = load("eval.task=choice").eval  # a value that was not set may be without effect
+    assert (same.metrics, same.max_new_tokens) == (["choice_likelihood"], 9)
+    with pytest.raises(ErrorGroup, match="eval.max_new_tokens has no effect because eval.metrics"):
+        load("eval.max_new_tokens=4")
