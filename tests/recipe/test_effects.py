@@ -250,11 +250,16 @@ def test_an_override_wins_over_the_file(
     named: str | None,
     folder: Path,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level(logging.INFO, logger="vlmtune")
     load_recipe(write(folder, values), overrides)
     line = [] if named is None else [f"keys of recipe.yaml without effect: {named}"]
     assert log_of(caplog) == line
+    caplog.clear()
+    monkeypatch.chdir(folder)
+    load_recipe(yaml.safe_load(Path("recipe.yaml").read_text()), overrides)
+    assert log_of(caplog) == [text.replace("recipe.yaml", "recipe") for text in line]
 
 
 def test_full_fine_tuning_is_one_key(folder: Path) -> None:

@@ -91,7 +91,7 @@ def load_recipe(
     before = copy.deepcopy(settings.values)
     for override in overrides:
         errors += _apply_override(override, settings, Place(_override_name(override), None))
-    idle = _take_out_idle(settings, before)
+    idle = _take_out_idle(settings, before, file=str(path))
     errors += resolve_paths(settings, folder=path.parent)
     files = [str(path), *map(_override_name, overrides)]
     recipe = _checked(settings, errors, files)
@@ -193,8 +193,8 @@ def recipe_json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Recipe.model_json_schema()
 
 
-def _take_out_idle(settings: Settings, before: Mapping[str, Any]) -> dict[str, Idle]:
-    """Take out of `settings` the file's keys that had an effect `before` the overrides and have
+def _take_out_idle(settings: Settings, before: Mapping[str, Any], *, file: str) -> dict[str, Idle]:
+    """Take out of `settings` the keys of `file` that had an effect `before` the overrides and have
     none with them. A key with a value that turns it off gets that, also where it has its default.
     """
     values, fields = settings.values, effects()
@@ -206,7 +206,7 @@ def _take_out_idle(settings: Settings, before: Mapping[str, Any]) -> dict[str, I
         idle = {
             key: why
             for key, why in idle_keys(values, [*written, *with_off], before=before).items()
-            if key not in idle_before and settings.place(tuple(key.split("."))).line is not None
+            if key not in idle_before and settings.place(tuple(key.split("."))).file == file
         }
         if not idle:  # taking one out can leave another one without effect
             return taken_out
