@@ -69,12 +69,12 @@ class ChatFormat:
     media: Callable[[Row], MediaPlaceholders]
 
 
-def _no_media(row: Row) -> MediaPlaceholders:
+def _media_of_openai(row: Row) -> MediaPlaceholders:
     """Pictures beside the turns are none of OpenAI's: they are among the unused keys."""
     return MediaPlaceholders(row, {"image": [], "video": []}, {})
 
 
-def _llava_media(row: Row) -> MediaPlaceholders:
+def _media_of_sharegpt(row: Row) -> MediaPlaceholders:
     media = media_placeholders(row, always=True)
     if media.given["video"] and not media.given["image"]:
         media.placeholders["<image>"] = "video"
@@ -102,7 +102,7 @@ OPENAI = ChatFormat(
         "input_image": ("image", "image_url"),
         "video_url": ("video", "video_url"),
     },
-    media=_no_media,
+    media=_media_of_openai,
 )
 SHAREGPT = ChatFormat(
     role_key="from",
@@ -115,7 +115,7 @@ SHAREGPT = ChatFormat(
         "assistant": "assistant",
     },
     parts={},
-    media=_llava_media,
+    media=_media_of_sharegpt,
 )
 
 
