@@ -224,7 +224,7 @@ def test_other_samples_or_other_references_are_refused(tmp_path: Path) -> None:
         ("metrics.json", "[]", "not an object"),
         ("metrics.json", "{", "not JSON"),
         ("metrics.json", "{}", "not a report"),
-        ("predictions.jsonl", '{"id": "1"}', "predictions.jsonl:1: the line is no answer"),
+        ("predictions.jsonl", '{"id": "1"}', "predictions.jsonl:1: the line is not a prediction"),
     ],
 )
 def test_a_folder_of_something_else_is_refused(

@@ -137,7 +137,7 @@ def test_a_damaged_file_is_made_anew(tmp_path, caplog):
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert store.get(key_of(1)) is None
-    assert "is written again" in caplog.text
+    assert "is made again" in caplog.text
     assert store.put(key_of(1), features(1))
     assert same(store.get(key_of(1)), features(1))
 
