@@ -377,7 +377,7 @@ def test_a_sample_without_a_picture_is_an_error_with_its_place(make_recipe, capt
 
 
 def test_what_does_not_go_with_it_is_refused(make_recipe):
-    with pytest.raises(ErrorGroup, match="adalora is not supported with objective: contrastive"):
+    with pytest.raises(ErrorGroup, match="adalora.initial_rank has no effect"):
         load_recipe(make_recipe("b", adalora={"initial_rank": 4, "target_rank": 2}))
     with pytest.raises(ErrorGroup, match="train.batch_size 1 there are none"):
         load_recipe(make_recipe("d", train__batch_size=1))

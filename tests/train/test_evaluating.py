@@ -78,8 +78,8 @@ def test_the_subset_is_not_the_first_rows_of_the_file(make_recipe, tmp_path: Pat
 
 
 def test_evaluating_changes_no_step(make_recipe):
-    quiet, often = make_recipe("quiet", data__eval=None), make_recipe("often", dropout=0.1)
-    train_once(quiet, "dropout=0.1")
+    quiet, often = make_recipe("quiet", dropout=0.1), make_recipe("often", dropout=0.1)
+    train_once(quiet, "data.eval=null")
     train_once(often)
     for name, tensor in adapter_of(quiet.parent / "run").items():
         assert torch.equal(tensor, adapter_of(often.parent / "run")[name]), name

@@ -71,14 +71,13 @@ class KeyLocations:
         error: VlmtuneError,
         *,
         about: Sequence[str] = ("model",),
-        severity: Severity = "error",
     ) -> None:
         """Note `error`; one that names no file gets the place of the key that it names, or else
         of the first of the keys `about` that is written."""
         if error.file is None:
             place = self._place(error, about)
             error.file, error.line = place.file, place.line
-        problems.add_error(error, severity=severity)
+        problems.add_error(error)
 
     def _place(self, error: VlmtuneError, about: Sequence[str]) -> Place:
         named = [key for text in (error.message, error.do or "") for key in self._named(text)]

@@ -37,7 +37,7 @@ PartName = Literal["vision", "connector", "language", "lm_head"]
 PART_NAMES: tuple[PartName, ...] = get_args(PartName)
 Task = Literal["vqa", "caption", "choice", "classification", "grounding", "retrieval"]
 
-LORA = {"lora_target": Not([]), "adalora": None}
+LORA = {"lora_target": Not([]), "adalora": None}  # LoRA and its kin, but not AdaLoRA
 WITH_ADAPTER = Effect(needs={"lora_target": Not([])})
 WITH_DATA_EVAL = Effect(needs={"data.eval": Not(None)})
 ONLY_4_BIT = Effect(needs={"quantization_bit": 4})
@@ -53,8 +53,7 @@ NEEDS_ANSWERS = (
 
 
 class AdaLoraSection(Section):
-    """AdaLoRA (Zhang et al. 2023, arXiv 2303.10512). With this section, it is used instead of
-    LoRA."""
+    """If present, AdaLoRA (Zhang et al. 2023, arXiv 2303.10512) is used instead of LoRA."""
 
     initial_rank: int = Field(
         default=12, ge=1, description="Rank of each adapted module at the start of training."
