@@ -24,11 +24,9 @@ from tests.models.adapted import (
 from tests.tiny_models import save_tiny_model
 from vlmtune.errors import VlmtuneError
 from vlmtune.models import merge as merging
-from vlmtune.models.adapters.merged_weight import merged_weights
 from vlmtune.models.merge import fold_and_write, merge, verify_written
 from vlmtune.models.merge_verify import MergeFailed, build_probes
-from vlmtune.models.merge_whole import fold
-from vlmtune.models.merge_write import open_lazily
+from vlmtune.models.merge_write import Folding, open_lazily, plan_output
 from vlmtune.models.open import open_target
 
 RANK_0 = {"adalora": {"initial_rank": 6, "target_rank": 1, "warmup": 1, "final": 1, "interval": 1}}
@@ -82,15 +80,16 @@ def test_the_merged_model_is_base_plus_adapter(model_folder, tmp_path, method):
 
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora", "modules_to_save", "tied_head"])
 def test_the_closed_formulas_agree_with_pefts_merge(model_folder, tmp_path, method):
-    run, _ = trained_run(model_folder, tmp_path, **METHODS[method])
-    model = open_target(run, dtype=torch.float32, device="cpu").vlm.model
-    before = {n: p.clone() for n, p in open_base(model_folder).model.named_parameters()}
-    expected = {name: weight.clone() for name, weight in merged_weights(model)}
-    merged = dict(fold(model).named_parameters(remove_duplicate=False))
-    for name, weight in expected.items():
-        torch.testing.assert_close(merged[name], weight, rtol=1e-5, atol=1e-6)
-    changed = [n for n in before if not torch.equal(before[n], merged[n])]
-    assert set(changed) == set(expected) & set(before)
+    run, _ = trained_run(model_folder, tmp_path / "run", **METHODS[method])
+    merged = open_target(run, dtype=torch.float32, device="cpu").vlm.model.merge_and_unload()
+    after = dict(merged.named_parameters(remove_duplicate=False))
+    before = dict(open_base(model_folder).model.named_parameters())
+    folding = Folding(open_lazily(run, tmp_path / "converted"))
+    for name in folding.changed:
+        torch.testing.assert_close(folding.expected(name), after[name], rtol=1e-5, atol=1e-6)
+        assert torch.equal(folding.folded(name), after[name])
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == folding.changed & before.keys()
 
 
 def test_another_architecture_merges_in_shards_with_its_own_dtype(tmp_path):
@@ -142,21 +141,21 @@ def test_an_adapter_on_one_end_of_a_tied_pair_unties_it(model_folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def written(model_folder, tmp_path_factory):
-    """A merged folder and the reference that it was verified against."""
+    """A merged folder and what it was verified against."""
     folder = tmp_path_factory.mktemp("written")
     run, _ = trained_run(model_folder, folder / "run")
-    on_disk = open_lazily(run)
-    probes = build_probes(on_disk.opened.vlm, None, [])
-    reference = fold_and_write(
-        on_disk, folder / "merged", probes, dtype=torch.bfloat16, shard_bytes=10**9
-    )
-    assert verify_written(folder / "merged", reference).verified
-    return folder / "merged", reference
+    folding = Folding(open_lazily(run, folder / "converted"))
+    plan = plan_output(folding, torch.bfloat16)
+    probes = build_probes(folding.checkpoint.vlm, None, [])
+    reference = fold_and_write(folding, plan, probes, folder / "merged", shard_size="1GB")
+    expected = (folding, plan, reference)
+    assert verify_written(folder / "merged", *expected).verified
+    return folder / "merged", expected
 
 
 @pytest.mark.parametrize("wrong", ["dropped", "scaling off", "one weight off"])
 def test_a_wrong_checkpoint_fails_and_names_the_module(model_folder, written, tmp_path, wrong):
-    folder, reference = written
+    folder, expected = written
     merged = load_file(folder / "model.safetensors")
     base = load_file(model_folder / "model.safetensors")
     wrongly = {"dropped": 0.0, "scaling off": 0.5}.get(wrong, 1.0)
@@ -171,7 +170,7 @@ def test_a_wrong_checkpoint_fails_and_names_the_module(model_folder, written, tm
         (tmp_path / path.name).write_bytes(path.read_bytes())
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(MergeFailed, match="position .*farthest from W") as failure:
-        verify_written(tmp_path, reference)
+        verify_written(tmp_path, *expected)
     if wrong == "one weight off":
         assert re.search(r"layers\.1\.self_attn\.q_proj\.weight, by (50|49.99)", str(failure.value))
     report = failure.value.report

@@ -1,15 +1,13 @@
-"""A merge tensor by tensor is the merge of the whole model, at the memory of one tensor."""
+"""A merge tensor by tensor is the merge of the whole model, at the memory of one shard."""
 
 from __future__ import annotations
 
 import json
-import logging
 import shutil
-import weakref
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -28,20 +26,12 @@ from vlmtune.errors import VlmtuneError
 from vlmtune.models import merge as merging
 from vlmtune.models.adapters.base import tuner_layers
 from vlmtune.models.adapters.registry import build_adapter
-from vlmtune.models.load import read_config
+from vlmtune.models.load import pixel_budget, set_pixel_budget
 from vlmtune.models.merge import fold_and_write, merge, verify_written
 from vlmtune.models.merge_verify import MergeFailed, build_probes
-from vlmtune.models.merge_whole import merge_whole
-from vlmtune.models.merge_write import Folding, open_lazily
-from vlmtune.models.streamed import (
-    PlannedTensor,
-    map_weights,
-    size_in_bytes,
-    stored_tensors,
-    streaming,
-    weight_files,
-    write_tensors,
-)
+from vlmtune.models.merge_write import Folding, open_lazily, plan_output
+from vlmtune.models.open import open_target
+from vlmtune.models.streamed import load_lazily, stored_tensors, streaming, weight_files
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +51,11 @@ def tensors_of(folder):
     }
 
 
-def whole(run, folder, dtype=torch.float32):
-    return merge_whole(run, folder, dtype=dtype, shard_size="2GB", data=(), trust_remote_code=False)
+def whole(run, folder):
+    """PEFT's own merge of the model in memory, saved by transformers."""
+    model = open_target(run, dtype=torch.float32, device="cpu").vlm.model
+    merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    merged.save_pretrained(folder)
 
 
 # The same as the whole model in memory
@@ -77,11 +70,10 @@ def test_tensor_by_tensor_writes_what_the_whole_model_gives(tmp_path, model_type
     model = save_tiny_model(model_type, tmp_path / "model")
     run = trained_run(model, tmp_path / "run", **METHODS[method])
     assert merge(run, tmp_path / "merged", dtype="float32").verified
-    assert whole(run, tmp_path / "whole").verified
+    whole(run, tmp_path / "whole")
     merged, expected = tensors_of(tmp_path / "merged"), tensors_of(tmp_path / "whole")
     assert merged.keys() == expected.keys() == tensors_of(model).keys()
-    for key, tensor in merged.items():
-        torch.testing.assert_close(tensor, expected[key], rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in merged.items())
     if method != "full":
         base = tensors_of(model)
         untouched = [key for key in merged if torch.equal(merged[key], base[key])]
@@ -139,23 +131,35 @@ def test_a_pair_that_the_files_hold_twice_stays_tied(model_folder, tmp_path):
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
 
 
-def test_the_other_files_of_the_base_go_along_and_its_pixel_budget_does_not(model_folder, tmp_path):
+@pytest.mark.parametrize("max_pixels", [None, 1024])
+def test_files_of_the_base_are_copied_unless_training_changed_them(
+    model_folder, tmp_path, max_pixels
+):
     model = tmp_path / "model"
     shutil.copytree(model_folder, model)
     for name in ("LICENSE", "modeling_own.py", "optimizer.pt"):
         (model / name).write_text("{}")
-    AutoProcessor.from_pretrained(model).image_processor.save_pretrained(model)
-    before = (model / "model.safetensors").read_bytes()
+    processor = AutoProcessor.from_pretrained(model)
+    processor.image_processor.save_pretrained(model)
+    files = {path.name: path.read_bytes() for path in model.iterdir() if path.is_file()}
     run = trained_run(model_folder, tmp_path / "run")
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(model)
     (run / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    assert (model / "preprocessor_config.json").is_file()
+    set_pixel_budget(processor, min_pixels=None, max_pixels=max_pixels)
+    processor.save_pretrained(run / "adapter")
     merge(run, tmp_path / "merged")
-    names = {path.name for path in (tmp_path / "merged").iterdir()}
-    assert {"LICENSE", "modeling_own.py", "generation_config.json", "tokenizer.json"} <= names
-    assert "optimizer.pt" not in names and "preprocessor_config.json" not in names
-    assert (model / "model.safetensors").read_bytes() == before
+    merged = {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()}
+    assert merged.keys() | {"optimizer.pt"} >= files.keys() - {"preprocessor_config.json"}
+    assert "optimizer.pt" not in merged
+    changed = {name for name in merged if merged[name] != files.get(name)}
+    budget = pixel_budget(AutoProcessor.from_pretrained(tmp_path / "merged"))
+    if max_pixels is None:
+        assert changed == {"model.safetensors"} and "preprocessor_config.json" in merged
+    else:
+        assert changed == {"model.safetensors", "processor_config.json"}
+        assert "preprocessor_config.json" not in merged and budget[1] == 1024
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == files
 
 
 # A wrong checkpoint
@@ -169,11 +173,13 @@ LAYER = "model.language_model.layers.0.self_attn.q_proj"
 def written(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("written")
     run = trained_run(model_folder, folder / "run", use_dora=True)
-    on_disk = open_lazily(run)
-    probes = build_probes(on_disk.opened.vlm, None, [])
-    result = fold_and_write(on_disk, folder / "merged", probes, dtype=None, shard_bytes=10**9)
-    assert verify_written(folder / "merged", result).verified
-    return folder / "merged", result, tuner_layers(on_disk.opened.vlm.model)[LAYER]
+    folding = Folding(open_lazily(run, folder / "converted"))
+    plan = plan_output(folding, None)
+    probes = build_probes(folding.checkpoint.vlm, None, [])
+    reference = fold_and_write(folding, plan, probes, folder / "merged", shard_size="1GB")
+    assert verify_written(folder / "merged", folding, plan, reference).verified
+    layer = tuner_layers(folding.checkpoint.vlm.model)[LAYER]
+    return folder / "merged", (folding, plan, reference), layer
 
 
 def change_of(layer):
@@ -197,7 +203,7 @@ def under_another_key(tensors, base, written, layer):
 
 
 def in_a_row_that_no_sample_reads(tensors, base, written, layer):
-    used = torch.cat([p.inputs["input_ids"].flatten() for p in written.reference.probes])
+    used = torch.cat([p.inputs["input_ids"].flatten() for p in written[2].probes])
     unused = next(i for i in range(300) if i not in used.tolist())
     tensors["model.embed_tokens.weight"][unused, 0] += 1e-6
 
@@ -222,14 +228,14 @@ def one_added(tensors, base, written, layer):
     ],
 )
 def test_a_wrong_tensor_fails_and_is_named(model_folder, written, tmp_path, spoil, message):
-    folder, result, layer = written
+    folder, expected, layer = written
     shutil.copytree(folder, tmp_path / "copy")
     tensors = load_file(folder / "model.safetensors")
-    spoil(tensors, load_file(model_folder / "model.safetensors"), result, layer)
+    spoil(tensors, load_file(model_folder / "model.safetensors"), expected, layer)
     tensors = {key: t.detach().clone().contiguous() for key, t in tensors.items()}
     save_file(tensors, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(MergeFailed, match=message) as failure:
-        verify_written(tmp_path / "copy", result)
+        verify_written(tmp_path / "copy", *expected)
     assert not failure.value.report.verified and failure.value.exit_code == 1
 
 
@@ -265,10 +271,9 @@ def test_a_full_disk_leaves_nothing(model_folder, tmp_path, monkeypatch):
 # Memory
 
 
-def test_one_module_at_a_time_has_its_weights(model_folder):
-    files = weight_files(str(model_folder))
-    placed = map_weights(read_config(str(model_folder)), stored_tensors(files), source="x")
-    parameters = list(placed.model.parameters())
+def test_one_module_at_a_time_has_its_weights(model_folder, tmp_path):
+    lazy = load_lazily(str(model_folder), tmp_path / "converted")
+    parameters = list(lazy.vlm.model.parameters())
 
     def held():
         return [p for p in parameters if p.untyped_storage().nbytes() > 4]
@@ -277,17 +282,17 @@ def test_one_module_at_a_time_has_its_weights(model_folder):
 
     def read(name):
         seen.append((name, len(held())))
-        return placed.read(name)
+        return lazy.read(name)
 
     assert held() == []
-    with streaming(placed.model, placed.key_of.keys(), read):
-        logits = logits_of(placed.model)
+    with streaming(lazy.vlm.model, lazy.weights.keys(), read):
+        logits = logits_of(lazy.vlm.model)
     torch.testing.assert_close(logits, logits_of(open_base(model_folder).model), rtol=0, atol=0)
     assert held() == []
     assert len(seen) >= 20 and all(number == 0 for _, number in seen)
-    with streaming(placed.model, placed.key_of.keys(), placed.read, at_once=True):
-        assert torch.equal(logits_of(placed.model), logits)
-    assert logits_of(placed.model).isnan().all()  # no weight is left behind, and none is made up
+    with streaming(lazy.vlm.model, lazy.weights.keys(), lazy.read, at_once=True):
+        assert torch.equal(logits_of(lazy.vlm.model), logits)
+    assert logits_of(lazy.vlm.model).isnan().all()  # no weight is left, and none is made up
 
 
 class Reaching(nn.Module):
@@ -311,34 +316,6 @@ def test_a_weight_that_was_not_read_is_nan_unless_all_are_read_at_once():
         assert torch.equal(model(x), x @ weight)
 
 
-def test_a_tensor_is_gone_before_the_next_one_is_asked_for(tmp_path):
-    alive = []
-
-    def tensor_of(key):
-        assert all(reference() is None for reference in alive)
-        tensor = torch.full((4, 4), float(key))
-        alive.append(weakref.ref(tensor))
-        return tensor
-
-    planned = [PlannedTensor(str(number), (4, 4), torch.float32) for number in range(7)]
-    files = write_tensors(tmp_path, planned, tensor_of, shard_bytes=130)
-    assert [file.name for file in files][0] == "model-00001-of-00004.safetensors"
-    assert all(len(load_file(file)) <= 2 for file in files)
-    written = tensors_of(tmp_path)
-    assert all(torch.equal(t, torch.full((4, 4), float(key))) for key, t in written.items())
-    assert len(written) == 7
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == 7 * 64
-    assert {tmp_path / name for name in index["weight_map"].values()} == set(files)
-
-
-def test_sizes_are_read_in_powers_of_1000():
-    assert size_in_bytes("2GB") == 2 * 10**9
-    assert size_in_bytes("1.5KB") == 1500
-    with pytest.raises(ValueError, match="not a size"):
-        size_in_bytes("2 gigs")
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -357,17 +334,20 @@ def test_weights_that_cannot_be_read_are_the_users_to_mend(tmp_path, name, conte
 
 
 def test_a_model_that_lacks_a_weight_is_refused(model_folder, tmp_path):
-    files = weight_files(str(model_folder))
-    stored = stored_tensors(files)
-    del stored[Q0]
-    with pytest.raises(VlmtuneError, match=r"1 weight of x is missing.*layers\.0.*q_proj"):
-        map_weights(read_config(str(model_folder)), stored, source="x")
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    tensors = tensors_of(model)
+    del tensors[Q0]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(VlmtuneError, match=r"1 weight of .* missing.*layers\.0.*q_proj"):
+        load_lazily(str(model), tmp_path / "converted")
 
 
 # Weights that transformers makes out of others
 
 
-def test_a_model_whose_weights_are_converted_is_merged_whole(tmp_path, caplog):
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("saved", [[], ["model.language_model.layers.1.mlp.experts"]])
+def test_a_model_whose_weights_are_converted_is_merged_like_any_other(tmp_path, saved, dtype):
     """The experts of this architecture are transposed when they are loaded."""
     model = experts_model(tmp_path / "model")
     parts = {
@@ -376,16 +356,24 @@ def test_a_model_whose_weights_are_converted_is_merged_whole(tmp_path, caplog):
         "language": ["model.language_model"],
         "lm_head": ["lm_head"],
     }
-    recipe = recipe_for(model, lora_target=["q_proj"], parts=parts)
+    recipe = recipe_for(model, lora_target=["q_proj"], modules_to_save=saved, parts=parts)
     adapter = build_adapter(open_base(model, parts=parts), recipe, total_steps=4)
     randomise(adapter.model)
     run = write_run(tmp_path / "run", adapter, recipe)
-    with caplog.at_level(logging.INFO, logger="vlmtune"):
-        assert merge(run, tmp_path / "merged").verified
-    assert "merged whole, in memory" in caplog.text
+    assert merge(run, tmp_path / "merged", dtype=dtype, shard_size="100KB").verified
+    model_dtype = torch.float32 if dtype == "auto" else torch.bfloat16
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits_of(merged), logits_of(adapter.model), rtol=1e-5, atol=1e-5)
-    assert tensors_of(tmp_path / "merged").keys() == tensors_of(model).keys()
+    assert merged.dtype == model_dtype
+    limit = 1e-5 if dtype == "auto" else 0.1
+    assert (logits_of(merged.float()) - logits_of(adapter.model)).abs().max() < limit
+    before, after = tensors_of(model), tensors_of(tmp_path / "merged")
+    assert {k: (t.shape, model_dtype) for k, t in before.items()} == {
+        k: (t.shape, t.dtype) for k, t in after.items()
+    }
+    changed = {key for key in before if not torch.equal(before[key].to(model_dtype), after[key])}
+    experts = {key for key in before if ".experts." in key and ".layers.1." in key}
+    assert changed >= experts if saved else not changed & experts
+    assert all("q_proj" in key for key in changed - experts)
 
 
 def experts_model(folder):

@@ -69,7 +69,7 @@ def both_folder(model_folder, adapter_folder, tmp_path):
 
 
 def test_an_adapter_with_a_model_beside_it_is_opened_on_its_own_base_and_says_so(
-    both_folder, model_folder, adapter_folder, caplog
+    both_folder, model_folder, adapter_folder, tmp_path, caplog
 ):
     caplog.set_level(logging.WARNING, "vlmtune")
     expected = logits_of(opened(adapter_folder).vlm.model)
@@ -82,13 +82,16 @@ def test_an_adapter_with_a_model_beside_it_is_opened_on_its_own_base_and_says_so
     [said] = caplog.messages
     assert str(both_folder) in said and str(model_folder) in said and "not used" in said
     caplog.clear()
-    open_lazily(both_folder)
+    open_lazily(both_folder, tmp_path / "converted")
     assert caplog.messages == [said]
 
 
 def test_an_adapter_that_names_the_folder_it_lies_in_as_its_base_is_refused(
-    both_folder, model_folder, adapter_folder
+    both_folder, model_folder, adapter_folder, tmp_path
 ):
+    def lazily(target):
+        return open_lazily(target, tmp_path / "converted")
+
     # What is refused: transformers attaches the adapter by itself.
     attached = AutoModelForImageTextToText.from_pretrained(both_folder)
     assert any("lora_A" in name for name in attached.state_dict())
@@ -96,14 +99,14 @@ def test_an_adapter_that_names_the_folder_it_lies_in_as_its_base_is_refused(
     config["base_model_name_or_path"] = str(both_folder)
     for folder in (both_folder, adapter_folder):
         (folder / "adapter_config.json").write_text(json.dumps(config))
-        for open_it in (opened, open_lazily):
+        for open_it in (opened, lazily):
             with pytest.raises(VlmtuneError, match=f"^{both_folder}: .*an adapter beside it"):
                 open_it(folder)
     # The way on that the message names.
     (both_folder / "adapter_config.json").unlink()
     expected = logits_of(opened(both_folder).vlm.model)
     assert (logits_of(opened(adapter_folder).vlm.model) - expected).abs().max() > 0.01
-    assert open_lazily(adapter_folder).opened.kind == "adapter"
+    assert lazily(adapter_folder).files.kind == "adapter"
 
 
 def test_a_run_is_quantised_as_in_training_unless_told(model_folder, tmp_path):

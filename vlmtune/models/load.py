@@ -170,10 +170,14 @@ def quiet_transformers() -> Iterator[None]:
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    offloading = logging.getLogger("accelerate.big_modeling")
+    offloading_level = offloading.level
+    offloading.setLevel(logging.ERROR)
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        offloading.setLevel(offloading_level)
         if bars:
             transformers_logging.enable_progress_bar()
 
@@ -328,11 +332,14 @@ def load_vlm(
     device: str | torch.device | None = None,
     image: ImageSection | None = None,
     parts: Mapping[Any, Sequence[str]] | None = None,
+    offload_folder: Path | None = None,
 ) -> VLM:
     """Load a model and its processor; in eval mode, on `device` (CUDA where there is one).
 
     `dtype` is that of every weight that is not quantised. `quantization_bit` 4 or 8 quantises all
-    linear layers but `quantization.skip`; what is in effect is read off the model.
+    linear layers but `quantization.skip`; what is in effect is read off the model. With
+    `offload_folder` the weights stay in their files, and those that transformers makes out of
+    others are written there.
 
     Raises VlmtuneError for whatever the user can put right: the folder, its files, its weights,
     the hub, an unknown family, a skip entry or a pixel budget without effect.
@@ -354,7 +361,9 @@ def load_vlm(
         "dtype": dtype,
     }
     if quantization_bit == 16:
-        if place.type != "cpu":
+        if offload_folder is not None:
+            options |= {"device_map": {"": "disk"}, "offload_folder": str(offload_folder)}
+        elif place.type != "cpu":
             options["device_map"] = {"": place}
         model = _load_weights(source, options)
     else:

@@ -35,7 +35,6 @@ from typing import Any
 import PIL.Image
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText
 
 from vlmtune.data.batches import collate
 from vlmtune.data.dataset import all_rows, load_conversations, media_policy_of
@@ -43,12 +42,10 @@ from vlmtune.data.encode import Encoder
 from vlmtune.data.types import LOCAL, Conversation, Image, Part, Sample, Source, Text, Turn
 from vlmtune.errors import CheckFailed, SampleError, VlmtuneError, plural
 from vlmtune.models.forward import base_of, full_logits
-from vlmtune.models.load import VLM, quiet_transformers
+from vlmtune.models.load import VLM, pad_token_id
 from vlmtune.models.merge_write import Folding, OutputPlan
 from vlmtune.models.streamed import (
-    MallocTrimmer,
-    StoredTensor,
-    WeightMap,
+    LazyModel,
     read_tensor,
     stored_tensors,
     weight_files,
@@ -162,9 +159,11 @@ def _encodable(encoder: Encoder, conversations: Sequence[Conversation]) -> list[
 
 def _probe(sample: Sample, vlm: VLM) -> Probe:
     """The supervised positions, where the answers are; of many, the first."""
-    tokenizer = vlm.processor.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    batch = collate([sample], pad_token_id=pad, image_batching=vlm.family.image_batching)
+    batch = collate(
+        [sample],
+        pad_token_id=pad_token_id(vlm.processor),
+        image_batching=vlm.family.image_batching,
+    )
     positions = batch.supervised[0].nonzero().squeeze(1)[:MAX_POSITIONS]
     if positions.numel() == 0:
         raise VlmtuneError(
@@ -226,25 +225,6 @@ def require(
             do="merge with --dtype float32",
         )
     return report
-
-
-def no_logits(reference: Reference) -> MergeReport:
-    """The report on a checkpoint that cannot be asked for logits."""
-    return MergeReport(
-        output="",
-        verified=False,
-        max_difference=float("inf"),
-        tolerance=reference.tolerance,
-        dtype=str(reference.dtype).removeprefix("torch."),
-        rounding=reference.rounding,
-        adapter_effect=None,
-        same_tokens_fraction=0.0,
-        num_samples=len(reference.probes),
-        num_positions=0,
-        worst_sample="",
-        worst_position=0,
-        peak_memory_bytes=peak_memory_bytes(),
-    )
 
 
 def largest_difference(
@@ -327,6 +307,24 @@ class Reference:
     rounding: float
     tolerance: float
 
+    def no_logits(self) -> MergeReport:
+        """The report on a checkpoint that cannot be asked for logits."""
+        return MergeReport(
+            output="",
+            verified=False,
+            max_difference=float("inf"),
+            tolerance=self.tolerance,
+            dtype=str(self.dtype).removeprefix("torch."),
+            rounding=self.rounding,
+            adapter_effect=None,
+            same_tokens_fraction=0.0,
+            num_samples=len(self.probes),
+            num_positions=0,
+            worst_sample="",
+            worst_position=0,
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -354,51 +352,18 @@ def keys_error(folder: Path, plan: OutputPlan) -> str | None:
     return f"{plural(len(missing), 'tensor')} missing and {len(added)} not the base's: {names}"
 
 
-def tensor_errors(folder: Path, folding: Folding, plan: OutputPlan) -> Iterator[TensorError]:
-    """One for each tensor in `folder`, named as in the model where that has it."""
-    written = stored_tensors(weight_files(str(folder)))
-    heap = MallocTrimmer()
-    for key in plan.tensors:
-        if key not in written:
-            continue
-        name = plan.name_of.get(key)
-        is_folded = name is not None and name in folding.changed
-        expected = folding.expected(name) if name is not None and is_folded else None
-        if is_folded and expected is None:
-            continue
-        if expected is None:
-            expected = read_tensor(plan.stored_of[key])
-        is_exact = not is_folded or folding.is_saved(str(name))
-        yield error_of(name or key, read_tensor(written[key]), expected, is_exact=is_exact)
-        heap.passed(expected.nbytes)
-
-
-def loads_as_written(
-    folder: Path, placed: WeightMap, dtype: torch.dtype, trust: bool
-) -> str | None:
-    """Load `folder` with stock transformers; the first weight that is not the file's, or None.
-
-    File by file: what was compared is dropped, so that no more than one file is mapped.
-    """
-    with quiet_transformers():
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust
-        )
-    state: dict[str, Tensor] = model.state_dict()
-    by_file: dict[Path, list[tuple[str, StoredTensor]]] = {}
-    for name, key in placed.key_of.items():
-        by_file.setdefault(placed.stored[key].file, []).append((name, placed.stored[key]))
-    owners = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    for tensor in owners.values():
-        tensor.data = torch.empty(0, dtype=tensor.dtype)
-    owners.clear()
-    for group in by_file.values():
-        for name, stored in group:
-            tensor = state.pop(name)
-            if not torch.equal(tensor, read_tensor(stored).to(tensor.dtype)):
-                return name
-            del tensor
-    return None
+def tensor_errors(merged: LazyModel, folding: Folding, plan: OutputPlan) -> Iterator[TensorError]:
+    """One for each tensor that was copied, by its key, and each weight that was changed, by its
+    name in the model."""
+    for key in plan.tensors.keys() - plan.names_of.keys():
+        expected = read_tensor(folding.base_model.stored[key])
+        yield error_of(key, read_tensor(merged.stored[key]), expected, is_exact=True)
+    for name in {name for names in plan.names_of.values() for name in names}:
+        value = folding.expected(name)
+        if value is not None:
+            is_exact = folding.is_saved(name) or name not in folding.changed
+            written = read_tensor(merged.weights[name])
+            yield error_of(name, written.to(plan.dtype_of[name]), value, is_exact=is_exact)
 
 
 def error_of(name: str, written: Tensor, expected: Tensor, *, is_exact: bool) -> TensorError:

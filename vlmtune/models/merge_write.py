@@ -1,32 +1,34 @@
 """Base + adapter for a merge, and the merged checkpoint on the disk, one tensor at a time.
 
-open_lazily: the model without its weights (streamed.py), the adapter loaded into it
+open_lazily:  the model without its weights (streamed.py), the adapter loaded into it
 Folding:      base(name), folded(name), expected(name): a weight in float32, made when asked for
 
 plan_output:  every tensor of the base under its own key; a weight whose tie the adapter breaks
               under a new one
-write_merged: the plan as shards, config.json, the base's other files, the processor
+write_merged: the plan as shards; the base's other files as they are; config.json and the
+              processor's files anew where they change
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from transformers import ProcessorMixin
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file
 
-from vlmtune.errors import VlmtuneError, plural
+from vlmtune.errors import VlmtuneError
 from vlmtune.models.adapters.base import WEIGHTS_FILE as ADAPTER_WEIGHTS
 from vlmtune.models.adapters.base import tuner_layers
 from vlmtune.models.adapters.merged_weight import (
@@ -36,98 +38,52 @@ from vlmtune.models.adapters.merged_weight import (
     merged_weight,
     saved_weights,
 )
-from vlmtune.models.families import family_for
 from vlmtune.models.forward import base_name, base_of
-from vlmtune.models.load import ADAPTER_FILE, VLM, commit_of, load_processor, read_config
-from vlmtune.models.open import (
-    RUN_FILE,
-    Kind,
-    OpenTarget,
-    base_of_adapter,
-    check_target,
-    read_run_recipe,
-    result_of_run,
-    say_unused_weights,
-    with_adapter,
-)
+from vlmtune.models.load import VLM
+from vlmtune.models.open import TargetFiles, read_target, with_adapter
 from vlmtune.models.streamed import (
-    MallocTrimmer,
-    PlannedTensor,
-    StoredTensor,
-    WeightMap,
-    loaded,
-    map_weights,
+    INDEX_FILE,
+    LazyModel,
+    empty,
+    fill,
+    load_lazily,
     materialize,
     read_tensor,
-    stored_tensors,
-    weight_files,
-    weights_at,
-    write_tensors,
+    weight_units,
 )
 
-logger = logging.getLogger("vlmtune")
-
 CONFIG_FILE = "config.json"
-FOLD_TENSORS = 4
-"""Tensors of a weight's size that folding it makes: W, the change, the scaled change, the sum."""
 
 
-def open_lazily(target: str | Path, *, trust_remote_code: bool = False) -> LazyCheckpoint:
+def open_lazily(
+    target: str | Path, scratch: Path, *, trust_remote_code: bool = False
+) -> LazyCheckpoint:
     """Open a run or adapter folder for merging, without reading the base's weights.
 
     Raises VlmtuneError as `open_target` does, and for a model, which there is nothing to merge of.
     """
-    check_target(target)
-    folder = Path(target).expanduser()
-    recipe = read_run_recipe(folder) if (folder / RUN_FILE).is_file() else None
-    result = folder if recipe is None else result_of_run(folder)
-    is_adapter = (result / ADAPTER_FILE).is_file()
-    if recipe is None and not is_adapter:
+    files = read_target(target, trust_remote_code=trust_remote_code)
+    if files.kind == "model":
         raise VlmtuneError(
             "nothing to merge: this is a model without an adapter",
             file=target,
             expected="a run folder or an adapter folder",
         )
-    source, revision = base_of_adapter(result) if is_adapter else (str(result), None)
-    trust = trust_remote_code or (recipe is not None and recipe.trust_remote_code)
-    parts = None if recipe is None else recipe.parts
-    vlm, placed = _place_vlm(source, revision, trust, parts)
-    if is_adapter:
-        say_unused_weights(result, source)
-    carried: frozenset[str] = frozenset()
-    if is_adapter and not placed.converted:
-        candidates = _base_names_in(result / ADAPTER_WEIGHTS) & placed.key_of.keys()
-        materialize(placed.model, candidates)
-        vlm = with_adapter(vlm, result, trust)
+    base = load_lazily(
+        files.source,
+        scratch,
+        revision=files.revision,
+        trust_remote_code=files.trust_remote_code,
+        parts=files.parts,
+    )
+    vlm, carried = base.vlm, frozenset[str]()
+    if files.adapter is not None:
+        candidates = _base_names_in(files.adapter / ADAPTER_WEIGHTS) & base.weights.keys()
+        materialize(vlm.model, candidates)
+        vlm = with_adapter(vlm, files.adapter, files.trust_remote_code)
         model: Any = vlm.model
         carried = candidates - {name for name, _ in saved_weights(model)}
-    vlm.model.requires_grad_(False)
-    kind: Kind = "adapter" if recipe is None else "run"
-    config = cached_file(source, CONFIG_FILE, revision=vlm.commit)
-    assert config is not None, "read_config has read it"
-    return LazyCheckpoint(
-        OpenTarget(vlm, kind, recipe), placed, carried, Path(config).parent, trust
-    )
-
-
-def _place_vlm(
-    source: str, revision: str | None, trust: bool, parts: Mapping[Any, Any] | None
-) -> tuple[VLM, WeightMap]:
-    config = read_config(source, revision=revision, trust_remote_code=trust)
-    commit = commit_of(config)
-    revision = commit or revision
-    stored = stored_tensors(weight_files(source, revision=revision))
-    placed = map_weights(config, stored, source=source, trust_remote_code=trust)
-    if placed.unused:
-        logger.info(
-            "%s of %s without a place in the model: copied unread",
-            plural(len(placed.unused), "tensor"),
-            source,
-        )
-    processor = load_processor(source, revision=revision, trust_remote_code=trust)
-    named = None if parts is None else {str(part): paths for part, paths in parts.items()}
-    family = family_for(config.model_type, parts=named, model=placed.model)
-    return VLM(placed.model, processor, family, source, commit), placed
+    return LazyCheckpoint(files, base, vlm, carried)
 
 
 def _base_names_in(file: Path) -> frozenset[str]:
@@ -142,29 +98,33 @@ def _base_names_in(file: Path) -> frozenset[str]:
 class LazyCheckpoint:
     """A target of `merge` whose base's weights are still in their files.
 
-    `opened.vlm.model` is `placed.model`, wrapped by PEFT where there is an adapter. `carried` are
-    the base weights that come with the adapter and replace the base's. `folder`: the base's other
-    files.
+    `vlm.model` is `base.vlm.model`, wrapped by PEFT where there is an adapter; the two processors
+    are the adapter's and the base's. `carried` are the base weights that come with the adapter and
+    replace the base's.
     """
 
-    opened: OpenTarget
-    placed: WeightMap
+    files: TargetFiles
+    base: LazyModel
+    vlm: VLM
     carried: frozenset[str]
-    folder: Path
-    trust_remote_code: bool
 
 
 class Folding:
     """The weights of base + adapter by their names in the base model, in float32, one at a time."""
 
-    def __init__(self, on_disk: LazyCheckpoint) -> None:
-        self.placed = on_disk.placed
-        self.carried = on_disk.carried
-        self._heap = MallocTrimmer()
-        model: Any = on_disk.opened.vlm.model
+    def __init__(self, checkpoint: LazyCheckpoint) -> None:
+        self.checkpoint = checkpoint
+        self.base_model = checkpoint.base
+        model: Any = checkpoint.vlm.model
+        self._units = weight_units(base_of(model), self.base_model.weights.keys())
         self._layers: dict[str, tuple[str, Any]] = {}
         # An alias: the model's own tensor is emptied after each use.
-        self._saved = weights_at(base_of(model), on_disk.carried)
+        self._saved = {
+            name: tensor.detach()
+            for unit in self._units.values()
+            for name, tensor in unit.items()
+            if name in checkpoint.carried
+        }
         if isinstance(model, PeftModel):
             self._saved |= dict(saved_weights(model))
             for path, layer in tuner_layers(model).items():
@@ -173,33 +133,27 @@ class Folding:
 
     def base(self, name: str) -> Tensor:
         """The weight of the base, or what the adapter brings along for it; a copy."""
-        if name in self.carried:
+        if name in self.checkpoint.carried:
             return self._saved[name].to(torch.float32, copy=True)
-        return self.placed.read(name)
+        return self.base_model.read(name)
 
-    @torch.no_grad()
     def folded(self, name: str) -> Tensor:
-        """The weight with the adapter in it, by PEFT's own merge of its layer."""
+        """The weight with the adapter in it, by PEFT's own merge of its layer; a copy."""
         if name in self._layers:
             path, layer = self._layers[name]
-            with loaded(layer, path, self.placed.key_of, self.base):
-                value = merge_layer(layer)[name.removeprefix(f"{path}.")]
-            self._heap.passed(FOLD_TENSORS * value.nbytes)
-            return value
-        return self._saved[name].float() if name in self._saved else self.base(name)
+            with self._loaded(layer):
+                return merge_layer(layer)[name.removeprefix(f"{path}.")]
+        return self._without_layer(name)
 
-    @torch.no_grad()
     def expected(self, name: str) -> Tensor | None:
         """The same by the closed formulas; None for a layer that they do not cover."""
         if name not in self._layers:
-            return self._saved[name].float() if name in self._saved else self.base(name)
-        path, layer = self._layers[name]
+            return self._without_layer(name)
+        _, layer = self._layers[name]
         if not has_formula(layer) or not name.endswith(".weight"):
             return None
-        with loaded(layer, path, self.placed.key_of, self.base):
-            value = merged_weight(layer)
-        self._heap.passed(FOLD_TENSORS * value.nbytes)
-        return value
+        with self._loaded(layer):
+            return merged_weight(layer)
 
     def is_saved(self, name: str) -> bool:
         """Whether the weight is written as the adapter holds it: trained in full, or carried."""
@@ -210,6 +164,21 @@ class Folding:
         if name in self._layers:
             return "layer", self._layers[name][0]
         return ("saved", self._saved[name].data_ptr()) if name in self._saved else ("base", None)
+
+    def _without_layer(self, name: str) -> Tensor:
+        if name in self._saved:
+            return self._saved[name].to(torch.float32, copy=True)
+        return self.base(name)
+
+    @contextlib.contextmanager
+    def _loaded(self, layer: Any) -> Any:
+        """Within, the layer's base weights are in memory, and may be changed in place."""
+        unit = self._units[layer]
+        fill(unit, self.base)
+        try:
+            yield
+        finally:
+            empty(unit)
 
 
 GENERATION_FILE = "generation_config.json"
@@ -227,88 +196,138 @@ PROCESSOR_FILES = (
 """Written by the processor, with the pixel budget of training: another one beside would win."""
 
 
+@dataclass(frozen=True)
+class OutputPlan:
+    """What the merged checkpoint holds, by key.
+
+    `tensors`: the shape and dtype of each, on the meta device. `names_of`: the weights that it is
+    made of, where it is not the base's. `dtype_of`: what each weight of the model is rounded to.
+    `wanted`: the dtype for all, or None. `unties`: the adapter changes one end of a tied pair, and
+    both are written.
+    """
+
+    wanted: torch.dtype | None
+    tensors: dict[str, Tensor]
+    names_of: dict[str, list[str]]
+    dtype_of: dict[str, torch.dtype]
+    unties: bool
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of most of the bytes."""
+        sizes: dict[torch.dtype, int] = {}
+        for tensor in self.tensors.values():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+
 def plan_output(folding: Folding, dtype: torch.dtype | None) -> OutputPlan:
     """Every tensor of the base once, under its own key. `dtype` None: each in its own.
 
-    Where the adapter parts a tied pair, the one that the files lack gets the key that transformers
-    would save it under.
+    The keys of converted weights, and the one that the files lack where the adapter parts a tied
+    pair, are those that transformers would save them under.
     """
-    placed = folding.placed
+    base = folding.base_model
+
+    def planned(shape: tuple[int, ...], own: torch.dtype) -> Tensor:
+        written = dtype if dtype is not None and own.is_floating_point else own
+        return torch.empty(shape, dtype=written, device="meta")
+
+    tensors = {key: planned(stored.shape, stored.dtype) for key, stored in base.stored.items()}
+    ties = [tie for tie in base.ties if len({folding.origin(name) for name in tie}) > 1]
+    parted = frozenset[str]().union(*ties)
     names_of: dict[str, list[str]] = {}
-    for name, key in placed.key_of.items():
-        names_of.setdefault(key, []).append(name)
-    tensors: dict[str, PlannedTensor] = {}
-    name_of: dict[str, str] = {}
-    stored_of: dict[str, StoredTensor] = {}
-    for key, stored in placed.stored.items():
-        written = dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
-        names = names_of.get(key, [])
-        keys = {key: names[0]} if names else {}
-        if len({folding.origin(name) for name in names}) > 1:
-            keys = {_key_on_disk(placed, name): name for name in names}
-            assert key in keys, (key, keys)
-        for own in keys or [key]:
-            tensors[own] = PlannedTensor(own, stored.shape, written)
-            stored_of[own] = stored
-        name_of |= keys
-    unties = any(len({folding.origin(name) for name in tie}) > 1 for tie in placed.ties)
-    return OutputPlan(tensors, name_of, stored_of, unties)
+    dtype_of = {name: dtype or place.dtype for name, place in base.weights.items()}
+    for name in sorted(folding.changed | parted):
+        place = base.weights[name]
+        keys = [place.key]
+        if name in parted or name in base.converted:
+            weight = {name: torch.empty(place.shape, device="meta")}
+            keys = list(revert_weight_conversion(base.vlm.model, weight))
+        for key in keys:
+            names_of.setdefault(key, []).append(name)
+            if key not in tensors:
+                assert name in parted, (name, key)
+                tensors[key] = planned(place.shape, place.dtype)
+            dtype_of[name] = tensors[key].dtype
+    return OutputPlan(dtype, tensors, names_of, dtype_of, unties=bool(ties))
 
 
-def write_merged(
-    folding: Folding,
-    plan: OutputPlan,
-    on_disk: LazyCheckpoint,
-    folder: Path,
-    *,
-    dtype: torch.dtype | None,
-    shard_bytes: int,
-) -> None:
+def output_tensors(folding: Folding, plan: OutputPlan, key: str) -> dict[str, Tensor]:
+    """The tensor to write under `key`, and those that are made with it, in their dtypes; bit for
+    bit the base's where unchanged."""
+    names, base = plan.names_of.get(key), folding.base_model
+    if names is None:
+        made = {key: read_tensor(base.stored[key])}
+    elif names[0] in base.converted:
+        weights = {name: folding.folded(name) for name in names}
+        made = revert_weight_conversion(base.vlm.model, weights)
+    else:
+        made = {key: folding.folded(names[0])}
+    return {key: value.to(plan.tensors[key].dtype) for key, value in made.items()}
+
+
+def write_merged(folding: Folding, plan: OutputPlan, folder: Path, *, shard_size: str) -> None:
     """Write the planned weights, and all that a server needs beside them, to the new `folder`.
 
-    Holds one tensor at a time (and what folding it takes). Raises OSError for a full disk.
+    Holds one shard at a time (and what folding a tensor takes). Raises OSError for a full disk.
     """
     folder.mkdir(parents=True)
-    write_tensors(
-        folder,
-        list(plan.tensors.values()),
-        lambda key: output_tensor(folding, plan, key),
-        shard_bytes=shard_bytes,
-    )
-    _copy_other_files(on_disk, folder)
-    config = json.loads((on_disk.folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    (folder / CONFIG_FILE).write_text(
-        json.dumps(_config_for(config, dtype, unties=plan.unties), indent=2) + "\n",
-        encoding="utf-8",
-    )
-    on_disk.opened.vlm.processor.save_pretrained(folder)
+    split = split_torch_state_dict_into_shards(plan.tensors, max_shard_size=shard_size)
+    for file, keys in split.filename_to_tensors.items():
+        shard: dict[str, Tensor] = {}
+        for key in keys:
+            if key not in shard:
+                shard |= output_tensors(folding, plan, key)
+        contents = {key: shard.pop(key).contiguous() for key in keys}
+        save_file(contents, folder / file, metadata={"format": "pt"})
+        del shard, contents
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _write_other_files(folding.checkpoint, folder, plan)
 
 
-def output_tensor(folding: Folding, plan: OutputPlan, key: str) -> Tensor:
-    """The tensor to write under `key`, in its dtype; bit for bit the base's where unchanged."""
-    name = plan.name_of.get(key)
-    is_changed = name is not None and name in folding.changed
-    value = folding.folded(str(name)) if is_changed else read_tensor(plan.stored_of[key])
-    return value.to(plan.tensors[key].dtype)
-
-
-def _key_on_disk(placed: WeightMap, name: str) -> str:
-    tensor = torch.empty(0)
-    return next(iter(revert_weight_conversion(placed.model, {name: tensor})))
-
-
-def _copy_other_files(on_disk: LazyCheckpoint, folder: Path) -> None:
-    """Licence, custom code, tokenizer, generation config: what lies beside the base's weights."""
-    vlm = on_disk.opened.vlm
+def _write_other_files(checkpoint: LazyCheckpoint, folder: Path, plan: OutputPlan) -> None:
+    """Licence, custom code, processor, generation config: what lies beside the base's weights, as
+    it is; but config.json and the processor's files anew where they change."""
+    vlm, base = checkpoint.vlm, checkpoint.base.vlm
     if vlm.commit is not None:
         with contextlib.suppress(OSError):  # a model without one
             cached_file(vlm.source, GENERATION_FILE, revision=vlm.commit)
-    for path in sorted(on_disk.folder.iterdir()):
-        if path.name == TEMPLATES_FOLDER and path.is_dir():
-            shutil.copytree(path, folder / path.name)
-        is_ours = path.name.endswith(WEIGHT_SUFFIXES) or path.name in PROCESSOR_FILES
-        if path.is_file() and not is_ours and not path.name.startswith("."):
+    config_file = cached_file(vlm.source, CONFIG_FILE, revision=vlm.commit)
+    assert config_file is not None, "load_vlm has read it"
+    ours: set[str] = set()
+    if _processor_state(vlm.processor) != _processor_state(base.processor):
+        vlm.processor.save_pretrained(folder)
+        ours |= set(PROCESSOR_FILES)
+        if _tokenizer_state(vlm.processor) != _tokenizer_state(base.processor):
+            ours |= {path.name for path in folder.iterdir()}
+    for path in sorted(Path(config_file).parent.iterdir()):
+        if path.name in ours or path.name.endswith(WEIGHT_SUFFIXES) or path.name.startswith("."):
+            continue
+        if path.is_file():
             shutil.copyfile(path, folder / path.name)
+        elif path.name == TEMPLATES_FOLDER:
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+    if plan.wanted is not None or plan.unties:
+        config = json.loads(Path(config_file).read_text(encoding="utf-8"))
+        text = json.dumps(_config_for(config, plan.wanted, unties=plan.unties), indent=2)
+        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _processor_state(processor: ProcessorMixin) -> tuple[object, ...]:
+    return processor.to_dict(), processor.chat_template, _tokenizer_state(processor)
+
+
+def _tokenizer_state(processor: ProcessorMixin) -> tuple[object, ...]:
+    tokenizer = processor.tokenizer
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None
+    return tokenizer.get_vocab(), tokenizer.special_tokens_map, tokenizer.padding_side, backend
 
 
 def _config_for(config: Any, dtype: torch.dtype | None, *, unties: bool) -> Any:
@@ -325,29 +344,3 @@ def _config_for(config: Any, dtype: torch.dtype | None, *, unties: bool) -> Any:
         if key.endswith("_config") and isinstance(value, dict):
             changed[key] = _config_for(value, dtype, unties=unties)
     return changed
-
-
-@dataclass(frozen=True)
-class OutputPlan:
-    """What the merged checkpoint holds, by key.
-
-    `name_of`: the name in the model, for keys that have a place there. `stored_of`: the tensor of
-    the base. `unties`: the adapter changes one end of a tied pair, and both are written.
-    """
-
-    tensors: dict[str, PlannedTensor]
-    name_of: dict[str, str]
-    stored_of: dict[str, StoredTensor]
-    unties: bool
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.num_bytes for tensor in self.tensors.values())
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of most of the bytes."""
-        sizes: dict[torch.dtype, int] = {}
-        for tensor in self.tensors.values():
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.num_bytes
-        return max(sizes, key=lambda dtype: sizes[dtype])

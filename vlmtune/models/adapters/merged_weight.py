@@ -21,20 +21,8 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from vlmtune.models.adapters.base import ADAPTER, tuner_layers
+from vlmtune.models.adapters.base import ADAPTER
 from vlmtune.models.adapters.lora_kernels import FusedLora
-
-
-def merged_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
-    """(parameter path in the base model, float32 weight) of every module that the adapter changes.
-
-    One at a time: only one folded weight is in memory. The base must not be quantised.
-    """
-    for path, layer in tuner_layers(model).items():
-        if has_formula(layer):
-            yield f"{path}.weight", merged_weight(layer)
-    for name, weight in saved_weights(model):
-        yield name, weight.float()
 
 
 def has_formula(layer: Any) -> bool:
