@@ -57,6 +57,27 @@ class OpenTarget:
     recipe: Recipe | None
 
 
+@dataclass(frozen=True)
+class TargetFiles:
+    """What a target consists of, before anything is loaded.
+
+    `source` and `revision` are the base model's; `adapter` is the folder of the adapter, if there
+    is one. `trust_remote_code`: the caller's word, or the recipe's.
+    """
+
+    kind: Kind
+    recipe: Recipe | None
+    source: str
+    revision: str | None
+    adapter: Path | None
+    trust_remote_code: bool
+
+    @property
+    def parts(self) -> dict[str, list[str]] | None:
+        parts = None if self.recipe is None else self.recipe.parts
+        return None if parts is None else {str(part): paths for part, paths in parts.items()}
+
+
 def open_target(
     target: str | Path,
     *,
@@ -73,31 +94,39 @@ def open_target(
     Raises VlmtuneError for a target that is nothing of this, an unfinished run, and an adapter that
     does not fit its base in every key.
     """
-    check_target(target)
-    folder = Path(target).expanduser()
-    if (folder / RUN_FILE).is_file():
-        return _open_run(folder, dtype, device, quantization_bit, trust_remote_code)
-    if (folder / ADAPTER_FILE).is_file():
-        source, revision = base_of_adapter(folder)
-        vlm = load_vlm(
-            source,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            quantization_bit=quantization_bit or 16,
-            dtype=dtype,
-            device=device,
-        )
-        say_unused_weights(folder, source)
-        return OpenTarget(with_adapter(vlm, folder, trust_remote_code), "adapter", None)
+    files = read_target(target, trust_remote_code=trust_remote_code)
+    recipe = files.recipe
     vlm = load_vlm(
-        str(folder) if folder.is_dir() else str(target),
-        trust_remote_code=trust_remote_code,
-        quantization_bit=quantization_bit or 16,
+        files.source,
+        revision=files.revision,
+        trust_remote_code=files.trust_remote_code,
+        quantization_bit=quantization_bit or (16 if recipe is None else recipe.quantization_bit),
+        quantization=None if recipe is None else recipe.quantization,
         dtype=dtype,
         device=device,
+        parts=files.parts,
     )
+    if files.adapter is not None:
+        vlm = with_adapter(vlm, files.adapter, files.trust_remote_code)
     vlm.model.requires_grad_(False)
-    return OpenTarget(vlm, "model", None)
+    return OpenTarget(vlm, files.kind, recipe)
+
+
+def read_target(target: str | Path, *, trust_remote_code: bool = False) -> TargetFiles:
+    """Find a target's base model and adapter. Raises VlmtuneError as `open_target` does, but for
+    what only loading shows."""
+    check_target(target)
+    folder = Path(target).expanduser()
+    recipe = read_run_recipe(folder) if (folder / RUN_FILE).is_file() else None
+    result = folder if recipe is None else result_of_run(folder)
+    trust = trust_remote_code or (recipe is not None and recipe.trust_remote_code)
+    if (result / ADAPTER_FILE).is_file():
+        source, revision = base_of_adapter(result)
+        say_unused_weights(result, source)
+        kind: Kind = "adapter" if recipe is None else "run"
+        return TargetFiles(kind, recipe, source, revision, result, trust)
+    source = str(result) if result.is_dir() else str(target)
+    return TargetFiles("model" if recipe is None else "run", recipe, source, None, None, trust)
 
 
 def check_target(target: str | Path) -> None:
@@ -115,33 +144,6 @@ def check_target(target: str | Path) -> None:
         )
     else:
         check_source(str(target))
-
-
-def _open_run(
-    folder: Path,
-    dtype: torch.dtype,
-    device: str | torch.device | None,
-    quantization_bit: int | None,
-    trust_remote_code: bool,
-) -> OpenTarget:
-    recipe = read_run_recipe(folder)
-    result = result_of_run(folder)
-    adapter = result if (result / ADAPTER_FILE).is_file() else None
-    source, revision = (str(result), None) if adapter is None else base_of_adapter(adapter)
-    vlm = load_vlm(
-        source,
-        revision=revision,
-        trust_remote_code=trust_remote_code or recipe.trust_remote_code,
-        quantization_bit=quantization_bit or recipe.quantization_bit,
-        quantization=recipe.quantization,
-        dtype=dtype,
-        device=device,
-        parts=None if recipe.parts is None else {str(k): v for k, v in recipe.parts.items()},
-    )
-    if adapter is not None:
-        vlm = with_adapter(vlm, adapter, trust_remote_code or recipe.trust_remote_code)
-    vlm.model.requires_grad_(False)
-    return OpenTarget(vlm, "run", recipe)
 
 
 def read_run_recipe(folder: Path) -> Recipe:
