@@ -30,7 +30,7 @@ from vlmtune.preflight import epoch_stats
 from vlmtune.preflight.epoch_stats import TrainingFigures, training_figures
 from vlmtune.preflight.memory import Memory, optimizer_bytes
 from vlmtune.preflight.model import MetaModel, Trained, check_weight_files, open_on_meta, trained_by
-from vlmtune.preflight.problems import Problems, Severity
+from vlmtune.preflight.problems import Problems
 from vlmtune.preflight.rows import RowSettings
 from vlmtune.preflight.sets import (
     GOOD,
