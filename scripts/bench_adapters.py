@@ -1,4 +1,4 @@
-"""The adapter's forward and backward pass: PEFT's layers, ours, and NF4 dequantised once.
+"""The adapter's forward and backward pass: PEFT's layers and ours.
 
     python scripts/bench_adapters.py [--rounds 5] [--shapes 62M 3B] [--json FILE]
 
@@ -28,7 +28,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from vlmtune.models.adapters.lora_kernels import install_kernels
-from vlmtune.models.quantize import keep_dequantized
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,6 @@ class Variant:
     bits: int = 16
     ours: bool = True
     autocast: bool = True
-    cached: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,6 @@ VARIANTS = [
         Variant("PEFT, autocast", method, bits, ours=False),
         Variant("ours, autocast", method, bits),
         Variant("ours", method, bits, autocast=False),
-        *([Variant("ours, cached", method, 4, autocast=False, cached=True)] if bits == 4 else []),
     )
 ]
 
@@ -122,8 +119,6 @@ def build(shape: Shape, variant: Variant) -> PeftModel:
             parameter.data += 0.01 * torch.randn(parameter.shape)
     if variant.ours:
         install_kernels(model)
-    if variant.cached:
-        keep_dequantized(model)
     return model
 
 

@@ -21,7 +21,6 @@ from vlmtune.models.targets import (
     linear_modules,
     resolve_modules_to_save,
     resolve_targets,
-    target_table,
 )
 from vlmtune.recipe.load import load_recipe
 
@@ -221,7 +220,7 @@ def trained_parameters(model: PreTrainedModel, recipe) -> int:
     family = family_for(model.config.model_type)
     rank = recipe.adalora.initial_rank if recipe.adalora else recipe.rank
     targets = resolve_targets(model, recipe.lora_target, family=family, rank=rank)
-    total = sum(row.trainable_parameters for row in target_table(targets))
+    total = sum(target.lora_parameters for target in targets)
     if recipe.use_dora:
         total += sum(target.out_features for target in targets)
     if recipe.adalora:

@@ -37,11 +37,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "8bit": {"quantization_bit": 8},
     "dora": {"use_dora": True},
     "qdora": {"use_dora": True, **NF4},
-    "qdora_dequantized": {
-        "use_dora": True,
-        **NF4,
-        "quantization": {"cache_dequantized": True},
-    },
     "dora_with_dropout_and_a_saved_connector": {
         "use_dora": True,
         "dropout": 0.1,

@@ -108,22 +108,9 @@ def test_quantised_weights_with_their_constants():
     assert weight_bytes(int8, trained)["language"] == 6_000_000
 
 
-def test_dequantised_weights_that_are_kept_count_once_for_each_dtype(meta):
+def test_a_quantised_weight_is_unpacked_at_a_time(meta):
     meta, trained = replace(meta, largest_quantized=30_000), trained_of(quantized=4_000_000)
-
-    def kept(precision: str, **quantization: Any) -> tuple[int, int]:
-        recipe = recipe_of(
-            quantization_bit=4, quantization=quantization, train={"precision": precision}
-        )
-        found = estimate(recipe, meta, trained)
-        return found.dequantized, found.unpacking
-
-    assert kept("bf16") == (0, 60_000)
-    assert kept("bf16", cache_dequantized=True) == (8_000_000, 0)
-    assert kept("fp32", cache_dequantized=True) == (8_000_000 + 16_000_000, 0)
-    float32 = {"cache_dequantized": True, "compute_dtype": "float32"}
-    assert kept("fp32", **float32) == (16_000_000, 0)
-    assert kept("fp16", cache_dequantized=True) == (16_000_000, 0)
+    assert estimate(recipe_of(quantization_bit=4), meta, trained).unpacking == 60_000
 
 
 def test_8_bit_state_but_for_small_tensors():

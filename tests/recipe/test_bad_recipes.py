@@ -70,9 +70,9 @@ ADDED = {  # lines added to GOOD -> (line, every part that the message must have
         "quantization.double_quant, or set quantization_bit: 4",
     ),
     "quantization: {skip: lm_head}": (5, "or set quantization_bit: 4 or 8"),
-    "quantization_bit: 8\nquantization: {cache_dequantized: true}": (
+    "quantization_bit: 8\nquantization: {double_quant: false}": (
         6,
-        "quantization.cache_dequantized has no effect because quantization_bit is 8",
+        "quantization.double_quant has no effect because quantization_bit is 8",
     ),
     "train:\n  epochs: 1\n  max_steps: 5": (
         7,

@@ -60,18 +60,6 @@ class Target:
         return self.rank * (self.in_features + self.out_features)
 
 
-@dataclass(frozen=True)
-class TargetRow:
-    """Targets of one part, kind and rank; `modules` names their leaves."""
-
-    part: str
-    kind: str
-    modules: str
-    count: int
-    rank: int
-    trainable_parameters: int
-
-
 def resolve_targets(
     model: nn.Module, names: Sequence[str], *, family: Family, rank: int
 ) -> list[Target]:
@@ -128,24 +116,6 @@ def resolve_modules_to_save(model: nn.Module, names: Sequence[str], *, family: F
                 paths.append(path)
     # A module inside another one that is trained in full is already covered.
     return [p for p in paths if not any(p != q and lies_under(p, q) for q in paths)]
-
-
-def target_table(targets: Sequence[Target]) -> list[TargetRow]:
-    """Rows of the table that a run shows first: part, kind, count, rank, LoRA's parameters."""
-    groups: dict[tuple[str, str, int], list[Target]] = {}
-    for target in targets:
-        groups.setdefault((target.part, target.kind, target.rank), []).append(target)
-    return [
-        TargetRow(
-            part=part,
-            kind=kind,
-            modules=", ".join(dict.fromkeys(t.leaf for t in group)),
-            count=len(group),
-            rank=rank,
-            trainable_parameters=sum(t.lora_parameters for t in group),
-        )
-        for (part, kind, rank), group in groups.items()
-    ]
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:

@@ -17,9 +17,6 @@ compute dtype (2, or 4 in fp32).
     logits       C V (12 + a): the logits, in float32, their log-softmax and its gradient, of as
                  many of the S rows as there are at once
     unpacking    the largest quantised weight in the compute dtype
-    dequantized  with `quantization.cache_dequantized`, instead: all quantised weights in
-                 `quantization.compute_dtype`, and once more in the dtype of `train.precision`
-                 where that is another
 
 Not counted: the libraries' own memory (0.5 to 1 GB of a process; a CUDA context as much on the
 GPU), fragmentation, attention without a fused kernel; and of the host, the features that
@@ -182,7 +179,6 @@ class Memory:
     activations: int
     logits: int
     unpacking: int
-    dequantized: int
 
     @property
     def total(self) -> int:
@@ -208,16 +204,6 @@ def optimizer_bytes(recipe: Recipe, trained: Trained) -> int:
     if not recipe.train.optimizer.endswith("8bit"):
         return 8 * trained.trainable_parameters
     return sum(size * (8 if size < SMALL_TENSOR else 2) for size in trained.sizes)
-
-
-def dequantized_bytes(recipe: Recipe, trained: Trained) -> int:
-    """Bytes of the 4-bit weights' values where they are kept: for each dtype once."""
-    if recipe.quantization_bit != 4 or not recipe.quantization.cache_dequantized:
-        return 0
-    quantized = sum(count.quantized_parameters for count in trained.parts.values())
-    stored = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[recipe.train.precision]
-    dtypes = {recipe.quantization.compute_dtype, stored}
-    return quantized * sum(4 if dtype == "float32" else 2 for dtype in dtypes)
 
 
 def number_bytes(recipe: Recipe) -> int:
@@ -253,7 +239,6 @@ def memory_of(
         head = rows * meta.vocabulary * (12 + number)
         if taken * number + head > activations + logits:
             activations, logits = taken * number, head
-    dequantized = dequantized_bytes(recipe, trained)
     return Memory(
         weights=sum(weight_bytes(recipe, trained).values()),
         trained=4 * (size - in_full) + (4 - number) * in_full,
@@ -261,8 +246,7 @@ def memory_of(
         optimizer=optimizer_bytes(recipe, trained),
         activations=activations,
         logits=logits,
-        unpacking=0 if dequantized else meta.largest_quantized * number,
-        dequantized=dequantized,
+        unpacking=meta.largest_quantized * number,
     )
 
 

@@ -7,7 +7,7 @@ is `load.py`, and what must hold between keys `rules.py`; this file only knows v
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -34,7 +34,6 @@ def _whole_above_one(value: float) -> float:
 FractionOrSteps = Annotated[float, AfterValidator(_whole_above_one)]
 Rate = Annotated[float, Field(gt=0)]
 PartName = Literal["vision", "connector", "language", "lm_head"]
-PART_NAMES: tuple[PartName, ...] = get_args(PartName)
 Task = Literal["vqa", "caption", "choice", "classification", "grounding", "retrieval"]
 
 LORA = {"lora_target": Not([]), "adalora": None}  # LoRA and its kin, but not AdaLoRA
@@ -123,13 +122,6 @@ class QuantizationSection(Section):
         default="bfloat16",
         description="4-bit only: dtype of the matrix products. `float32` is faster on a CPU "
         "without bf16 instructions. A GPU of compute capability below 8.0 needs `float16`.",
-    )
-    cache_dequantized: Annotated[bool, Effect(needs=ONLY_4_BIT.needs, changes_step=False)] = Field(
-        default=False,
-        description="4-bit only: during training, keep a dequantised copy of the 4-bit weights. "
-        "A step is faster, and memory grows by the size of the quantised layers in "
-        "`compute_dtype` (and once more in the dtype of `train.precision`, if that is another). "
-        "The loss is the same, bit for bit on a CPU.",
     )
     skip: Annotated[Names, Effect(needs={"quantization_bit": (4, 8)})] = Field(
         default=["vision", "connector", "lm_head"],

@@ -10,7 +10,6 @@ from vlmtune.models.adapters.base import Adapter
 from vlmtune.models.adapters.full import build_full
 from vlmtune.models.adapters.lora import build_lora
 from vlmtune.models.load import VLM
-from vlmtune.models.quantize import keep_dequantized
 from vlmtune.recipe.schema import Recipe
 
 Method = Literal["lora", "adalora", "full"]
@@ -33,10 +32,6 @@ def build_adapter(vlm: VLM, recipe: Recipe, *, total_steps: int) -> Adapter:
     """Prepare `vlm.model`, in place, for training by the recipe's method.
 
     `total_steps` are the optimizer steps of the whole run. Draws from torch's RNG: seed it before.
-    Raises VlmtuneError for targets, modules or a schedule that cannot be, and where the memory has
-    no room for what `quantization.cache_dequantized` keeps.
+    Raises VlmtuneError for targets, modules or a schedule that cannot be.
     """
-    adapter = ADAPTERS[method_of(recipe)](vlm, recipe, total_steps=total_steps)
-    if recipe.quantization.cache_dequantized:
-        keep_dequantized(adapter.model)
-    return adapter
+    return ADAPTERS[method_of(recipe)](vlm, recipe, total_steps=total_steps)
