@@ -144,7 +144,7 @@ def test_redirects_are_followed_five_times(server, media_policy):
         ("ftp://example.org/a.png", "a ftp: URL is not fetched"),
         ("data:image/png;base64,AAAA", "a data: URL is not fetched"),
         ("http://[::1", "invalid URL"),
-        ("http://user@/a.png", "names no host"),
+        ("http://user@/a.png", "has no host"),
         ("", "without a redirect target"),
     ],
 )
@@ -367,7 +367,7 @@ def test_a_host_that_is_not_there_is_named(media_policy, monkeypatch):
 def test_a_folder_that_cannot_be_used_is_named(server, media_policy, tmp_path):
     server.pages["/a.png"] = answer(PNG)
     (tmp_path / "file").touch()
-    with pytest.raises(VlmtuneError, match="download folder.*data.cache_dir"):
+    with pytest.raises(VlmtuneError, match="folder of downloads.*data.cache_dir"):
         fetch(server.url("/a.png"), replace(media_policy, cache_dir=tmp_path / "file"))
 
 

@@ -82,7 +82,7 @@ def test_without_any_answer_to_learn_there_is_no_loss_rather_than_one_of_zero(re
     train_once(path)
     assert "eval_vqa_accuracy" in last_of(path) and "eval_loss" not in last_of(path)
     by_loss = recipe(rows, "by_loss", eval=SHORT | {"best_metric": "loss", "before": False})
-    assert "eval.best_metric is no figure" in refused(by_loss)
+    assert "has no metric called as eval.best_metric says" in refused(by_loss)
     good = SHORT | {"best_metric": "vqa_accuracy"}
     assert messages(check_summary(recipe(rows, "good", eval=good)), "error") == []
 

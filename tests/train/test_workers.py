@@ -41,7 +41,7 @@ def test_one_that_is_killed_is_an_error_that_says_what_to_do_and_the_run_goes_on
 
     with monkeypatch.context() as patch:
         patch.setattr(StepBuilder, "build", killed)
-        with pytest.raises(VlmtuneError, match=r"ended from outside.*lower data\.num_workers"):
+        with pytest.raises(VlmtuneError, match=r"was killed.*lower data\.num_workers"):
             train_once(recipe)
     assert train_once(recipe, resume="auto")["steps"] == 6
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(1, 7))
@@ -103,7 +103,7 @@ WHERE = pytest.mark.parametrize("told", [told_in_training, told_in_the_check])
 @WHERE
 @pytest.mark.parametrize("fails", [killed, left])
 def test_only_a_worker_that_is_gone_was_ended_from_outside(told, fails):
-    with pytest.raises(VlmtuneError, match=r"from outside.*worker \(pid.*memory may have run out"):
+    with pytest.raises(VlmtuneError, match=r"was killed.*worker \(pid.*memory may have run out"):
         told(fails)
 
 

@@ -311,9 +311,9 @@ def translate_worker_errors() -> Iterator[None]:
         if not is_lost_worker(error):
             raise
         raise VlmtuneError(
-            "a process that makes steps ahead was ended from outside",
+            "a process that prepares steps was killed",
             got=str(error).splitlines()[0],
-            do="memory may have run out: lower data.num_workers, and go on with --resume auto",
+            do="memory may have run out: lower data.num_workers, and continue with --resume auto",
         ) from error
 
 
