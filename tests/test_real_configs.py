@@ -220,7 +220,7 @@ def trained_parameters(model: PreTrainedModel, recipe) -> int:
     family = family_for(model.config.model_type)
     rank = recipe.adalora.initial_rank if recipe.adalora else recipe.rank
     targets = resolve_targets(model, recipe.lora_target, family=family, rank=rank)
-    total = sum(target.lora_parameters for target in targets)
+    total = sum(t.rank * (t.in_features + t.out_features) for t in targets)
     if recipe.use_dora:
         total += sum(target.out_features for target in targets)
     if recipe.adalora:

@@ -26,7 +26,7 @@ from vlmtune.errors import VlmtuneError
 from vlmtune.models import merge as merging
 from vlmtune.models.merge import fold_and_write, merge, verify_written
 from vlmtune.models.merge_verify import MergeFailed, build_probes
-from vlmtune.models.merge_write import Folding, open_lazily, plan_output
+from vlmtune.models.merge_write import open_lazily, plan_output
 from vlmtune.models.open import open_target
 
 RANK_0 = {"adalora": {"initial_rank": 6, "target_rank": 1, "warmup": 1, "final": 1, "interval": 1}}
@@ -84,7 +84,7 @@ def test_the_closed_formulas_agree_with_pefts_merge(model_folder, tmp_path, meth
     merged = open_target(run, dtype=torch.float32, device="cpu").vlm.model.merge_and_unload()
     after = dict(merged.named_parameters(remove_duplicate=False))
     before = dict(open_base(model_folder).model.named_parameters())
-    folding = Folding(open_lazily(run, tmp_path / "converted"))
+    folding = open_lazily(run, tmp_path / "converted")
     for name in folding.changed:
         torch.testing.assert_close(folding.expected(name), after[name], rtol=1e-5, atol=1e-6)
         assert torch.equal(folding.folded(name), after[name])
@@ -144,9 +144,9 @@ def written(model_folder, tmp_path_factory):
     """A merged folder and what it was verified against."""
     folder = tmp_path_factory.mktemp("written")
     run, _ = trained_run(model_folder, folder / "run")
-    folding = Folding(open_lazily(run, folder / "converted"))
+    folding = open_lazily(run, folder / "converted")
     plan = plan_output(folding, torch.bfloat16)
-    probes = build_probes(folding.checkpoint.vlm, None, [])
+    probes = build_probes(folding.vlm, None, [])
     reference = fold_and_write(folding, plan, probes, folder / "merged", shard_size="1GB")
     expected = (folding, plan, reference)
     assert verify_written(folder / "merged", *expected).verified

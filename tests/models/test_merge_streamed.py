@@ -131,6 +131,19 @@ def test_a_pair_that_the_files_hold_twice_stays_tied(model_folder, tmp_path):
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
 
 
+def test_a_pair_that_the_files_hold_with_different_values_is_not_tied(model_folder, tmp_path):
+    """The config says that they are tied; transformers then believes the files."""
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    tensors = tensors_of(model)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    lazy = load_lazily(str(model), tmp_path / "converted")
+    with streaming(lazy.vlm.model, lazy.weights.keys(), lazy.read):
+        logits = logits_of(lazy.vlm.model)
+    assert lazy.ties == () and torch.equal(logits, logits_of(open_base(model).model))
+    assert not torch.equal(logits, logits_of(open_base(model_folder).model))
+
+
 @pytest.mark.parametrize("max_pixels", [None, 1024])
 def test_files_of_the_base_are_copied_unless_training_changed_them(
     model_folder, tmp_path, max_pixels
@@ -173,12 +186,12 @@ LAYER = "model.language_model.layers.0.self_attn.q_proj"
 def written(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("written")
     run = trained_run(model_folder, folder / "run", use_dora=True)
-    folding = Folding(open_lazily(run, folder / "converted"))
+    folding = open_lazily(run, folder / "converted")
     plan = plan_output(folding, None)
-    probes = build_probes(folding.checkpoint.vlm, None, [])
+    probes = build_probes(folding.vlm, None, [])
     reference = fold_and_write(folding, plan, probes, folder / "merged", shard_size="1GB")
     assert verify_written(folder / "merged", folding, plan, reference).verified
-    layer = tuner_layers(folding.checkpoint.vlm.model)[LAYER]
+    layer = tuner_layers(folding.vlm.model)[LAYER]
     return folder / "merged", (folding, plan, reference), layer
 
 

@@ -40,6 +40,7 @@ from vlmtune.models.merge_verify import (
     largest_difference,
     peak_memory_bytes,
     probe_logits,
+    report_on,
     require,
     tensor_errors,
 )
@@ -79,17 +80,16 @@ def merge(
     shutil.rmtree(writing, ignore_errors=True)
     try:
         scratch = writing / "converted"
-        checkpoint = open_lazily(target, scratch, trust_remote_code=trust_remote_code)
-        folding = Folding(checkpoint)
+        folding = open_lazily(target, scratch, trust_remote_code=trust_remote_code)
         plan = plan_output(folding, None if dtype == "auto" else getattr(torch, dtype))
         # What transformers converts is written once more, when the result is loaded again.
         converted = sum(file.stat().st_size for file in scratch.glob("*"))
         check_space(plan.num_bytes + converted, output)
-        probes = build_probes(checkpoint.vlm, checkpoint.files.recipe, data)
+        probes = build_probes(folding.vlm, folding.files.recipe, data)
         merged = writing / "merged"
         reference = fold_and_write(folding, plan, probes, merged, shard_size=shard_size)
         report = verify_written(merged, folding, plan, reference)
-        _copy_record(Path(target), checkpoint.files.kind, merged)
+        _copy_record(Path(target), folding.files.kind, merged)
         if output.exists():
             output.rmdir()
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def fold_and_write(
 
     Raises MergeFailed where the folded weights do not give the logits of base + adapter.
     """
-    model: Any = folding.checkpoint.vlm.model
+    model: Any = folding.vlm.model
 
     def logits(read: Reader) -> list[Tensor]:
         return streamed_logits(model, probes, folding.base_model.weights.keys(), read)
@@ -130,7 +130,7 @@ def fold_and_write(
         rounded = folded
         if any(dtype != torch.float32 for dtype in plan.dtype_of.values()):
             rounded = logits(lambda name: folding.folded(name).to(plan.dtype_of[name]).float())
-    rounding = largest_difference(rounded, folded, probes).value
+    rounding = largest_difference(rounded, folded, probes)[0]
     write_merged(folding, plan, folder, shard_size=shard_size)
     return dataclasses.replace(
         reference, rounding=rounding, tolerance=2 * reference.tolerance + rounding
@@ -149,13 +149,15 @@ def verify_written(
     """
     fault = keys_error(folder, plan)
     if fault is not None:
-        raise MergeFailed(f"the merged checkpoint is not whole: {fault}", reference.no_logits())
+        nothing = [torch.full_like(logits, float("nan")) for logits in reference.adapted]
+        report = report_on(nothing, reference)
+        raise MergeFailed(f"the merged checkpoint is not whole: {fault}", report)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         merged = load_lazily(
             str(folder),
             Path(scratch),
-            trust_remote_code=folding.checkpoint.files.trust_remote_code,
-            parts=folding.checkpoint.files.parts,
+            trust_remote_code=folding.files.trust_remote_code,
+            parts=folding.files.parts,
         )
         logits = streamed_logits(
             merged.vlm.model, reference.probes, merged.weights.keys(), merged.read

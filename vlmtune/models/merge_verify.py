@@ -185,71 +185,73 @@ def require(
 
     `blame()` names the weight at fault; it is asked only then.
     """
-    probes, adapted, base = reference.probes, reference.adapted, reference.base
-    worst = largest_difference(logits, adapted, probes)
-    effect = None if base is None else largest_difference(base, adapted, probes).value
-    is_lost = (
-        base is not None
-        and effect is not None
-        and effect > float32_tolerance(adapted)
-        and mean_difference(logits, adapted) >= 0.5 * mean_difference(base, adapted)
-    )
-    report = MergeReport(
-        output="",
-        verified=worst.value <= reference.tolerance and not is_lost,
-        max_difference=worst.value,
-        tolerance=reference.tolerance,
-        dtype=str(reference.dtype).removeprefix("torch."),
-        rounding=reference.rounding,
-        adapter_effect=effect,
-        same_tokens_fraction=argmax_agreement(logits, adapted),
-        num_samples=len(probes),
-        num_positions=sum(p.positions.numel() for p in probes),
-        worst_sample=worst.sample,
-        worst_position=worst.position,
-        peak_memory_bytes=peak_memory_bytes(),
-    )
-    if worst.value > reference.tolerance:
+    report = report_on(logits, reference)
+    if report.max_difference > report.tolerance:
         raise MergeFailed(
-            f"{what} does not answer as base + adapter: logits differ by {worst.value:.3g} in "
-            f"sample {worst.sample}, position {worst.position}" + blame(),
+            f"{what} does not answer as base + adapter: logits differ by "
+            f"{report.max_difference:.3g} in sample {report.worst_sample}, position "
+            f"{report.worst_position}" + blame(),
             report,
-            expected=f"at most {reference.tolerance:.3g}",
+            expected=f"at most {report.tolerance:.3g}",
         )
-    if is_lost:
+    if not report.verified:
         raise MergeFailed(
             f"{what} is not nearer to base + adapter than to the base alone: rounding to "
             f"{report.dtype} loses the adapter",
             report,
-            got=f"logits off by {worst.value:.3g}, where the adapter moves them by {effect:.3g}",
+            got=f"logits off by {report.max_difference:.3g}, where the adapter moves them by "
+            f"{report.adapter_effect:.3g}",
             do="merge with --dtype float32",
         )
     return report
 
 
-def largest_difference(
-    first: Sequence[Tensor], second: Sequence[Tensor], probes: Sequence[Probe]
-) -> Difference:
-    """Where two sets of logits are farthest apart; a NaN counts as infinitely far."""
-    worst = Difference(-1.0, "", 0)
-    for a, b, probe in zip(first, second, probes, strict=True):
-        gaps = (a - b).abs().amax(dim=1).nan_to_num(nan=float("inf"))  # (K,)
-        at = int(gaps.argmax())
-        if float(gaps[at]) > worst.value:
-            worst = Difference(float(gaps[at]), probe.id, int(probe.positions[at]))
-    return worst
-
-
-def mean_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    return float(
-        torch.cat([(a - b).abs().flatten() for a, b in zip(first, second, strict=True)]).mean()
+def report_on(logits: list[Tensor], reference: Reference) -> MergeReport:
+    """How far `logits` are from base + adapter's; verified if they are near enough, and nearer than
+    the base alone."""
+    probes, adapted, base = reference.probes, reference.adapted, reference.base
+    worst, sample, position = largest_difference(logits, adapted, probes)
+    effect, is_lost = None, False
+    if base is not None:
+        effect = largest_difference(base, adapted, probes)[0]
+        is_lost = effect > float32_tolerance(adapted) and (
+            _mean_difference(logits, adapted) >= 0.5 * _mean_difference(base, adapted)
+        )
+    same = [a.argmax(1) == b.argmax(1) for a, b in zip(logits, adapted, strict=True)]
+    return MergeReport(
+        output="",
+        verified=worst <= reference.tolerance and not is_lost,
+        max_difference=worst,
+        tolerance=reference.tolerance,
+        dtype=str(reference.dtype).removeprefix("torch."),
+        rounding=reference.rounding,
+        adapter_effect=effect,
+        same_tokens_fraction=float(torch.cat(same).float().mean()),
+        num_samples=len(probes),
+        num_positions=sum(p.positions.numel() for p in probes),
+        worst_sample=sample,
+        worst_position=position,
+        peak_memory_bytes=peak_memory_bytes(),
     )
 
 
-def argmax_agreement(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    """The fraction of positions with the same most likely token."""
-    equal = [a.argmax(1) == b.argmax(1) for a, b in zip(first, second, strict=True)]
-    return float(torch.cat(equal).float().mean())
+def largest_difference(
+    first: Sequence[Tensor], second: Sequence[Tensor], probes: Sequence[Probe]
+) -> tuple[float, str, int]:
+    """The largest difference of two sets of logits, its sample and its position there; a NaN counts
+    as infinitely far."""
+    worst = (-1.0, "", 0)
+    for a, b, probe in zip(first, second, probes, strict=True):
+        gaps = (a - b).abs().amax(dim=1).nan_to_num(nan=float("inf"))  # (K,)
+        at = int(gaps.argmax())
+        if float(gaps[at]) > worst[0]:
+            worst = (float(gaps[at]), probe.id, int(probe.positions[at]))
+    return worst
+
+
+def _mean_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    gaps = [(a - b).abs().flatten() for a, b in zip(first, second, strict=True)]
+    return float(torch.cat(gaps).mean())
 
 
 def float32_tolerance(logits: Sequence[Tensor]) -> float:
@@ -306,33 +308,6 @@ class Reference:
     base: list[Tensor] | None
     rounding: float
     tolerance: float
-
-    def no_logits(self) -> MergeReport:
-        """The report on a checkpoint that cannot be asked for logits."""
-        return MergeReport(
-            output="",
-            verified=False,
-            max_difference=float("inf"),
-            tolerance=self.tolerance,
-            dtype=str(self.dtype).removeprefix("torch."),
-            rounding=self.rounding,
-            adapter_effect=None,
-            same_tokens_fraction=0.0,
-            num_samples=len(self.probes),
-            num_positions=0,
-            worst_sample="",
-            worst_position=0,
-            peak_memory_bytes=peak_memory_bytes(),
-        )
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The largest difference of two sets of logits, and where it is."""
-
-    value: float
-    sample: str
-    position: int
 
 
 FORMULA_ERROR = 1e-5

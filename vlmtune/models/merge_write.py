@@ -1,6 +1,6 @@
 """Base + adapter for a merge, and the merged checkpoint on the disk, one tensor at a time.
 
-open_lazily:  the model without its weights (streamed.py), the adapter loaded into it
+open_lazily:  the model without its weights (streamed.py), the adapter loaded into it -> Folding
 Folding:      base(name), folded(name), expected(name): a weight in float32, made when asked for
 
 plan_output:  every tensor of the base under its own key; a weight whose tie the adapter breaks
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,7 @@ from vlmtune.models.streamed import (
 CONFIG_FILE = "config.json"
 
 
-def open_lazily(
-    target: str | Path, scratch: Path, *, trust_remote_code: bool = False
-) -> LazyCheckpoint:
+def open_lazily(target: str | Path, scratch: Path, *, trust_remote_code: bool = False) -> Folding:
     """Open a run or adapter folder for merging, without reading the base's weights.
 
     Raises VlmtuneError as `open_target` does, and for a model, which there is nothing to merge of.
@@ -83,7 +82,7 @@ def open_lazily(
         vlm = with_adapter(vlm, files.adapter, files.trust_remote_code)
         model: Any = vlm.model
         carried = candidates - {name for name, _ in saved_weights(model)}
-    return LazyCheckpoint(files, base, vlm, carried)
+    return Folding(files, base, vlm, carried)
 
 
 def _base_names_in(file: Path) -> frozenset[str]:
@@ -94,36 +93,30 @@ def _base_names_in(file: Path) -> frozenset[str]:
         return frozenset(base_name(key).replace(".base_layer.", ".") for key in opened.keys())  # noqa: SIM118
 
 
-@dataclass(frozen=True)
-class LazyCheckpoint:
-    """A target of `merge` whose base's weights are still in their files.
+class Folding:
+    """The weights of base + adapter by their names in the base model, in float32, one at a time.
 
-    `vlm.model` is `base.vlm.model`, wrapped by PEFT where there is an adapter; the two processors
-    are the adapter's and the base's. `carried` are the base weights that come with the adapter and
-    replace the base's.
+    `vlm.model` is `base_model.vlm.model`, wrapped by PEFT where there is an adapter; the two
+    processors are the adapter's and the base's. `carried` are the base weights that come with the
+    adapter and replace the base's.
     """
 
-    files: TargetFiles
-    base: LazyModel
-    vlm: VLM
-    carried: frozenset[str]
-
-
-class Folding:
-    """The weights of base + adapter by their names in the base model, in float32, one at a time."""
-
-    def __init__(self, checkpoint: LazyCheckpoint) -> None:
-        self.checkpoint = checkpoint
-        self.base_model = checkpoint.base
-        model: Any = checkpoint.vlm.model
-        self._units = weight_units(base_of(model), self.base_model.weights.keys())
+    def __init__(
+        self, files: TargetFiles, base_model: LazyModel, vlm: VLM, carried: frozenset[str]
+    ) -> None:
+        self.files = files
+        self.base_model = base_model
+        self.vlm = vlm
+        self._carried = carried
+        model: Any = vlm.model
+        self._units = weight_units(base_of(model), base_model.weights.keys())
         self._layers: dict[str, tuple[str, Any]] = {}
         # An alias: the model's own tensor is emptied after each use.
         self._saved = {
             name: tensor.detach()
             for unit in self._units.values()
             for name, tensor in unit.items()
-            if name in checkpoint.carried
+            if name in carried
         }
         if isinstance(model, PeftModel):
             self._saved |= dict(saved_weights(model))
@@ -133,7 +126,7 @@ class Folding:
 
     def base(self, name: str) -> Tensor:
         """The weight of the base, or what the adapter brings along for it; a copy."""
-        if name in self.checkpoint.carried:
+        if name in self._carried:
             return self._saved[name].to(torch.float32, copy=True)
         return self.base_model.read(name)
 
@@ -171,7 +164,7 @@ class Folding:
         return self.base(name)
 
     @contextlib.contextmanager
-    def _loaded(self, layer: Any) -> Any:
+    def _loaded(self, layer: Any) -> Iterator[None]:
         """Within, the layer's base weights are in memory, and may be changed in place."""
         unit = self._units[layer]
         fill(unit, self.base)
@@ -289,13 +282,13 @@ def write_merged(folding: Folding, plan: OutputPlan, folder: Path, *, shard_size
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    _write_other_files(folding.checkpoint, folder, plan)
+    _write_other_files(folding, folder, plan)
 
 
-def _write_other_files(checkpoint: LazyCheckpoint, folder: Path, plan: OutputPlan) -> None:
+def _write_other_files(folding: Folding, folder: Path, plan: OutputPlan) -> None:
     """Licence, custom code, processor, generation config: what lies beside the base's weights, as
     it is; but config.json and the processor's files anew where they change."""
-    vlm, base = checkpoint.vlm, checkpoint.base.vlm
+    vlm, base = folding.vlm, folding.base_model.vlm
     if vlm.commit is not None:
         with contextlib.suppress(OSError):  # a model without one
             cached_file(vlm.source, GENERATION_FILE, revision=vlm.commit)

@@ -39,21 +39,6 @@ from vlmtune.models.load import VLM, commit_of, explained, load_vlm, quiet_trans
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -101,16 +86,14 @@ def stored_tensors(files: Sequence[Path]) -> dict[str, StoredTensor]:
         try:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 (not a mapping)
-                    part = opened.get_slice(key)
                     if key in found:
                         raise VlmtuneError(
                             f"tensor {key} is in two weight files",
                             file=file,
                             got=f"it is in {found[key].file.name} too",
                         )
-                    found[key] = StoredTensor(
-                        file, key, tuple(part.get_shape()), DTYPES[part.get_dtype()]
-                    )
+                    tensor = opened.get_tensor(key)  # mapped, not read
+                    found[key] = StoredTensor(file, key, tuple(tensor.shape), tensor.dtype)
         except SafetensorError as error:
             raise VlmtuneError(
                 f"a weight file is damaged: {error}", file=file, do="copy or download it again"

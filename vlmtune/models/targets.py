@@ -54,11 +54,6 @@ class Target:
     def leaf(self) -> str:
         return self.path.rpartition(".")[2]
 
-    @property
-    def lora_parameters(self) -> int:
-        """Parameters of A (rank, in_features) and B (out_features, rank)."""
-        return self.rank * (self.in_features + self.out_features)
-
 
 def resolve_targets(
     model: nn.Module, names: Sequence[str], *, family: Family, rank: int

@@ -371,7 +371,7 @@ def build_adalora(vlm: VLM, recipe: Recipe, *, total_steps: int) -> AdaLoraAdapt
     model = wrap(vlm, config, plan)
     layers = tuner_layers(model)
     _lower_ranks(layers, plan, config)
-    check_wrapped(model, plan, ranks={t.path: t.rank for t in plan.targets})
+    check_wrapped(model, plan)
     triplets = {path: _triplets(layers[path]) for path in sorted(layers)}
     start = sum(t.rank for t in triplets.values())
     schedule = BudgetSchedule(

@@ -215,8 +215,9 @@ def wrap(vlm: VLM, config: LoraConfig, plan: AdapterPlan) -> PeftModel:
     return model
 
 
-def check_wrapped(model: PeftModel, plan: AdapterPlan, *, ranks: Mapping[str, int]) -> None:
+def check_wrapped(model: PeftModel, plan: AdapterPlan) -> None:
     """Assert that exactly the planned modules are wrapped, and train with the planned ranks."""
+    ranks = {target.path: target.rank for target in plan.targets}
     base = model.get_base_model()
     layers = tuner_layers(model)
     assert set(layers) == set(ranks), sorted(set(layers) ^ set(ranks))

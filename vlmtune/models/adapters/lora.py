@@ -75,7 +75,7 @@ def build_lora(vlm: VLM, recipe: Recipe, *, total_steps: int) -> LoraAdapter:
         use_dora=recipe.use_dora,
     )
     model = wrap(vlm, config, plan)
-    check_wrapped(model, plan, ranks={t.path: t.rank for t in plan.targets})
+    check_wrapped(model, plan)
     if recipe.use_dora:
         set_exact_magnitudes(model)
     num_own = install_kernels(model)
