@@ -30,7 +30,10 @@ def row(**keys: object) -> dict:
 @pytest.mark.parametrize(
     ("evaluation", "expected"),
     [
-        ("{task: choice, before: false}", "data.jsonl:2: the reference matches none of the options"),
+        (
+            "{task: choice, before: false}",
+            "data.jsonl:2: the reference matches none of the options",
+        ),
         ("{task: grounding, before: false}", "nothing to measure"),
         ("{task: retrieval, before: false}", "row has no picture"),
         ("{guard: {data: data.jsonl, task: choice}}", "data.jsonl:2: the reference matches none"),

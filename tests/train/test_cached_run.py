@@ -55,6 +55,8 @@ def test_the_recipes_keys_reach_the_encoder(recipe, tiny_vlm, tmp_path):
     vlm = load_vlm(str(tiny_vlm), dtype=torch.float32)
     encoder = build_encoder(load_recipe(recipe, overrides).recipe, vlm)
     assert (encoder.train_on, encoder.video.fps, encoder.max_tokens) == ("last_turn", 1.5, 77)
-    assert encoder._cache is not None and encoder._cache.store.folder == tmp_path / "kept" / "samples"
+    assert (
+        encoder._cache is not None and encoder._cache.store.folder == tmp_path / "kept" / "samples"
+    )
     plain = build_encoder(load_recipe(recipe).recipe, vlm)
     assert (plain.train_on, plain._cache) == ("assistant", None)
