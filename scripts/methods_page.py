@@ -195,21 +195,19 @@ def measured_figures(results: Sequence[Result], part: str) -> dict[str, str]:
 
 def tables(results: Sequence[Result], about: Mapping[str, Any]) -> str:
     """Every table for which there are results, with its heading and how to read it."""
-    seeds = ", ".join(map(str, sorted({r.seed for r in results if r.seed is not None})))
     sections = []
     if any(r.part == "vqa" for r in results):
         floor = {"exact_match": about["blind"]["total"]}
         sections.append(
-            f"## Visual question answering: easy-VQA\n\n{lengths(results, 'vqa')}; seeds {seeds}.\n"
+            f"## Visual question answering: easy-VQA\n\n{lengths(results, 'vqa')}.\n"
             f"The blind guesser, which answers each question with its most frequent answer in the "
             f"training data, scores {percent(floor['exact_match'])}.\n\n"
             + score_table(results, "vqa", floor)
         )
     if any(r.part == "retrieval" for r in results):
         sections.append(
-            f"## Retrieval: labels of data/sample\n\n{lengths(results, 'retrieval')}; seeds "
-            f"{seeds}. Chance is 1.6 % for a text and 3.2 % for a picture (63 pictures, two "
-            "labels each). Scores are likelihoods; `eval.subtract_prior=true` subtracts the "
+            f"## Retrieval: labels of data/sample\n\n{lengths(results, 'retrieval')}. "
+            "Chance is 1.6 % for a text and 3.2 % for a picture (63 pictures, two labels each). Scores are likelihoods; `eval.subtract_prior=true` subtracts the "
             "likelihood of the text without a picture.\n\n" + score_table(results, "retrieval", {})
         )
     if any(r.part == "memory" for r in results):
@@ -224,11 +222,13 @@ def tables(results: Sequence[Result], about: Mapping[str, Any]) -> str:
 
 
 def lengths(results: Sequence[Result], part: str) -> str:
-    """`250 steps of 64 samples, 9,673 test samples`."""
+    """`250 steps of 64 samples for every method, 9,673 test samples; seed 42`."""
     trained = [r.train for r in results if r.part == part and r.train]
     steps = {f"{t['steps']} steps of {t['samples'] // t['steps']}" for t in trained}
     tested = max(r.evaluation["num_samples"] for r in results if r.part == part)
-    return f"{', '.join(sorted(steps))} samples for every method, {tested:,} test samples"
+    seeds = sorted({r.seed for r in results if r.part == part and r.seed is not None})
+    which = ("seed " if len(seeds) == 1 else "seeds ") + ", ".join(map(str, seeds))
+    return f"{', '.join(sorted(steps))} samples for every method, {tested:,} test samples; {which}"
 
 
 def page(results: Sequence[Result], about: Mapping[str, Any]) -> str:
