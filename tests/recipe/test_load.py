@@ -163,6 +163,15 @@ def test_overrides_win_over_the_file_and_are_yaml(recipe_file: Path) -> None:
     assert load_recipe(recipe_file).recipe.rank == 16
 
 
+@pytest.mark.parametrize("text", ["in one word:", "a: b", "[x", "007", "true", "'quoted'"])
+def test_an_override_of_a_text_needs_no_quotes(recipe_file: Path, text: str) -> None:
+    given = [f"eval.embedding_prompt={text}", "objective=contrastive"]
+    recipe = load_recipe(recipe_file, [*given, "data.eval=null"]).recipe
+    assert recipe.eval.embedding_prompt == text.strip("'")
+    with pytest.raises(ErrorGroup):  # a number that is no number stays an error
+        load_recipe(recipe_file, ["rank=a: b"])
+
+
 def test_override_makes_a_section_that_the_file_has_not(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file, ["adalora.target_rank=4"]).recipe
     assert recipe.adalora is not None

@@ -141,6 +141,15 @@ def is_mapping_at(path: Sequence[str | int]) -> bool:
     return info is not None and _mapping_arguments(info.annotation) is not None
 
 
+def is_text_at(path: Sequence[str | int]) -> bool:
+    """Whether only a text, or null, is a value of the key at `path` (`eval.embedding_prompt`)."""
+    info = _field_at(path)
+    return info is not None and set(get_args(info.annotation) or [info.annotation]) <= {
+        str,
+        type(None),
+    }
+
+
 def accepts_null(path: Sequence[str | int]) -> bool:
     """Whether null is a value of the key at `path`."""
     return expected_at(path).endswith("or null")

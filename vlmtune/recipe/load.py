@@ -28,6 +28,7 @@ from vlmtune.recipe.explain import (
     accepts_null,
     explain_errors,
     is_mapping_at,
+    is_text_at,
     section_keys,
     type_name,
     unknown_key,
@@ -347,6 +348,8 @@ def _apply_override(override: str, settings: Settings, place: Place) -> list[Vlm
         document, errors = yaml.parse_yaml(text, file=place.file)
     except VlmtuneError as error:
         document, errors = yaml.Document(None), [error]
+    if is_text_at(path) and (errors or not isinstance(document.value, str | None)):
+        document, errors = yaml.Document(text), []  # `in one word:` needs no quotes
     if errors:
         for problem in errors:
             problem.line = None
