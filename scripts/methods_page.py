@@ -206,9 +206,10 @@ def tables(results: Sequence[Result], about: Mapping[str, Any]) -> str:
         )
     if any(r.part == "retrieval" for r in results):
         sections.append(
-            f"## Retrieval: labels of data/sample\n\n{lengths(results, 'retrieval')}. "
-            "Chance is 1.6 % for a text and 3.2 % for a picture (63 pictures, two labels each). Scores are likelihoods; `eval.subtract_prior=true` subtracts the "
-            "likelihood of the text without a picture.\n\n" + score_table(results, "retrieval", {})
+            f"## Retrieval: labels of data/sample\n\n{lengths(results, 'retrieval')}. Chance is "
+            "1.6 % for a text and 3.2 % for a picture (63 pictures, two labels each). Scores are "
+            "likelihoods; `eval.subtract_prior=true` subtracts the likelihood of the text without "
+            "a picture.\n\n" + score_table(results, "retrieval", {})
         )
     if any(r.part == "memory" for r in results):
         baseline = about["baseline_memory_bytes"]
